@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from e3pruner.models.stack import evaluating
+from e3pruner.models.stack import evaluating, stack_name
 
+# Settings that multiply the logits (1) or divide them (-1).
+_FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
 _VERIFIED: WeakSet[PreTrainedModel] = WeakSet()
 
 
@@ -38,7 +41,8 @@ def last_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
 
     `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding.
     """
-    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True)
+    decoder = model.get_submodule(stack_name(model).rpartition(".")[0])
+    output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True)
     return output.last_hidden_state
 
 
@@ -49,12 +53,11 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     on a model rebuilds the logits of a few tokens, and raises `ValueError` if they are not those of the model.
     """
     config = model.config.get_text_config(decoder=True)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    if getattr(config, "logits_scaling", None):
-        scale /= config.logits_scaling
+    factors = [(getattr(config, name, None), exponent) for name, exponent in _FACTORS.items()]
+    scale = math.prod(factor**exponent for factor, exponent in factors if isinstance(factor, int | float))
     linear = model.get_output_embeddings()
     softcap = getattr(config, "final_logit_softcapping", None)
-    head = OutputHead(linear.weight, getattr(linear, "bias", None), softcap, scale)
+    head = OutputHead(linear.weight, getattr(linear, "bias", None), softcap, float(scale))
     if model not in _VERIFIED:
         _verify(model, head)
         _VERIFIED.add(model)

@@ -55,7 +55,7 @@ def _assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Seq
                     f"layer {old} cannot become layer {new}: its index decides more than its place, and would change "
                     f"{name or 'the layer'}: {what or type(module).__name__}"
                 )
-            if any(getattr(module, key, new) != new for key in _INDEX_NAMES):
+            if any(getattr(module, key, None) not in (None, new) for key in _INDEX_NAMES):
                 raise ValueError(f"layer {new} ({name or type(module).__name__}) bears the index of another layer")
 
 
@@ -63,7 +63,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, int | float | str | list | tuple | None)
+        if isinstance(value, int | float | str | None)
         and not name.startswith("_")
         and name not in _INDEX_NAMES + _STATE_NAMES
     }
@@ -72,6 +72,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 def _decode(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits (B, T, V) of a prompt and then of one token after another through the model's own cache."""
     output = model(input_ids=ids[:, :_PROMPT], use_cache=True, return_dict=True)
+    if getattr(output, "past_key_values", None) is None:
+        raise ValueError(f"model ({model.config.model_type}) cannot be pruned: it returns no past_key_values")
     logits = [output.logits]
     for step in range(_PROMPT, ids.shape[1]):
         token, cache = ids[:, step : step + 1], output.past_key_values

@@ -80,7 +80,7 @@ def _fill(pruned: PreTrainedModel, model: PreTrainedModel, stack: str, kept: Seq
         pruned.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ValueError(
-            f"model ({model.config.model_type}) cannot be pruned: a layer's index decides its weights"
+            f"model ({model.config.model_type}) cannot be pruned: with fewer layers it has other weights"
         ) from error
     buffers = taken(model.named_buffers())
     cast = []
