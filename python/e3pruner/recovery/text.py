@@ -64,7 +64,8 @@ def deal(sizes: dict[str, int]) -> dict[str, list[str]]:
     dealt: dict[str, list[str]] = {split: [] for split in SHARES}
     filled = dict.fromkeys(SHARES, 0.0)
     for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
-        open_to = [s for s in SHARES if s == "training" or sizes[name] <= SHARES[s] * total / 4]
+        limits = {split: max(share * total / 4, min(sizes.values())) for split, share in SHARES.items()}
+        open_to = [s for s in SHARES if s == "training" or sizes[name] <= limits[s]]
         split = min(open_to, key=lambda s: filled[s] / SHARES[s])
         dealt[split].append(name)
         filled[split] += sizes[name]
