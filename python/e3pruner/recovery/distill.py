@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from e3pruner.models import output_head
@@ -51,10 +51,12 @@ def distill(
     chosen = DistillOptions(**options)
     if resume and output is None:
         raise ValueError("resume=True needs output: the folder of the run to resume")
-    if isinstance(teacher, nn.Module):
+    if isinstance(teacher, PreTrainedModel):
         refuse_shared_weights(pruned, teacher)
-        teacher = LiveTeacher(teacher)
-    loss = DistillLoss(pruned, teacher, chosen, autocast_dtype(chosen.precision, pruned.device))
+        source: Teacher = LiveTeacher(teacher)
+    else:
+        source = teacher
+    loss = DistillLoss(pruned, source, chosen, autocast_dtype(chosen.precision, pruned.device))
     vocabulary = output_head(pruned).weight.shape[0]
     sequences = _sequences("data", data, vocabulary)
     watched = None if held_out is None else _sequences("held_out", held_out, vocabulary)
@@ -64,7 +66,7 @@ def distill(
         "steps": steps,
         "precision": str(loss.dtype or torch.float32),
         "data": fingerprint(sequences),
-        "teacher": teacher.identity,
+        "teacher": source.identity,
     }
     folder = None if output is None else StateFolder(output, resume=resume, force=force)
     with trained_parameters(pruned, chosen.trainable) as parameters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -41,10 +41,14 @@ class DistillOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps is not None:
-            self._at_least_one("steps")
-        for name in ("batch_size", "accumulation", "eval_every", "save_every"):
-            self._at_least_one(name)
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(f"{name}={value!r} must be one of {get_args(kind)}")
+        for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         for name in ("lr", "max_grad_norm", "temperature"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -54,13 +58,9 @@ class DistillOptions:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
         for name in ("weight_decay", "gamma"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.weighting == "mix" and self.kd_ratio != 1:
             raise ValueError(f"kd_ratio={self.kd_ratio} must be 1 with weighting='mix', which sets the ratio itself")
-
-    def _at_least_one(self, name: str) -> None:
-        if getattr(self, name) < 1:
-            raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     def learning_rate(self, step: int, steps: int) -> float:
         """Learning rate of step 0 … `steps` − 1: linear warm-up, then lr·(1 + cos πx)/2 with x in [0, 1)."""

@@ -18,7 +18,9 @@ class Teacher(Protocol):
     """`vocabulary`: columns of its predictions. `identity`: a hash by which a resume knows that it is the same one."""
 
     vocabulary: int
-    identity: str
+
+    @property
+    def identity(self) -> str: ...
 
     def targets(self, batch: Batch) -> Any:
         """Its predictions for `batch`, in the form that `loss` takes; no gradient."""
