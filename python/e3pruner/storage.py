@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -62,9 +63,13 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1))
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """`tensors` as one safetensors file. Raises OSError naming `path` if it cannot be written, as on a full disk."""
     with replacing_file(path) as temporary:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=dict(metadata or {}))
+        try:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def fingerprint(*parts: Any) -> str:

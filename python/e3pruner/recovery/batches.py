@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
 
 @lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(size))
 
 
 def shuffled_batch(data: Tensor, start: int, size: int, seed: int) -> Batch:

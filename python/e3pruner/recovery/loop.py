@@ -68,6 +68,8 @@ class Training:
 
     def run(self, folder: StateFolder | None) -> DistillResult:
         result, options = self.result, self.options
+        if result.steps == self.steps:
+            return result
         started = time.monotonic() - result.seconds
         held_out = (
             HeldOut(self.loss, self.held_out_data, options.batch_size) if self.held_out_data is not None else None

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -48,6 +49,11 @@ def _cut(row: list[int], prompt: int, length: int, end: int) -> list[int]:
     return row[: min(stop, length)]
 
 
+def _mixed(*parts: int) -> int:
+    # torch's generator reads the low 32 bits of a seed only.
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
 @torch.no_grad()
 def write_documents(
     teacher: PreTrainedModel, prompts: Sequence[Sequence[int]], *, length: int, end: int, seed: int
@@ -66,5 +72,5 @@ def write_documents(
     starts = range(0, len(prompts), BATCH)
     rows = []
     for i in track(starts, description="teacher writes", transient=True):
-        rows += _continue(model, prompts[i : i + BATCH], length, end, (seed << 32) + i)
+        rows += _continue(model, prompts[i : i + BATCH], length, end, _mixed(seed, i))
     return rows
