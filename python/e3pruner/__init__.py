@@ -1,5 +1,7 @@
 """Layer pruning of Hugging Face language models: search a layer mask, cut the layers, recover the model."""
 
+from e3pruner.evaluation import evaluate
 from e3pruner.models import PruningPlan, find_layers
+from e3pruner.search import search
 
-__all__ = ["PruningPlan", "find_layers"]
+__all__ = ["PruningPlan", "evaluate", "find_layers", "search"]
