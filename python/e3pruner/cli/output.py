@@ -19,7 +19,8 @@ from e3pruner.cli.config import CONFIG_FILE, resolved, save_config
 def output_folder(ctx: typer.Context, out: Path, force: bool) -> Iterator[Path]:
     """Gives the folder to work in, which becomes `out` when the block ends well.
 
-    A run that was cut short is taken up again when its options are the same. Raises FileExistsError, before anything is
+    A run that was cut short is taken up again when its options are the same; one that has nothing to show for itself yet
+    leaves nothing behind. Raises FileExistsError, before anything is
     written, when `out` holds something and `force` is not set, or is no folder of ours (`force` deletes only what this
     program made); ValueError when the unfinished run beside it had other options and `force` is not set.
     """
@@ -30,8 +31,11 @@ def output_folder(ctx: typer.Context, out: Path, force: bool) -> Iterator[Path]:
     save_config(ctx, partial / CONFIG_FILE)
     try:
         yield partial
-    except KeyboardInterrupt:
-        stderr.print(f"What is done is kept in {partial}; the same command goes on from there.")
+    except BaseException as error:
+        if [path.name for path in partial.iterdir()] == [CONFIG_FILE]:
+            shutil.rmtree(partial)
+        elif isinstance(error, KeyboardInterrupt):
+            stderr.print(f"What is done is kept in {partial}; the same command goes on from there.")
         raise
     replace_folder(partial, out)
 

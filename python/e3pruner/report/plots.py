@@ -43,7 +43,7 @@ MARKERS = ("o", "s", "^", "D")
 
 @contextmanager
 def style(name: str) -> Iterator[None]:
-    settings = {
+    settings: Any = {
         "axes.edgecolor": COLOURS.muted,
         "axes.facecolor": "none",
         "axes.grid": True,
@@ -143,8 +143,7 @@ def recovery(results: Results) -> Figure:
             mean = np.convolve(loss, np.ones(window) / window, mode="valid")
             axes.plot(steps[window - 1 :], mean, color=COLOURS.series1, label=f"training loss, mean of {window} steps")
     if history["held_out"]:
-        steps, kl = zip(*history["held_out"], strict=True)
-        axes.plot(steps, kl, color=COLOURS.removed, marker="o", label="held-out KL")
+        axes.plot(*zip(*history["held_out"], strict=True), color=COLOURS.removed, marker="o", label="held-out KL")
     axes.set(xlabel="training step", ylabel="nats a token")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right")
