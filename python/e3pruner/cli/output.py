@@ -19,10 +19,10 @@ from e3pruner.cli.config import CONFIG_FILE, resolved, save_config
 def output_folder(ctx: typer.Context, out: Path, force: bool) -> Iterator[Path]:
     """Gives the folder to work in, which becomes `out` when the block ends well.
 
-    A run that was cut short is taken up again when its options are the same; one that has nothing to show for itself yet
-    leaves nothing behind. Raises FileExistsError, before anything is
-    written, when `out` holds something and `force` is not set, or is no folder of ours (`force` deletes only what this
-    program made); ValueError when the unfinished run beside it had other options and `force` is not set.
+    A run that was cut short is taken up again when its options are the same; one that has nothing to show yet leaves
+    nothing behind. Raises FileExistsError, before anything is written, when `out` holds something and `force` is not
+    set, or is no folder of ours (`force` deletes only what this program made); ValueError when the unfinished run
+    beside it had other options and `force` is not set.
     """
     check_free(out, force)
     partial = out.with_name(out.name + ".partial")

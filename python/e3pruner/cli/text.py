@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from e3pruner.recovery.text import SHARES, demo_tokens
-
-SPLITS = tuple(SHARES)
 
 
 class Tokens(NamedTuple):
@@ -30,23 +29,23 @@ def token_splits(tokenizer: PreTrainedTokenizerBase, text: Path | None, *, lengt
     if text is None:
         built_in = demo_tokens(tokenizer, length=length, seed=seed)
         return Tokens(built_in.training, built_in.calibration, torch.cat(list(built_in.held_out.values())))
-    parts = split_characters(text.read_text(encoding="utf-8"))
-    return Tokens(*(chunk(tokenizer, part, length, f"{text}, split {name}") for name, part in zip(SPLITS, parts)))
+    parts = split_text(text.read_text(encoding="utf-8"))
+    return Tokens(*(chunk(tokenizer, part, length, f"{text}, split {name}") for name, part in parts.items()))
 
 
-def split_characters(text: str) -> list[str]:
-    """`text` cut once between each two splits, in the proportions of the built-in text, at the next end of a line.
+def split_text(text: str) -> dict[str, str]:
+    """`text` cut once between each two splits, in the proportions of the built-in text, after the next white space.
 
     The cut is made before tokenisation, so no character reaches two splits.
     """
-    parts, start, share = [], 0, 0.0
-    for name in SPLITS[:-1]:
+    parts, start, share = {}, 0, 0.0
+    for name in Tokens._fields:
         share += SHARES[name]
-        newline = text.find("\n", max(start, int(share * len(text))))
-        stop = len(text) if newline < 0 else newline + 1
-        parts.append(text[start:stop])
+        space = re.compile(r"\s").search(text, max(start, int(share * len(text))))
+        stop = space.end() if space else len(text)
+        parts[name] = text[start:stop]
         start = stop
-    return [*parts, text[start:]]
+    return parts
 
 
 def chunk(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str) -> Tensor:

@@ -7,7 +7,8 @@ Keys (all but `title` and `environment` may be missing; the report then leaves t
 - `layers`: int, of the dense model; `removed`: the removed layers' indices.
 - `importance`: one mean KL per layer (nats a token), the cost of removing that layer alone.
 - `mask_path`: `{"steps": [...], "removed": [[share of the step's masks without layer 0, 1, ...], ...]}`.
-- `methods`: `[{"method", "removed", "kl", "perplexity", "seconds"}]`, each method's mask on the held-out text.
+- `methods`: `[{"method", "removed", "seconds", ...the figures of a model}]`, the mask of each method on the held-out
+  text, the one that was pruned first.
 - `curve`: `{method: [[layers removed, held-out KL], ...]}`.
 - `recovery`: `{"train": [[step, loss], ...], "held_out": [[step, KL], ...]}`.
 - `models`: `[{"name", "layers", "parameters", "kl", "perplexity", "top1_agreement", "decode_tokens_per_s", ...}]`.
@@ -33,11 +34,11 @@ def save_results(results: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def load_results(folder: Path) -> dict[str, Any]:
-    """Reads `folder`/results.json; raises FileNotFoundError when there is none, ValueError when it is not ours."""
-    path = folder / RESULTS_FILE
+def load_results(folder: Path, name: str = RESULTS_FILE) -> dict[str, Any]:
+    """Reads `folder`/`name`; raises FileNotFoundError when there is none, ValueError when it is not ours."""
+    path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {RESULTS_FILE}; e3 demo writes one")
+        raise FileNotFoundError(f"{folder} holds no {name}; e3 demo writes one")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
