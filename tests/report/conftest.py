@@ -81,6 +81,12 @@ def synthetic_results(layers: int = 30, removed: tuple[int, ...] = (12, 13, 14, 
     }
 
 
+@pytest.fixture(scope="session")
+def whole_results() -> dict[str, Any]:
+    return synthetic_results()
+
+
 @pytest.fixture
 def results() -> dict[str, Any]:
+    """One's own copy, to change."""
     return synthetic_results()

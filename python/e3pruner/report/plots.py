@@ -97,9 +97,9 @@ def mask_path(results: Results) -> Figure:
     figure = Figure(figsize=(8.4, 0.9 + 0.115 * layers))
     axes = figure.subplots()
     for layer in range(layers):
-        for start, stop, value in runs(share[layer]):
-            if value > 0:
-                axes.broken_barh([(start, stop - start)], (layer - 0.44, 0.88), facecolor=COLOURS.removed, alpha=value)
+        out = [run for run in runs(share[layer]) if run[2] > 0]
+        bars = [(start, stop - start) for start, stop, _ in out]
+        axes.broken_barh(bars, (layer - 0.44, 0.88), facecolor=[(COLOURS.removed, value) for *_, value in out])
     positions = np.unique(np.linspace(0, columns - 1, min(columns, 9)).round().astype(int))
     axes.set_xticks(positions + 0.5, [str(path["steps"][i]) for i in positions])
     axes.set(xlabel="search step", ylabel="layer", xlim=(0, columns), ylim=(layers - 0.4, -0.6))
