@@ -1,0 +1,1 @@
+"""The operations: public function and dispatcher registration, one file each."""

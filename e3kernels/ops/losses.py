@@ -1,0 +1,156 @@
+"""What the four distillation losses share as operators: schema, fake and autograd formula.
+
+A loss operator returns (loss, stats, one gradient for each differentiable input). For reductions mean and sum the
+forward pass has already computed the gradients for an incoming gradient of 1 and saved them; for `none` the inputs are
+saved and the backward operator computes the gradients anew, with one incoming gradient a token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from e3kernels.ops.registration import REDUCTIONS, Operator, declare
+
+NONE = REDUCTIONS.index("none")
+
+
+@dataclass(frozen=True)
+class LossSignature:
+    """Arguments of a loss operator: its tensors (`?` marks optional ones), which of them get a gradient, its codes."""
+
+    name: str
+    tensors: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    codes: str
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Index of each differentiable tensor among the arguments."""
+        names = [tensor.rstrip("?") for tensor in self.tensors]
+        return tuple(names.index(name) for name in self.differentiable)
+
+    @property
+    def _arguments(self) -> str:
+        tensors = [f"Tensor? {name[:-1]}" if name.endswith("?") else f"Tensor {name}" for name in self.tensors]
+        return ", ".join([*tensors, "Tensor scalars", self.codes])
+
+    @property
+    def _needs(self) -> str:
+        return ", ".join(f"bool need_{name}" for name in self.differentiable)
+
+    @property
+    def schema(self) -> str:
+        gradients = ", ".join(f"Tensor grad_{name}" for name in self.differentiable)
+        return (
+            f"({self._arguments}, int reduction, Tensor? num_items, {self._needs})"
+            f" -> (Tensor loss, Tensor stats, {gradients})"
+        )
+
+    @property
+    def backward_schema(self) -> str:
+        if len(self.differentiable) == 1:
+            return f"(Tensor grad_loss, {self._arguments}) -> Tensor"
+        gradients = ", ".join(f"Tensor grad_{name}" for name in self.differentiable)
+        return f"(Tensor grad_loss, {self._arguments}, {self._needs}) -> ({gradients})"
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, losses and statistics over inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _empty_gradients(signature: LossSignature, arguments: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+    inputs = [arguments[position] for position in signature.positions]
+    return [
+        tensor.new_empty(tensor.shape) if need else arguments[0].new_empty(0)
+        for tensor, need in zip(inputs, needs, strict=True)
+    ]
+
+
+def _fake(signature: LossSignature) -> Callable[..., Any]:
+    count = len(signature.differentiable)
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        reduction, needs = arguments[-count - 2], arguments[-count:]
+        first = arguments[0]
+        rows, dtype = first.shape[0], accumulate_dtype(first.dtype)
+        loss = first.new_empty((rows,) if reduction == NONE else (), dtype=dtype)
+        stats = first.new_empty((4, rows), dtype=dtype)
+        return loss, stats, *_empty_gradients(signature, arguments, needs)
+
+    return fake
+
+
+def _backward_fake(signature: LossSignature) -> Callable[..., Any]:
+    def fake(_: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        count = len(signature.differentiable)
+        if count == 1:
+            return arguments[0].new_empty(arguments[0].shape)
+        return tuple(_empty_gradients(signature, arguments, arguments[-count:]))
+
+    return fake
+
+
+def _setup_context(signature: LossSignature) -> Callable[..., None]:
+    count, last = len(signature.differentiable), len(signature.tensors) + 1
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.reduction = inputs[-count - 2]
+        ctx.codes = inputs[last : -count - 2]
+        ctx.arity = len(inputs)
+        ctx.save_for_backward(*(inputs[:last] if ctx.reduction == NONE else output[2:]))
+
+    return setup_context
+
+
+def _scaled(gradient: Tensor, incoming: Tensor) -> Tensor:
+    """`gradient` · `incoming`; an eager CPU tensor equal to 1 saves the pass over memory."""
+    if type(incoming) is Tensor and incoming.device.type == "cpu" and incoming.item() == 1:
+        return gradient
+    return gradient * incoming
+
+
+def _make_backward(signature: LossSignature) -> Callable[[Any], Callable[..., Any]]:
+    def make_backward(overload: Any) -> Callable[..., Any]:
+        @once_differentiable
+        def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+            result: list[Tensor | None] = [None] * ctx.arity
+            if grad_loss is None:
+                return tuple(result)
+            needs = [ctx.needs_input_grad[position] for position in signature.positions]
+            if ctx.reduction == NONE:
+                arguments = (grad_loss, *ctx.saved_tensors, *ctx.codes)
+                gradients = [overload(*arguments)] if len(needs) == 1 else overload(*arguments, *needs)
+            else:
+                gradients = [
+                    _scaled(saved, grad_loss) if need else None
+                    for saved, need in zip(ctx.saved_tensors, needs, strict=True)
+                ]
+            for position, need, gradient in zip(signature.positions, needs, gradients, strict=True):
+                result[position] = gradient if need else None
+            return tuple(result)
+
+        return backward
+
+    return make_backward
+
+
+def declare_loss(signature: LossSignature) -> Operator:
+    """Declare the operator of `signature`."""
+    return declare(
+        Operator(
+            name=signature.name,
+            schema=signature.schema,
+            fake=_fake(signature),
+            backward_schema=signature.backward_schema,
+            backward_fake=_backward_fake(signature),
+            setup_context=_setup_context(signature),
+            make_backward=_make_backward(signature),
+        )
+    )
