@@ -35,6 +35,7 @@ Text = Annotated[
 Sequences = Annotated[int, typer.Option(min=1, help="Number of calibration sequences.")]
 HeldOut = Annotated[int, typer.Option(min=1, help="Number of held-out sequences, from another part of the text.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences that go through the model at a time.")]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="NAME=VALUE", help="A further option of the library call; may be repeated."),

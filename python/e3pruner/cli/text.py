@@ -64,3 +64,8 @@ def take(sequences: Tensor, count: int, option: str) -> Tensor:
         have, length = sequences.shape
         raise ValueError(f"{option} {count} is more than the {have} sequences of {length} tokens that the text gives")
     return sequences[:count]
+
+
+def batches(sequences: Tensor, size: int) -> list[Tensor]:
+    """The sequences in batches of `size`, the last one perhaps smaller."""
+    return list(sequences.split(size))

@@ -1,0 +1,153 @@
+"""The whole way from a dense model to a recovered one, in stages that are kept: an interrupted run repeats none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import e3pruner
+from e3pruner.cli.command import stderr
+from e3pruner.cli.generate import continue_prompt
+from e3pruner.cli.models import load_model
+from e3pruner.cli.options import Dtype
+from e3pruner.cli.results import figures, recovery_results, search_results, speed
+from e3pruner.cli.text import Tokens, batches, take
+from e3pruner.models import PruningPlan
+from e3pruner.recovery.state import STATE
+from e3pruner.search.problem import SearchProblem
+from e3pruner.search.protocol import lowest
+from e3pruner.storage import new_folder, write_json
+
+METHOD, RIVALS = "gumbel-topk", ("leave-one-out", "bi")
+PLAN_FILE, PRUNED, RECOVERED = "pruning.json", "pruned", "recovered"
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences what a hash table is.",
+    "Write the first sentence of a story about a lighthouse.",
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may spend: sequences, points of the curve, training steps and generated tokens a prompt."""
+
+    calibration: int = 8
+    held_out: int = 16
+    curve_points: int = 4
+    training_steps: int = 50
+    new_tokens: int = 48
+    batch: int = 4
+
+
+FULL = Budget()
+QUICK = Budget(calibration=4, held_out=8, curve_points=2, training_steps=10, new_tokens=24)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One run in `folder`. Each stage gives JSON, which is kept there until the run is complete."""
+
+    folder: Path
+    dense: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tokens: Tokens
+    budget: Budget
+    drop: int
+    seed: int
+
+    def run(self) -> dict[str, Any]:
+        """All stages in their order; the parts of the results that they give (see `e3pruner.report.results`)."""
+        found = self.stage("search", self.search)
+        models = self.stage("prune", lambda: self.prune(found["masks"]))
+        curve = self.stage("compare", lambda: self.curve(found["rankings"]))
+        recovery = self.stage("recover", self.recover)
+        recovered = self.stage("evaluate", self.evaluate_recovered)
+        speeds = self.stage("time", self.time)
+        answers = self.stage("generate", self.generate)
+        measured = {"dense": models["dense"], "pruned": models[METHOD], "recovered": recovered}
+        return {
+            **search_results(PruningPlan.load(self.folder / PLAN_FILE)),
+            "methods": [{"method": m, **found["masks"][m], **models[m]} for m in (METHOD, *RIVALS)],
+            "curve": curve,
+            "recovery": recovery,
+            "models": [{"name": name, **values, **speeds[name]} for name, values in measured.items()],
+            "generations": answers,
+            "seconds": self.seconds(),
+        }
+
+    def stage(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives: computed the first time, read when the run goes on."""
+        path = self.folder / f"stage-{name}.json"
+        if not path.exists():
+            stderr.print(f"[bold]{name}[/]")
+            began = time.perf_counter()
+            value = compute()
+            write_json(path, {"value": value, "seconds": round(time.perf_counter() - began, 1)})
+        return json.loads(path.read_text(encoding="utf-8"))["value"]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage, in the order they ran. Of a stage that was interrupted: of its last part."""
+        paths = sorted(self.folder.glob("stage-*.json"), key=lambda path: path.stat().st_mtime)
+        return {
+            path.stem.removeprefix("stage-"): json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in paths
+        }
+
+    def clean(self) -> None:
+        """Deletes what only a resumed run would need."""
+        for path in (*self.folder.glob("stage-*.json"), *self.folder.glob("search-*.json")):
+            path.unlink()
+        shutil.rmtree(self.folder / "training", ignore_errors=True)
+
+    def search(self) -> dict[str, Any]:
+        plans = {method: self.plan(method) for method in (METHOD, *RIVALS)}
+        plans[METHOD].save(self.folder / PLAN_FILE)
+        ...
+
+    def plan(self, method: str) -> PruningPlan:
+        calibration = batches(take(self.tokens.calibration, self.budget.calibration, "calibration"), self.budget.batch)
+        checkpoint = self.folder / f"search-{method}.json"
+        return e3pruner.search(self.dense, calibration, self.drop, method, self.seed, checkpoint=checkpoint)
+
+    def prune(self, masks: dict[str, Any]) -> dict[str, Any]:
+        """Exports the pruned model; held-out figures of the dense model and of every mask."""
+        measured = {"dense": figures(self.dense, self.held_out, teacher=self.dense)}
+        for method, mask in masks.items():
+            plan = PruningPlan.of_removed(mask["removed"], len(e3pruner.find_layers(self.dense)))
+            pruned = e3pruner.prune(self.dense, plan, copy_weights=False)
+            measured[method] = figures(pruned, self.held_out, teacher=self.dense)
+            if method == METHOD:
+                self.export(pruned, PRUNED)
+        return measured
+
+    def export(self, model: PreTrainedModel, name: str) -> None:
+        with new_folder(self.folder / name, force=True) as folder:
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def load(self, name: str) -> PreTrainedModel:
+        """A model of this run: the dense one, or one that an earlier stage exported."""
+        return self.dense if name == "dense" else load_model(str(self.folder / name), dtype=Dtype.FLOAT32)
+
+    def recover(self) -> dict[str, Any]:
+        student = self.load(PRUNED)
+        training = self.folder / "training"
+        result = e3pruner.distill(
+            student,
+            teacher=self.dense,
+            data=self.tokens.training,
+            held_out=self.held_out_sequences,
+            output=training,
+            resume=(training / STATE).exists(),
+            steps=self.budget.training_steps,
+            batch_size=self.budget.batch,
+            seed=self.seed,
+        )
+        self.export(student, RECOVERED)
+        return recovery_results(result)["recovery"]

@@ -1,0 +1,36 @@
+"""What the sub-commands write into results.json, for the report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+import typer
+
+from e3pruner.cli.config import resolved
+from e3pruner.models import PruningPlan
+from e3pruner.report import describe_environment
+
+
+def run_results(ctx: typer.Context, title: str) -> dict[str, Any]:
+    """What every run has: its title, where it ran, how it was called, with which options."""
+    return {
+        "title": title,
+        "environment": describe_environment(),
+        "command": shlex.join(["e3", *sys.argv[1:]]),
+        "config": resolved(ctx),
+    }
+
+
+def search_results(plan: PruningPlan) -> dict[str, Any]:
+    """The plan's layers, the importance its search started from and the way its masks went, where it kept them."""
+    results: dict[str, Any] = {"layers": plan.num_layers, "removed": plan.removed}
+    if scores := [record["importance"] for record in plan.history if "importance" in record]:
+        results["importance"] = scores[0]
+    if steps := [record for record in plan.history if "removed_share" in record]:
+        results["mask_path"] = {
+            "steps": [record["step"] for record in steps],
+            "removed": [record["removed_share"] for record in steps],
+        }
+    return results
