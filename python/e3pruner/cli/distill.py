@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Annotated, Any
 
 import typer
 
 import e3pruner
 from e3pruner.cli import options
-from e3pruner.cli.command import stderr
 from e3pruner.cli.config import parse_options
 from e3pruner.cli.models import copy_tokenizer, load_model, load_tokenizer
 from e3pruner.cli.output import output_folder
@@ -25,7 +25,9 @@ def distill(
     model: options.Model,
     teacher: options.Teacher,
     out: options.Out,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; without it, one pass over the text.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps; one pass over the text if not given.")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
     text: options.Text = None,
     length: options.Length = 256,
@@ -68,6 +70,6 @@ def distill(
         student.save_pretrained(folder)
         copy_tokenizer(teacher, folder)
         save_results(run_results(ctx, f"{model}, distilled from {teacher}") | recovery_results(result), folder)
-        remove_folder(training)
+        shutil.rmtree(training)
     last = result.held_out[-1]
     print(f"{out}: held-out KL {last['kl']:.3f}, perplexity {last['perplexity']:.2f} after {result.steps} steps")

@@ -14,6 +14,8 @@ import yaml
 from e3pruner.cli.command import stderr
 from e3pruner.cli.config import CONFIG_FILE, resolved, save_config
 
+PLAN_FILE = "pruning.json"
+
 
 @contextmanager
 def output_folder(ctx: typer.Context, out: Path, force: bool) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3pruner
@@ -17,16 +19,17 @@ from e3pruner.cli.command import stderr
 from e3pruner.cli.generate import continue_prompt
 from e3pruner.cli.models import load_model
 from e3pruner.cli.options import Dtype
+from e3pruner.cli.output import PLAN_FILE
 from e3pruner.cli.results import figures, recovery_results, search_results, speed
 from e3pruner.cli.text import Tokens, batches, take
 from e3pruner.models import PruningPlan
 from e3pruner.recovery.state import STATE
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import lowest
 from e3pruner.storage import new_folder, write_json
 
 METHOD, RIVALS = "gumbel-topk", ("leave-one-out", "bi")
-PLAN_FILE, PRUNED, RECOVERED = "pruning.json", "pruned", "recovered"
+PRUNED, RECOVERED = "pruned", "recovered"
+MODELS = ("dense", PRUNED, RECOVERED)
 PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences what a hash table is.",
@@ -71,7 +74,7 @@ class Pipeline:
         recovered = self.stage("evaluate", self.evaluate_recovered)
         speeds = self.stage("time", self.time)
         answers = self.stage("generate", self.generate)
-        measured = {"dense": models["dense"], "pruned": models[METHOD], "recovered": recovered}
+        measured = {"dense": models["dense"], PRUNED: models[METHOD], RECOVERED: recovered}
         return {
             **search_results(PruningPlan.load(self.folder / PLAN_FILE)),
             "methods": [{"method": m, **found["masks"][m], **models[m]} for m in (METHOD, *RIVALS)],
@@ -105,15 +108,26 @@ class Pipeline:
             path.unlink()
         shutil.rmtree(self.folder / "training", ignore_errors=True)
 
+    @property
+    def calibration(self) -> list[Tensor]:
+        return batches(take(self.tokens.calibration, self.budget.calibration, "calibration"), self.budget.batch)
+
+    @property
+    def held_out(self) -> list[Tensor]:
+        return batches(take(self.tokens.held_out, self.budget.held_out, "held-out"), self.budget.batch)
+
     def search(self) -> dict[str, Any]:
+        """The masks of the method and its rivals on the same tokens, and the order each would remove layers in."""
         plans = {method: self.plan(method) for method in (METHOD, *RIVALS)}
         plans[METHOD].save(self.folder / PLAN_FILE)
-        ...
+        return {
+            "masks": {method: {"removed": plan.removed} for method, plan in plans.items()},
+            "rankings": {method: ranking(plan) for method, plan in plans.items()},
+        }
 
     def plan(self, method: str) -> PruningPlan:
-        calibration = batches(take(self.tokens.calibration, self.budget.calibration, "calibration"), self.budget.batch)
         checkpoint = self.folder / f"search-{method}.json"
-        return e3pruner.search(self.dense, calibration, self.drop, method, self.seed, checkpoint=checkpoint)
+        return e3pruner.search(self.dense, self.calibration, self.drop, method, self.seed, checkpoint=checkpoint)
 
     def prune(self, masks: dict[str, Any]) -> dict[str, Any]:
         """Exports the pruned model; held-out figures of the dense model and of every mask."""
@@ -142,7 +156,7 @@ class Pipeline:
             student,
             teacher=self.dense,
             data=self.tokens.training,
-            held_out=self.held_out_sequences,
+            held_out=self.held_out,
             output=training,
             resume=(training / STATE).exists(),
             steps=self.budget.training_steps,
@@ -151,3 +165,35 @@ class Pipeline:
         )
         self.export(student, RECOVERED)
         return recovery_results(result)["recovery"]
+
+    def evaluate_recovered(self) -> dict[str, Any]:
+        return figures(self.load(RECOVERED), self.held_out, teacher=self.dense)
+
+    def curve(self, rankings: dict[str, list[int]]) -> dict[str, list[list[float]]]:
+        """Held-out KL of each method's 1st ... drop-th choices, at some numbers of layers removed."""
+        points = range(1, self.budget.curve_points + 1)
+        counts = sorted({math.ceil(self.drop * point / self.budget.curve_points) for point in points})
+        with SearchProblem(self.dense, self.held_out, drop=self.drop) as problem:
+            masks = {(m, n): problem.mask(order[:n]) for m, order in rankings.items() for n in counts}
+            values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
+        return {method: [[n, values[method, n]] for n in counts] for method in rankings}
+
+    def time(self) -> dict[str, Any]:
+        return {name: speed(self.load(name)) for name in MODELS}
+
+    def generate(self) -> list[dict[str, Any]]:
+        models = {name: self.load(name) for name in MODELS}
+        return [
+            {"prompt": prompt, "answers": {name: self.answer(model, prompt) for name, model in models.items()}}
+            for prompt in PROMPTS
+        ]
+
+    def answer(self, model: PreTrainedModel, prompt: str) -> str:
+        ids = continue_prompt(model, self.tokenizer, prompt, self.budget.new_tokens)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def ranking(plan: PruningPlan) -> list[int]:
+    """The layers from the first to go to the last, by the last importance or logits in the plan's history."""
+    values = next(record[key] for record in reversed(plan.history) for key in ("logits", "importance") if key in record)
+    return sorted(range(plan.num_layers), key=lambda layer: (values[layer], -layer))

@@ -11,9 +11,7 @@ from e3pruner import PruningPlan
 from e3pruner import prune as prune_model
 from e3pruner.cli import options
 from e3pruner.cli.models import copy_tokenizer, load_model
-from e3pruner.cli.output import output_folder
-
-PLAN_FILE = "pruning.json"
+from e3pruner.cli.output import PLAN_FILE, output_folder
 
 
 def prune(

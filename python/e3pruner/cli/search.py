@@ -11,8 +11,7 @@ import e3pruner
 from e3pruner.cli import options
 from e3pruner.cli.config import parse_options
 from e3pruner.cli.models import load_model, load_tokenizer
-from e3pruner.cli.output import output_folder
-from e3pruner.cli.prune import PLAN_FILE
+from e3pruner.cli.output import PLAN_FILE, output_folder
 from e3pruner.cli.results import run_results, search_results
 from e3pruner.cli.text import batches, take, token_splits
 from e3pruner.report import save_results
@@ -48,13 +47,12 @@ def search(
     `e3 search --model my-model --text my.txt --method greedy --protect 0 --protect 1 --out searched`
     """
     extra = parse_options(option)
-    tokens = take(token_splits(load_tokenizer(model), text, length=length, seed=seed).calibration, sequences, "--sequences")
+    splits = token_splits(load_tokenizer(model), text, length=length, seed=seed)
+    calibration = batches(take(splits.calibration, sequences, "--sequences"), batch)
     network = load_model(model, device, dtype)
     with output_folder(ctx, out, force) as folder:
         checkpoint = folder / CHECKPOINT
-        plan = e3pruner.search(
-            network, batches(tokens, batch), drop, method, seed, protect or (), checkpoint=checkpoint, **extra
-        )
+        plan = e3pruner.search(network, calibration, drop, method, seed, protect or (), checkpoint=checkpoint, **extra)
         plan.save(folder / PLAN_FILE)
         title = f"{model}: {plan.num_layers} to {len(plan.kept)} layers by {method}"
         save_results(run_results(ctx, title) | search_results(plan), folder)
