@@ -45,7 +45,14 @@ def synthetic_results(layers: int = 30, removed: tuple[int, ...] = (12, 13, 14, 
             "removed": [[((i * 5 + s // 9) % 4) / 4 * (i in range(8, 27)) for i in range(layers)] for s in range(100)],
         },
         "methods": [
-            {"method": "gumbel-topk", "removed": list(removed), "kl": 1.12, "perplexity": 71.2, "seconds": 58.1},
+            {
+                "method": "gumbel-topk",
+                "removed": list(removed),
+                "kl": 1.12,
+                "perplexity": 71.2,
+                "seconds": 58.1,
+                "cost": 61440.0,
+            },
             {
                 "method": "leave-one-out",
                 "removed": [2, 3, 5, 7, 9, 12, 14, 20],

@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
+import e3pruner
 from e3pruner.cli import options
 from e3pruner.cli.models import load_model, load_tokenizer
 from e3pruner.cli.output import output_folder
-from e3pruner.cli.results import figures, run_results, speed
+from e3pruner.cli.results import run_results
 from e3pruner.cli.tables import print_table
 from e3pruner.cli.text import batches, take, token_splits
+from e3pruner.evaluation import latency
 from e3pruner.report import save_results
 
 
@@ -25,7 +27,7 @@ def evaluate(
     held_out: options.HeldOut = 16,
     length: options.Length = 256,
     batch: options.Batch = 4,
-    speeds: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure decode and prefill tokens/s.")] = True,
+    speed: Annotated[bool, typer.Option(help="Measure decode and prefill tokens/s.")] = True,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     dtype: options.DtypeOption = options.Dtype.AUTO,
@@ -48,7 +50,7 @@ def evaluate(
         networks = {name: load_model(name, device, dtype) for name in names}
         dense = networks[teacher] if teacher is not None else None
         rows = [
-            {"name": name, **figures(network, sequences, dense), **(speed(network) if speeds else {})}
+            {"name": name, **e3pruner.evaluate(network, sequences, dense), **(latency(network) if speed else {})}
             for name, network in networks.items()
         ]
         results = run_results(ctx, f"{model} on held-out text") | {"models": rows}

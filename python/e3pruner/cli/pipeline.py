@@ -20,8 +20,9 @@ from e3pruner.cli.generate import continue_prompt
 from e3pruner.cli.models import load_model
 from e3pruner.cli.options import Dtype
 from e3pruner.cli.output import PLAN_FILE
-from e3pruner.cli.results import figures, recovery_results, search_results, speed
+from e3pruner.cli.results import recovery_results, search_results
 from e3pruner.cli.text import Tokens, batches, take
+from e3pruner.evaluation import latency
 from e3pruner.models import PruningPlan
 from e3pruner.recovery.state import STATE
 from e3pruner.search.problem import SearchProblem
@@ -68,8 +69,8 @@ class Pipeline:
     def run(self) -> dict[str, Any]:
         """All stages in their order; the parts of the results that they give (see `e3pruner.report.results`)."""
         found = self.stage("search", self.search)
-        models = self.stage("prune", lambda: self.prune(found["masks"]))
-        curve = self.stage("compare", lambda: self.curve(found["rankings"]))
+        models = self.stage("prune", lambda: self.prune(found))
+        curve = self.stage("compare", lambda: self.curve(found))
         recovery = self.stage("recover", self.recover)
         recovered = self.stage("evaluate", self.evaluate_recovered)
         speeds = self.stage("time", self.time)
@@ -77,7 +78,7 @@ class Pipeline:
         measured = {"dense": models["dense"], PRUNED: models[METHOD], RECOVERED: recovered}
         return {
             **search_results(PruningPlan.load(self.folder / PLAN_FILE)),
-            "methods": [{"method": m, **found["masks"][m], **models[m]} for m in (METHOD, *RIVALS)],
+            "methods": [{"method": method, **found[method], **models[method]} for method in found],
             "curve": curve,
             "recovery": recovery,
             "models": [{"name": name, **values, **speeds[name]} for name, values in measured.items()],
@@ -117,25 +118,25 @@ class Pipeline:
         return batches(take(self.tokens.held_out, self.budget.held_out, "held-out"), self.budget.batch)
 
     def search(self) -> dict[str, Any]:
-        """The masks of the method and its rivals on the same tokens, and the order each would remove layers in."""
-        plans = {method: self.plan(method) for method in (METHOD, *RIVALS)}
-        plans[METHOD].save(self.folder / PLAN_FILE)
-        return {
-            "masks": {method: {"removed": plan.removed} for method, plan in plans.items()},
-            "rankings": {method: ranking(plan) for method, plan in plans.items()},
-        }
+        """For the method and its rivals, on the same tokens: the mask, the order of layers behind it, and the cost."""
+        return {method: self.search_by(method) for method in (METHOD, *RIVALS)}
 
-    def plan(self, method: str) -> PruningPlan:
+    def search_by(self, method: str) -> dict[str, Any]:
         checkpoint = self.folder / f"search-{method}.json"
-        return e3pruner.search(self.dense, self.calibration, self.drop, method, self.seed, checkpoint=checkpoint)
+        began = time.perf_counter()
+        plan = e3pruner.search(self.dense, self.calibration, self.drop, method, self.seed, checkpoint=checkpoint)
+        if method == METHOD:
+            plan.save(self.folder / PLAN_FILE)
+        seconds = round(time.perf_counter() - began, 1)
+        return {"removed": plan.removed, "order": order(plan), "cost": plan.metrics["cost"], "seconds": seconds}
 
-    def prune(self, masks: dict[str, Any]) -> dict[str, Any]:
+    def prune(self, found: dict[str, Any]) -> dict[str, Any]:
         """Exports the pruned model; held-out figures of the dense model and of every mask."""
-        measured = {"dense": figures(self.dense, self.held_out, teacher=self.dense)}
-        for method, mask in masks.items():
-            plan = PruningPlan.of_removed(mask["removed"], len(e3pruner.find_layers(self.dense)))
+        measured = {"dense": e3pruner.evaluate(self.dense, self.held_out, self.dense)}
+        for method, mask in found.items():
+            plan = PruningPlan.of_removed(mask["removed"], len(mask["order"]))
             pruned = e3pruner.prune(self.dense, plan, copy_weights=False)
-            measured[method] = figures(pruned, self.held_out, teacher=self.dense)
+            measured[method] = e3pruner.evaluate(pruned, self.held_out, self.dense)
             if method == METHOD:
                 self.export(pruned, PRUNED)
         return measured
@@ -167,19 +168,19 @@ class Pipeline:
         return recovery_results(result)["recovery"]
 
     def evaluate_recovered(self) -> dict[str, Any]:
-        return figures(self.load(RECOVERED), self.held_out, teacher=self.dense)
+        return e3pruner.evaluate(self.load(RECOVERED), self.held_out, self.dense)
 
-    def curve(self, rankings: dict[str, list[int]]) -> dict[str, list[list[float]]]:
-        """Held-out KL of each method's 1st ... drop-th choices, at some numbers of layers removed."""
+    def curve(self, found: dict[str, Any]) -> dict[str, list[list[float]]]:
+        """Held-out KL without each method's first choices, at some numbers of layers up to `drop`."""
         points = range(1, self.budget.curve_points + 1)
         counts = sorted({math.ceil(self.drop * point / self.budget.curve_points) for point in points})
         with SearchProblem(self.dense, self.held_out, drop=self.drop) as problem:
-            masks = {(m, n): problem.mask(order[:n]) for m, order in rankings.items() for n in counts}
+            masks = {(m, n): problem.mask(mask["order"][:n]) for m, mask in found.items() for n in counts}
             values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
-        return {method: [[n, values[method, n]] for n in counts] for method in rankings}
+        return {method: [[n, values[method, n]] for n in counts] for method in found}
 
     def time(self) -> dict[str, Any]:
-        return {name: speed(self.load(name)) for name in MODELS}
+        return {name: latency(self.load(name)) for name in MODELS}
 
     def generate(self) -> list[dict[str, Any]]:
         models = {name: self.load(name) for name in MODELS}
@@ -193,7 +194,7 @@ class Pipeline:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def ranking(plan: PruningPlan) -> list[int]:
-    """The layers from the first to go to the last, by the last importance or logits in the plan's history."""
+def order(plan: PruningPlan) -> list[int]:
+    """The layers from the first to go to the last: what the search removes, then the others, by its final values."""
     values = next(record[key] for record in reversed(plan.history) for key in ("logits", "importance") if key in record)
-    return sorted(range(plan.num_layers), key=lambda layer: (values[layer], -layer))
+    return sorted(range(plan.num_layers), key=lambda layer: (layer not in plan.removed, values[layer], -layer))

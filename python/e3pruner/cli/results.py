@@ -7,10 +7,7 @@ import sys
 from typing import Any
 
 import typer
-from torch import Tensor
-from transformers import PreTrainedModel
 
-import e3pruner
 from e3pruner.cli.config import resolved
 from e3pruner.models import PruningPlan
 from e3pruner.recovery.distill import DistillResult
@@ -48,9 +45,3 @@ def recovery_results(result: DistillResult) -> dict[str, Any]:
             "held_out": [[record["step"], record["kl"]] for record in result.held_out],
         }
     }
-
-
-def figures(model: PreTrainedModel, held_out: list[Tensor], teacher: PreTrainedModel | None) -> dict[str, Any]:
-    """Size and held-out quality of a model, under the names of the before/after table."""
-    measured = e3pruner.evaluate(model, held_out, teacher=teacher)
-    return {"layers": len(e3pruner.find_layers(model)), "parameters": model.num_parameters(), **measured}

@@ -7,8 +7,8 @@ Keys (all but `title` and `environment` may be missing; the report then leaves t
 - `layers`: int, of the dense model; `removed`: the removed layers' indices.
 - `importance`: one mean KL per layer (nats a token), the cost of removing that layer alone.
 - `mask_path`: `{"steps": [...], "removed": [[share of the step's masks without layer 0, 1, ...], ...]}`.
-- `methods`: `[{"method", "removed", "seconds", ...the figures of a model}]`, the mask of each method on the held-out
-  text, the one that was pruned first.
+- `methods`: `[{"method", "removed", "cost", "seconds", ...the figures of a model}]`, the mask of each method on the
+  held-out text, the one that was pruned first; `cost` in tokens times dense forward passes.
 - `curve`: `{method: [[layers removed, held-out KL], ...]}`.
 - `recovery`: `{"train": [[step, loss], ...], "held_out": [[step, KL], ...]}`.
 - `models`: `[{"name", "layers", "parameters", "kl", "perplexity", "top1_agreement", "decode_tokens_per_s", ...}]`.
