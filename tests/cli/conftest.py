@@ -43,7 +43,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def e3() -> Command:
     """`e3("search", "--drop", 2)` runs the command in this process."""
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
