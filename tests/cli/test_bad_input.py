@@ -10,9 +10,15 @@ from transformers import T5Config, T5ForConditionalGeneration
 from e3pruner import PruningPlan
 
 
-def search_arguments(tmp_path: Path, model: Path, text: Path, **changes: Any) -> list[Any]:
-    options: dict[str, Any] = {"model": model, "text": text, "drop": 2, "length": 32, "sequences": 2}
-    options |= {"out": tmp_path / "out"} | changes
+def search_arguments(folder: Path, network: Path, prose: Path, **changes: Any) -> list[Any]:
+    options = {
+        "model": network,
+        "text": prose,
+        "drop": 2,
+        "length": 32,
+        "sequences": 2,
+        "out": folder / "out",
+    } | changes
     return ["search", *(part for name, value in options.items() for part in (f"--{name}", value))]
 
 

@@ -1,7 +1,6 @@
 """`e3 demo` end to end on a tiny stand-in model, and interrupted by a real signal."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -71,9 +70,9 @@ def test_an_interrupted_demo_ends_as_if_it_had_not_been(
     out = tmp_path / "out"
     arguments = [str(argument) for argument in demo_arguments(model_folder, text_file, out)]
     with subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not (tmp_path / "out.partial" / "stage-search.json").exists():
+        while process.poll() is None and not (tmp_path / "out.partial" / "stage-1-search.json").exists():
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         assert process.stderr
         errors = process.stderr.read()
     assert process.returncode == 130, errors

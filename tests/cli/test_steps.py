@@ -41,7 +41,7 @@ def pruned(results: Path, model_folder: Path, searched: Path, e3: Command) -> Pa
 def recovered(results: Path, model_folder: Path, pruned: Path, text_file: Path, e3: Command) -> Path:
     out = results / "recovered"
     arguments = ("--steps", 6, "--length", 32, "--held-out", 4, "--text", text_file, "--option", "eval_every=2")
-    assert_done(e3("distill", "--model", pruned, "--teacher", model_folder, *arguments, "--lr", 1e-2, "--out", out))
+    assert_done(e3("distill", "--model", pruned, "--teacher", model_folder, *arguments, "--lr", 1e-3, "--out", out))
     return out
 
 

@@ -38,6 +38,10 @@ PROMPTS = (
 )
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a run may spend: sequences, points of the curve, training steps and generated tokens a prompt."""
@@ -68,13 +72,13 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """All stages in their order; the parts of the results that they give (see `e3pruner.report.results`)."""
-        found = self.stage("search", self.search)
-        models = self.stage("prune", lambda: self.prune(found))
-        curve = self.stage("compare", lambda: self.curve(found))
-        recovery = self.stage("recover", self.recover)
-        recovered = self.stage("evaluate", self.evaluate_recovered)
-        speeds = self.stage("time", self.time)
-        answers = self.stage("generate", self.generate)
+        found = self.stage("1-search", self.search)
+        models = self.stage("2-prune", lambda: self.prune(found))
+        curve = self.stage("3-compare", lambda: self.curve(found))
+        recovery = self.stage("4-recover", self.recover)
+        recovered = self.stage("5-evaluate", self.evaluate_recovered)
+        speeds = self.stage("6-time", self.time)
+        answers = self.stage("7-generate", self.generate)
         measured = {"dense": models["dense"], PRUNED: models[METHOD], RECOVERED: recovered}
         return {
             **search_results(PruningPlan.load(self.folder / PLAN_FILE)),
@@ -94,13 +98,13 @@ class Pipeline:
             began = time.perf_counter()
             value = compute()
             write_json(path, {"value": value, "seconds": round(time.perf_counter() - began, 1)})
-        return json.loads(path.read_text(encoding="utf-8"))["value"]
+        return read_json(path)["value"]
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each stage, in the order they ran. Of a stage that was interrupted: of its last part."""
-        paths = sorted(self.folder.glob("stage-*.json"), key=lambda path: path.stat().st_mtime)
+        """Seconds of each stage, in their order. Of a stage that was interrupted: of its last part."""
         return {
-            path.stem.removeprefix("stage-"): json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in paths
+            path.stem.removeprefix("stage-"): read_json(path)["seconds"]
+            for path in sorted(self.folder.glob("stage-*.json"))
         }
 
     def clean(self) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from e3pruner.cli.config import resolved
 from e3pruner.models import PruningPlan
-from e3pruner.recovery.distill import DistillResult
+from e3pruner.recovery import DistillResult
 from e3pruner.report import describe_environment
 
 
@@ -29,12 +29,18 @@ def search_results(plan: PruningPlan) -> dict[str, Any]:
     results: dict[str, Any] = {"layers": plan.num_layers, "removed": plan.removed}
     if scores := [record["importance"] for record in plan.history if "importance" in record]:
         results["importance"] = scores[0]
-    if steps := [record for record in plan.history if "removed_share" in record]:
+    if len(plan.history) > 1:
         results["mask_path"] = {
-            "steps": [record["step"] for record in steps],
-            "removed": [record["removed_share"] for record in steps],
+            "steps": [record["step"] for record in plan.history],
+            "removed": [removed_share(record, plan.num_layers) for record in plan.history],
         }
     return results
+
+
+def removed_share(record: dict[str, Any], num_layers: int) -> list[float]:
+    """For each layer the share of the step's masks that lack it; of one mask, 1 or 0."""
+    share = record.get("removed_share")
+    return share if share is not None else [float(layer in record["removed"]) for layer in range(num_layers)]
 
 
 def recovery_results(result: DistillResult) -> dict[str, Any]:

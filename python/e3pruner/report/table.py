@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-# key of a model's figures -> (heading, format)
-COLUMNS = {
-    "layers": ("layers", "{:d}"),
-    "parameters": ("parameters", "{:.1f} M"),
-    "kl": ("held-out KL", "{:.3f}"),
-    "perplexity": ("perplexity", "{:.2f}"),
-    "top1_agreement": ("top-1 agreement", "{:.1%}"),
-    "decode_tokens_per_s": ("decode tokens/s", "{:.1f}"),
-    "prefill_tokens_per_s": ("prefill tokens/s", "{:.0f}"),
+
+def count(value: float) -> str:
+    """A large number with its unit: 134.5 M."""
+    for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.1f} {unit}"
+    return str(value)
+
+
+# key of a model's figures -> (heading, how it is written)
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "layers": ("layers", str),
+    "parameters": ("parameters", count),
+    "kl": ("held-out KL", "{:.3f}".format),
+    "perplexity": ("perplexity", "{:.2f}".format),
+    "top1_agreement": ("top-1 agreement", "{:.1%}".format),
+    "decode_tokens_per_s": ("decode tokens/s", "{:.1f}".format),
+    "prefill_tokens_per_s": ("prefill tokens/s", "{:.0f}".format),
 }
 
 
 def cell(key: str, value: float | None) -> str:
     """One figure as text; a dash where it was not measured."""
-    if value is None:
-        return "–"
-    return COLUMNS[key][1].format(value / 1e6 if key == "parameters" else value)
+    return "–" if value is None else COLUMNS[key][1](value)
 
 
 def model_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
