@@ -88,6 +88,19 @@ def test_gradients_of_masks_a_sample_add_up_to_that_of_a_shared_mask(model_type)
     torch.testing.assert_close(gradients[1].sum(1), gradients[0], rtol=1e-3, atol=1e-4)
 
 
+def test_gradients_pass_activation_checkpointing():
+    model, ids = tiny_model("gemma2").train(), tiny_tokens()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        gates = torch.full((NUM_LAYERS,), 0.5, requires_grad=True)
+        with gated(model, gates):
+            logits(model, ids).square().mean().backward()
+        gradients.append(gates.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @torch.no_grad()
 def test_recorded_hidden_states_are_the_gated_ones():
     model, ids = tiny_model("llama"), tiny_tokens()

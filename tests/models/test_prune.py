@@ -41,7 +41,7 @@ def reloaded(model, path, **options):
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
 
 
-@pytest.mark.parametrize("model_type", TINY_CONFIGS)
+@pytest.mark.parametrize("model_type", [*TINY_CONFIGS, "gpt_neo", "ernie4_5_moe", "llama4_text", "qwen2_moe"])
 def test_every_type_is_pruned_exactly(model_type, tmp_path):
     model, ids = tiny_model(model_type), tiny_tokens(length=LENGTH)
     dense, settings_before = logits(model, ids), model.config.to_dict()
@@ -56,8 +56,9 @@ def test_every_type_is_pruned_exactly(model_type, tmp_path):
     assert type(pruned) is type(model)
     assert len(find_layers(pruned)) == pruned.config.num_hidden_layers == len(KEPT)
     for position, layer in enumerate(find_layers(pruned)):
-        indices = [module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")]
-        assert set(indices) == {position}
+        names = ("layer_idx", "layer_id")
+        indices = {getattr(module, name) for module in layer.modules() for name in names if hasattr(module, name)}
+        assert indices - {None} == {position}
     for name, value in vars(model.config).items():
         if isinstance(value, list) and len(value) == NUM_LAYERS:
             assert getattr(pruned.config, name) == [value[layer] for layer in KEPT]
@@ -74,6 +75,37 @@ def test_every_type_is_pruned_exactly(model_type, tmp_path):
 
     assert torch.equal(logits(model, ids), dense)
     assert model.config.to_dict() == settings_before
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("falcon", {"alibi": False, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True}),
+        (
+            "falcon",
+            {
+                "alibi": False,
+                "new_decoder_architecture": False,
+                "multi_query": False,
+                "parallel_attn": False,
+                "num_kv_heads": 4,
+            },
+        ),
+        ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+        ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+        ("stablelm", {"use_parallel_residual": True}),
+        ("llama", {"tie_word_embeddings": False, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}),
+        ("deepseek_v3", {"q_lora_rank": None, "first_k_dense_replace": 0}),
+    ],
+)
+def test_variants_of_a_type_are_pruned_exactly(model_type, changes, tmp_path):
+    model, ids = tiny_model(model_type, **changes), tiny_tokens(length=LENGTH)
+    pruned = prune(model, KEPT)
+    with skipped(model, REMOVED):
+        expected = logits(model, ids)
+    assert torch.equal(logits(pruned, ids), expected)
+    assert torch.equal(logits(reloaded(pruned, tmp_path), ids), expected)
 
 
 def test_the_folder_loads_where_our_packages_were_never_imported(tmp_path):
@@ -151,19 +183,18 @@ def test_settings_of_single_layers_move_with_them():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("model_type", "changes", "message"),
     [
-        (
-            {"scale_attn_by_inverse_layer_idx": True},
-            r"scale_attn_by_inverse_layer_idx=True \(gpt2\) cannot be pruned: att",
-        ),
-        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers=2 .* the last layers read the keys"),
-        ({"attn_layer_period": 2}, "attn_layer_period=2 .* which layers attend follows from their index"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "attention is divided by the layer's index"),
+        ("gemma4_text", {"num_kv_shared_layers": 2}, "the last layers read the keys and values of earlier ones"),
+        ("jamba", {"attn_layer_period": 2}, "which layers attend follows from their index"),
+        ("ernie4_5_moe", {"moe_layer_interval": 2}, "which layers hold experts follows from their index"),
     ],
 )
-def test_settings_that_cannot_be_renumbered_are_refused_by_name(changes, message):
-    with pytest.raises(ValueError, match=message):
-        prune(tiny_model("gpt2", **changes), KEPT)
+def test_settings_that_cannot_be_renumbered_are_refused_by_name(model_type, changes, message):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=rf"config\.{name}={value} \({model_type}\) cannot be pruned: {message}"):
+        prune(tiny_model(model_type, **changes), KEPT)
 
 
 def test_settings_unknown_to_us_are_refused_by_the_proof(monkeypatch):
