@@ -2,16 +2,9 @@ import pytest
 import torch
 from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
 
-import e3kernels
 from e3pruner.models import find_layers, gated, skipped
 
 REMOVED = [0, 2, 5]
-
-
-@pytest.fixture(autouse=True)
-def gated_residual(monkeypatch):
-    stand_in = lambda h, f, m: torch.where(m == 1, f, h + m * (f - h))  # noqa: E731
-    monkeypatch.setattr(e3kernels, "gated_residual", stand_in, raising=False)
 
 
 def mask_of(removed):
