@@ -6,11 +6,15 @@
 #include <string>
 
 #include "kernels/isa.h"
+#include "kernels/parallel.h"
+#include "kernels/problem.h"
 
 namespace e3 {
 
 struct OpsTable {
   Isa isa;
+  void (*entropy_kl)(const EntropyKl&, const Parallel&, const LossOutput&);
+  void (*entropy_kl_backward)(const EntropyKl&, const Parallel&, const float* grad_loss, bool stream, void* grad);
 };
 
 // Defined by ops_table.cpp, in one object an instruction set.

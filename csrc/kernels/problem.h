@@ -1,0 +1,70 @@
+// What an operation is asked to compute: plain values, the same for every instruction set. Names follow docs/dispatcher.md.
+#pragma once
+
+#include <cstdint>
+
+namespace e3 {
+
+enum class DType : int { float32, bfloat16, float16 };
+enum class Weighting : int { none, entropy, inverse, mix };
+enum class Divergence : int { forward, reverse, jsd };
+enum class Tail : int { bucket, renorm, truncated };
+enum class Reduction : int { none, mean, sum };
+
+// A matrix whose rows are contiguous; `stride` counts elements from one row to the next.
+struct Rows {
+  DType dtype;
+  const void* data;
+  int64_t stride;
+};
+
+[[gnu::always_inline]] inline int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// x = f(z)/T of a logit z:  f(z) = c·tanh(scale·z/c) with a soft cap c > 0, scale·z without (c = 0).
+struct Transform {
+  float scale;
+  float softcap;
+  float temperature;
+};
+
+// loss = Σ w·[λT²·D + (1−λ)·CE] / norm over the valid tokens; see Weighting for w.
+struct Objective {
+  Weighting weighting;
+  double gamma;
+  double kd_ratio;
+  double temperature;
+  Reduction reduction;
+  const double* num_items;  // replaces Σw in the mean; null: Σw
+};
+
+struct Tokens {
+  int64_t count;
+  const int64_t* labels;  // null: no labels
+  const bool* mask;       // null: every token
+  int64_t ignore_index;
+  [[gnu::always_inline]] bool valid(int64_t token) const {
+    return (mask == nullptr || mask[token]) && (labels == nullptr || labels[token] != ignore_index);
+  }
+};
+
+struct EntropyKl {
+  int64_t vocabulary;
+  Tokens tokens;
+  Rows student;
+  Rows teacher;
+  Transform student_transform;
+  Transform teacher_transform;
+  Divergence divergence;
+  double beta;
+  Objective objective;
+};
+
+// Where a forward pass writes. `stats` has 4 rows of `count`: divergence, teacher entropy, cross-entropy, weight.
+struct LossOutput {
+  float* loss;          // one value, or one a token with Reduction::none
+  float* stats;
+  void* grad;           // null: value only; rows of the vocabulary's length, no gap
+  bool stream;          // write the gradient past the caches
+};
+
+}  // namespace e3
