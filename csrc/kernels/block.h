@@ -17,9 +17,20 @@ inline constexpr float kPadding = -1e30f;
 
 inline int padded(int count) { return (count + kStep - 1) / kStep * kStep; }
 
-struct Range {
-  float high;
-  float low;
+// Brings lines that are read later towards the core while a loop computes; two a step cover kStep fp32 values.
+class Prefetch {
+ public:
+  Prefetch(const void* first, int64_t bytes_per_value)
+      : line_(static_cast<const char*>(first)), stride_(bytes_per_value * kLanes) {}
+  void step() {
+    __builtin_prefetch(line_, 0, 2);
+    __builtin_prefetch(line_ + stride_, 0, 2);
+    line_ += 2 * stride_;
+  }
+
+ private:
+  const char* line_;
+  int64_t stride_;
 };
 
 template <bool kCapped>
@@ -30,39 +41,27 @@ inline Vf transformed(Vf z, const Transform& transform) {
 }
 
 template <bool kCapped, class T>
-inline void load_step(const T* source, const Transform& transform, float* target, Vf (&high)[2], Vf (&low)[2]) {
-  for (int chain = 0; chain < 2; ++chain) {
-    const Vf x = transformed<kCapped>(load(source + chain * kLanes), transform);
-    store(target + chain * kLanes, x);
-    high[chain] = max(high[chain], x);
-    low[chain] = min(low[chain], x);
-  }
-}
-
-template <bool kCapped, class T>
-Range load_steps(const T* source, int count, const Transform& transform, const T* ahead, float* target) {
-  Vf high[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
-  Vf low[2] = {broadcast(kInfinity), broadcast(kInfinity)};
+void convert(const T* source, int count, const Transform& transform, float* target) {
   int i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    if (ahead != nullptr) {
-      const char* line = reinterpret_cast<const char*>(ahead + i);
-      for (unsigned byte = 0; byte < kStep * sizeof(T); byte += 64) __builtin_prefetch(line + byte, 0, 2);
-    }
-    load_step<kCapped>(source + i, transform, target + i, high, low);
-  }
-  if (i < count) {
-    T rest[kStep];
-    for (int j = 0; j < kStep; ++j) rest[j] = source[i + j < count ? i + j : i];
-    load_step<kCapped>(rest, transform, target + i, high, low);
-    for (int j = count; j < padded(count); ++j) target[j] = kPadding;
-  }
-  return {horizontal_max(max(high[0], high[1])), horizontal_min(min(low[0], low[1]))};
+  for (; i + kLanes <= count; i += kLanes) store(target + i, transformed<kCapped>(load(source + i), transform));
+  if (i == count) return;
+  T rest[kLanes] = {};
+  for (int j = 0; i + j < count; ++j) rest[j] = source[i + j];
+  store(target + i, transformed<kCapped>(load(rest), transform));
 }
 
-// ∂x·T/∂z of a value x that load_block wrote, times `g`, in place: scale·(1 − tanh²), tanh = x·T/c.
+inline void scaled_values(const float* x, int count, float factor, float* out) {
+  for (int i = 0; i < count; i += kLanes) store(out + i, load(x + i) * factor);
+}
+
+inline void scale_values(float* g, int count, float factor) {
+  if (factor != 1.0f) scaled_values(g, count, factor, g);
+}
+
+// `g` times ∂f(z)/∂z, in place: scale, or scale·(1 − tanh²) with tanh = x·T/c of x = f(z)/T.
 inline void transform_gradient(const float* x, int count, const Transform& transform, float* g) {
-  const float inverse = transform.softcap > 0 ? transform.temperature / transform.softcap : 0.0f;
+  if (transform.softcap <= 0) return scale_values(g, count, transform.scale);
+  const float inverse = transform.temperature / transform.softcap;
   for (int i = 0; i < count; i += kLanes) {
     const Vf tangent = load(x + i) * inverse;
     store(g + i, load(g + i) * (transform.scale * (1.0f - tangent * tangent)));
@@ -120,18 +119,37 @@ inline auto with_dtype(DType dtype, const Body& body) {
   }
 }
 
-// Writes x = f(z)/T of the logits z in columns [begin, begin + count) of `row`, count <= kBlock, to `target` (padded to a
-// multiple of kStep) and returns their range; NaN may be missing from the range, never from `target`. The same columns of
-// row `ahead`, unless negative, are brought into the cache.
-inline Range load_block(const Rows& rows, int64_t row, int64_t begin, int count, const Transform& transform,
-                        float* target, int64_t ahead = -1) {
-  return with_dtype(rows.dtype, [&](auto element) {
+inline const char* address(const Rows& rows, int64_t row, int64_t column) {
+  return static_cast<const char*>(rows.data) + (row * rows.stride + column) * size_of(rows.dtype);
+}
+
+inline bool is_identity(const Transform& transform) {
+  return transform.softcap <= 0 && transform.scale == transform.temperature;
+}
+
+// x = f(z)/T of the logits z in columns [begin, begin + count) of `row`, count <= kBlock, padded to a multiple of kStep:
+// the row itself where it holds just that, else `scratch`.
+inline const float* load_block(const Rows& rows, int64_t row, int64_t begin, int count, const Transform& transform,
+                               float* scratch) {
+  return with_dtype(rows.dtype, [&](auto element) -> const float* {
     using T = decltype(element);
-    const T* base = static_cast<const T*>(rows.data) + begin;
-    const T* next = ahead < 0 ? nullptr : base + ahead * rows.stride;
-    return transform.softcap > 0 ? load_steps<true>(base + row * rows.stride, count, transform, next, target)
-                                 : load_steps<false>(base + row * rows.stride, count, transform, next, target);
+    const T* source = reinterpret_cast<const T*>(address(rows, row, begin));
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (is_identity(transform) && count % kStep == 0) return source;
+    }
+    transform.softcap > 0 ? convert<true>(source, count, transform, scratch)
+                          : convert<false>(source, count, transform, scratch);
+    for (int i = count; i < padded(count); ++i) scratch[i] = kPadding;
+    return scratch;
   });
+}
+
+// The largest of the values, −∞ among none; NaN may be missed.
+inline float block_max(const float* x, int count) {
+  Vf high = broadcast(-kInfinity);
+  for (int i = 0; i < count; i += kLanes) high = max(high, load(x + i));
+  const float largest = horizontal_max(high);
+  return largest <= kPadding ? -kInfinity : largest;
 }
 
 // Rounds `count` values to columns [begin, begin + count) of a row of `dtype`.

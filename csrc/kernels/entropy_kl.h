@@ -13,9 +13,12 @@
 //   ∂jsd/∂x^s     = (1−β)·q·(log q − log μ − KL(q‖μ))
 //   ∂CE/∂f(z^s)   = softmax(f(z^s)) − onehot(label)
 //
-// Terms are centred by the maxima: the raw Σp·z would cancel. A block of the row is summed relative to its own maxima in
-// fp32 and joined to the row's sums in fp64, in the order of the blocks. The row pair is read from memory once: the
-// gradient's sweep finds it in the cache and asks for the next rows meanwhile.
+// Terms are centred: the raw Σp·z would cancel. The reference m of a row is the maximum of its first block, so that the sums
+// of all blocks add up as they are; a block for which that reference is too low (overflow), or that holds −∞, is summed anew
+// relative to its own maximum. Blocks are summed in fp32 and joined in fp64, in their order.
+//
+// The row pair is read from memory once. The gradient's sweep finds it in the cache, or, for the forward divergence, finds
+// e^{x−m} of both there; meanwhile the next rows are on their way.
 #pragma once
 
 #include "kernels/block.h"
@@ -23,15 +26,16 @@
 
 namespace e3::E3_ISA_NAMESPACE {
 
-// Sums of one or more blocks relative to their maxima; `cross` is B, or B with the roles exchanged.
+// Sums of one or more blocks relative to references m; `cross` is B, or B with the roles exchanged.
 struct KlSums {
-  double student_max = -INFINITY;
-  double teacher_max = -INFINITY;
+  double student_reference = -INFINITY;
+  double teacher_reference = -INFINITY;
   double student_sum = 0;
   double teacher_sum = 0;
   double teacher_energy = 0;  // A
   double cross = 0;
   double label_sum = 0;  // Σ e^{T·(x^s−m_s)}
+  bool plain = true;     // no block needed a reference of its own
 };
 
 struct JsdSums {
@@ -39,20 +43,26 @@ struct JsdSums {
   double student = 0;  // Σ q·(log q − log μ)
 };
 
+struct References {
+  float student;
+  float teacher;
+};
+
 struct Shift {
   double by;      // m − m', <= 0
   double factor;  // e^by
 };
 
-inline Shift shift(double from, double to) {
-  return from == to ? Shift{0.0, 1.0} : Shift{from - to, std::exp(from - to)};
+// Empty sums (every logit −∞) have no reference to move.
+inline Shift shift(double sum, double from, double to) {
+  return sum == 0 || from == to ? Shift{0.0, 1.0} : Shift{from - to, std::exp(from - to)};
 }
 
-// Moves the sums to the references (student_max, teacher_max). Empty sums (all logits −∞) stay 0; infinity stays infinity.
+// Moves the sums to other references; an infinite divergence stays infinite.
 template <Divergence D>
-void rebase(KlSums& sums, double student_max, double teacher_max, double temperature) {
-  const Shift student = sums.student_sum == 0 ? Shift{0, 1} : shift(sums.student_max, student_max);
-  const Shift teacher = sums.teacher_sum == 0 ? Shift{0, 1} : shift(sums.teacher_max, teacher_max);
+void rebase(KlSums& sums, double student_reference, double teacher_reference, double temperature) {
+  const Shift student = shift(sums.student_sum, sums.student_reference, student_reference);
+  const Shift teacher = shift(sums.teacher_sum, sums.teacher_reference, teacher_reference);
   if (std::isfinite(sums.cross)) {
     sums.cross = D == Divergence::reverse
                      ? student.factor * (sums.cross + sums.student_sum * (student.by - teacher.by))
@@ -61,87 +71,114 @@ void rebase(KlSums& sums, double student_max, double teacher_max, double tempera
   sums.teacher_energy = teacher.factor * (sums.teacher_energy + sums.teacher_sum * teacher.by);
   sums.teacher_sum *= teacher.factor;
   sums.student_sum *= student.factor;
-  if (sums.label_sum != 0) sums.label_sum *= std::exp(temperature * student.by);
-  sums.student_max = student_max;
-  sums.teacher_max = teacher_max;
+  sums.label_sum *= std::exp(temperature * student.by);
+  sums.student_reference = student_reference;
+  sums.teacher_reference = teacher_reference;
 }
 
 template <Divergence D>
 void join(KlSums& total, KlSums part, double temperature) {
-  const double student_max = std::fmax(total.student_max, part.student_max);
-  const double teacher_max = std::fmax(total.teacher_max, part.teacher_max);
-  rebase<D>(total, student_max, teacher_max, temperature);
-  rebase<D>(part, student_max, teacher_max, temperature);
+  if (total.student_reference != part.student_reference || total.teacher_reference != part.teacher_reference) {
+    const double student = std::fmax(total.student_reference, part.student_reference);
+    const double teacher = std::fmax(total.teacher_reference, part.teacher_reference);
+    rebase<D>(total, student, teacher, temperature);
+    rebase<D>(part, student, teacher, temperature);
+  }
   total.student_sum += part.student_sum;
   total.teacher_sum += part.teacher_sum;
   total.teacher_energy += part.teacher_energy;
   total.cross += part.cross;
   total.label_sum += part.label_sum;
+  total.plain &= part.plain;
 }
 
-// Σ over a block of e^{x−m} and of e^{x−m}·(x−m).
-struct Energy {
-  double sum;
-  double energy;
+// Running sums of one chain of lanes.
+struct Lanes {
+  Vf student{}, teacher{}, energy{}, cross{};
 };
 
-template <bool kInfinite>
-inline void add_energy(Vf x, float reference, Vf& delta, Vf& e, Vf& sum, Vf& energy) {
-  delta = x - reference;
-  e = exp(delta);
-  sum += e;
-  energy = fma(e, kInfinite ? max(broadcast(kPadding), delta) : delta, energy);
-}
-
-inline float finite_reference(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
-
-template <bool kInfinite>
-Energy energy_of(const float* x, int count, float reference) {
-  Vf sum[2] = {}, energy[2] = {};
-  for (int i = 0; i < count; i += kStep) {
-    for (int chain = 0; chain < 2; ++chain) {
-      Vf delta, e;
-      add_energy<kInfinite>(load(x + i + chain * kLanes), reference, delta, e, sum[chain], energy[chain]);
-    }
-  }
-  return {horizontal_sum(sum[0] + sum[1]), horizontal_sum(energy[0] + energy[1])};
-}
-
-// One term of `cross` where a logit of the block is −∞: 0 where the first distribution has no mass, +∞ where only the
-// second has none.
-inline Vf infinite_term(Vf first, Vf second, Vf plain) {
-  const Vf reachable = select(Vi(second == -kInfinity), broadcast(kInfinity), plain);
+// One term of `cross` where logits may be −∞: 0 where the first distribution has no mass, +∞ where only the second has none.
+inline Vf limit_term(Vf first, Vf second, Vf term) {
+  const Vf reachable = select(Vi(second == -kInfinity), broadcast(kInfinity), term);
   return select(Vi(first == -kInfinity), Vf{}, reachable);
 }
 
-template <Divergence D, bool kInfinite>
-void sum_block(const float* xs, const float* xt, int count, KlSums& sums) {
-  const float student_reference = finite_reference(sums.student_max);
-  const float teacher_reference = finite_reference(sums.teacher_max);
-  Vf student_sum[2] = {}, teacher_sum[2] = {}, energy[2] = {}, cross[2] = {};
+// Adds e^{x−m} and e^{x−m}·(x−m) of the teacher to the lanes.
+template <bool kLimits>
+inline Vf add_teacher(Vf x, float reference, Lanes& lanes, Vf& delta) {
+  delta = x - reference;
+  const Vf e = exp(delta);
+  lanes.teacher += e;
+  lanes.energy = fma(e, kLimits ? max(broadcast(kPadding), delta) : delta, lanes.energy);
+  return e;
+}
+
+inline KlSums folded(const Lanes (&lanes)[2], float student_reference, float teacher_reference) {
+  KlSums sums;
+  sums.student_reference = student_reference;
+  sums.teacher_reference = teacher_reference;
+  sums.student_sum = horizontal_sum(lanes[0].student + lanes[1].student);
+  sums.teacher_sum = horizontal_sum(lanes[0].teacher + lanes[1].teacher);
+  sums.teacher_energy = horizontal_sum(lanes[0].energy + lanes[1].energy);
+  sums.cross = horizontal_sum(lanes[0].cross + lanes[1].cross);
+  return sums;
+}
+
+template <bool kLimits>
+KlSums sum_teacher(const float* xt, int count, float reference, Prefetch ahead) {
+  Lanes lanes[2];
   for (int i = 0; i < count; i += kStep) {
+    ahead.step();
     for (int chain = 0; chain < 2; ++chain) {
-      const Vf student = load(xs + i + chain * kLanes), teacher = load(xt + i + chain * kLanes);
-      Vf dt, et;
-      add_energy<kInfinite>(teacher, teacher_reference, dt, et, teacher_sum[chain], energy[chain]);
-      const Vf ds = student - student_reference;
+      Vf delta;
+      add_teacher<kLimits>(load(xt + i + chain * kLanes), reference, lanes[chain], delta);
+    }
+  }
+  return folded(lanes, 0.0f, reference);
+}
+
+struct BlockPair {
+  const float* student;
+  const float* teacher;
+  int count;
+  Prefetch student_ahead;
+  Prefetch teacher_ahead;
+};
+
+// Where the exponentials of a block are kept for the gradient.
+struct Kept {
+  float* student;
+  float* teacher;
+};
+
+template <Divergence D, bool kLimits, bool kKeep>
+KlSums sum_block(BlockPair block, References m, Kept kept) {
+  Lanes lanes[2];
+  for (int i = 0; i < block.count; i += kStep) {
+    block.student_ahead.step();
+    block.teacher_ahead.step();
+    for (int chain = 0; chain < 2; ++chain) {
+      const int at = i + chain * kLanes;
+      const Vf xs = load(block.student + at), xt = load(block.teacher + at);
+      Vf dt;
+      const Vf et = add_teacher<kLimits>(xt, m.teacher, lanes[chain], dt);
+      const Vf ds = xs - m.student;
       const Vf es = exp(ds);
-      student_sum[chain] += es;
-      if constexpr (D == Divergence::forward) {
-        const Vf difference = dt - ds;
-        cross[chain] = kInfinite ? cross[chain] + infinite_term(teacher, student, et * difference)
-                                 : fma(et, difference, cross[chain]);
-      } else if constexpr (D == Divergence::reverse) {
-        const Vf difference = ds - dt;
-        cross[chain] = kInfinite ? cross[chain] + infinite_term(student, teacher, es * difference)
-                                 : fma(es, difference, cross[chain]);
+      lanes[chain].student += es;
+      if constexpr (kKeep) {
+        store(kept.student + at, es);
+        store(kept.teacher + at, et);
+      }
+      if constexpr (D != Divergence::jsd) {
+        const Vf e = D == Divergence::forward ? et : es;
+        const Vf difference = D == Divergence::forward ? dt - ds : ds - dt;
+        const Vf first = D == Divergence::forward ? xt : xs, second = D == Divergence::forward ? xs : xt;
+        lanes[chain].cross = kLimits ? lanes[chain].cross + limit_term(first, second, e * difference)
+                                     : fma(e, difference, lanes[chain].cross);
       }
     }
   }
-  sums.student_sum = horizontal_sum(student_sum[0] + student_sum[1]);
-  sums.teacher_sum = horizontal_sum(teacher_sum[0] + teacher_sum[1]);
-  sums.teacher_energy = horizontal_sum(energy[0] + energy[1]);
-  sums.cross = horizontal_sum(cross[0] + cross[1]);
+  return folded(lanes, m.student, m.teacher);
 }
 
 // Σ e^{T·(x−m)}: the softmax without temperature that the cross-entropy needs.
@@ -176,16 +213,30 @@ inline JsdSums sum_mixture(const float* xs, const float* xt, int count, float ls
   return {horizontal_sum(teacher), horizontal_sum(student)};
 }
 
+inline bool is_finite(const KlSums& sums) {
+  return std::isfinite(sums.student_sum + sums.teacher_sum + sums.teacher_energy + sums.cross + sums.label_sum);
+}
+
+// A reference for exponents: 0 stands in where every logit is −∞.
+inline float finite_reference(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
+
+// Sums of nothing have no reference.
+inline KlSums without_empty(KlSums sums) {
+  if (sums.student_sum == 0) sums.student_reference = -INFINITY;
+  if (sums.teacher_sum == 0) sums.teacher_reference = -INFINITY;
+  return sums;
+}
+
 template <Divergence D>
 class EntropyKlRows {
  public:
   struct Statistics {
     TokenStats values;
-    double student_max, teacher_max;
-    double student_sum, teacher_sum, label_sum;
+    KlSums sums;
     JsdSums mixture;
-    float student_log_norm() const { return static_cast<float>(student_max + std::log(student_sum)); }
-    float teacher_log_norm() const { return static_cast<float>(teacher_max + std::log(teacher_sum)); }
+    bool kept;  // the exponentials of the row are in the scratch
+    float student_log_norm() const { return static_cast<float>(sums.student_reference + std::log(sums.student_sum)); }
+    float teacher_log_norm() const { return static_cast<float>(sums.teacher_reference + std::log(sums.teacher_sum)); }
   };
 
   explicit EntropyKlRows(const EntropyKl& problem)
@@ -196,90 +247,133 @@ class EntropyKlRows {
   int64_t support() const { return problem_.vocabulary; }
   int64_t row_bytes() const { return problem_.vocabulary * size_of(problem_.student.dtype); }
 
-  double teacher_entropy(int64_t row, const Parallel& pool) const {
-    const KlSums sums = fold_blocks<KlSums>(
-        pool, problem_.vocabulary,
-        [&](int64_t begin, int count) {
-          alignas(64) float xt[kBlock];
-          const Range range = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, xt);
-          const float reference = finite_reference(range.high);
-          const Energy e = range.low == -kInfinity ? energy_of<true>(xt, count, reference)
-                                                   : energy_of<false>(xt, count, reference);
-          KlSums part;
-          part.teacher_max = range.high;
-          part.teacher_sum = e.sum;
-          part.teacher_energy = e.energy;
-          return part;
-        },
-        [&](KlSums& total, const KlSums& part) { join<D>(total, part, temperature_); });
-    return entropy(sums);
+  // Both rows' exponentials, where they fit the cache and the gradient is a sum of them.
+  int64_t scratch_floats(bool need_grad) const {
+    const bool linear = D == Divergence::forward && !untempered_ && problem_.student_transform.softcap <= 0;
+    return need_grad && linear && problem_.vocabulary <= kKeptColumns ? 2 * padded_row() : 0;
   }
 
-  Statistics statistics(int64_t row, const Parallel& pool) const {
-    const KlSums sums = fold_blocks<KlSums>(
-        pool, problem_.vocabulary,
-        [&](int64_t begin, int count) { return block_sums(row, begin, count); },
-        [&](KlSums& total, const KlSums& part) { join<D>(total, part, temperature_); });
+  double teacher_entropy(int64_t row, const RowContext& context) const {
+    const float reference = first_max(problem_.teacher, row, problem_.teacher_transform);
+    return entropy(fold(context.pool, [&](int64_t begin, int count) {
+      alignas(64) float scratch[kBlock];
+      const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, scratch);
+      const Prefetch ahead = prefetch(problem_.teacher, row, begin + kPrefetchColumns);
+      if (std::isfinite(reference)) {
+        const KlSums sums = sum_teacher<false>(xt, padded(count), reference, ahead);
+        if (is_finite(sums)) return sums;
+      }
+      return without_empty(
+          sum_teacher<true>(xt, padded(count), finite_reference(block_max(xt, padded(count))), ahead));
+    }));
+  }
+
+  Statistics statistics(int64_t row, const RowContext& context) const {
+    const References first{first_max(problem_.student, row, problem_.student_transform),
+                           first_max(problem_.teacher, row, problem_.teacher_transform)};
     Statistics s{};
-    s.student_max = sums.student_max;
-    s.teacher_max = sums.teacher_max;
-    s.student_sum = sums.student_sum;
-    s.teacher_sum = sums.teacher_sum;
-    s.label_sum = untempered_ ? sums.label_sum : sums.student_sum;
-    s.values.teacher_entropy = entropy(sums);
-    s.values.divergence = divergence(row, sums, pool, s);
+    s.sums = fold(context.pool,
+                  [&](int64_t begin, int count) { return block_sums(row, begin, count, first, context); });
+    if (!untempered_) s.sums.label_sum = s.sums.student_sum;
+    s.kept = context.scratch != nullptr && s.sums.plain;
+    s.values.teacher_entropy = entropy(s.sums);
+    s.values.divergence = divergence(row, context.pool, s);
     s.values.cross_entropy = problem_.tokens.labels == nullptr ? 0.0 : cross_entropy(row, s);
     return s;
   }
 
-  // `ahead` is the row that this thread reads next.
-  void gradient(int64_t row, const Statistics& s, const Coefficients& c, int64_t ahead, bool stream_out,
-                const Parallel& pool, void* target) const {
-    for_each_block(pool, problem_.vocabulary, [&](int64_t begin, int count) {
-      alignas(64) float xs[kBlock], g[kBlock];
-      load_block(problem_.student, row, begin, count, problem_.student_transform, xs, ahead);
-      load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, g, ahead);
-      divergence_gradient(xs, count, s, c, g);
-      if (problem_.tokens.labels != nullptr) label_gradient(xs, begin, count, row, s, c, g);
-      transform_gradient(xs, count, problem_.student_transform, g);
+  void gradient(int64_t row, const Statistics& s, const Coefficients& c, const RowContext& context, bool stream_out,
+                void* target) const {
+    for_each_block(context.pool, problem_.vocabulary, [&](int64_t begin, int count) {
+      alignas(64) float student[kBlock], teacher[kBlock], g[kBlock];
+      const Transform& transform = problem_.student_transform;
+      if (s.kept) {
+        const float* es = context.scratch + begin;
+        kept_gradient(es, es + padded_row(), padded(count), s, c, g);
+        label_gradient(nullptr, row, begin, count, s, c, g);
+        scale_values(g, count, transform.scale);
+      } else {
+        const float* xs = load_block(problem_.student, row, begin, count, transform, student);
+        const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
+        divergence_gradient(xs, xt, padded(count), s, c, g);
+        label_gradient(xs, row, begin, count, s, c, g);
+        transform_gradient(xs, count, transform, g);
+      }
       store_block(g, count, problem_.student.dtype, stream_out, target, begin);
     });
   }
 
  private:
+  static constexpr int64_t kKeptColumns = 1 << 18;
+  static constexpr int64_t kPrefetchColumns = 4096;
+
+  int64_t padded_row() const { return (problem_.vocabulary + kStep - 1) / kStep * kStep; }
+
   static double entropy(const KlSums& sums) {
     return std::log(sums.teacher_sum) - sums.teacher_energy / sums.teacher_sum;
   }
 
-  KlSums block_sums(int64_t row, int64_t begin, int count) const {
-    alignas(64) float xs[kBlock], xt[kBlock];
-    const Range s = load_block(problem_.student, row, begin, count, problem_.student_transform, xs);
-    const Range t = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, xt);
-    KlSums sums;
-    sums.student_max = s.high;
-    sums.teacher_max = t.high;
-    if (s.low == -kInfinity || t.low == -kInfinity) {
-      sum_block<D, true>(xs, xt, count, sums);
-    } else {
-      sum_block<D, false>(xs, xt, count, sums);
+  static Prefetch prefetch(const Rows& rows, int64_t row, int64_t column) {
+    return Prefetch(address(rows, row, column), size_of(rows.dtype));
+  }
+
+  template <class Part>
+  KlSums fold(const Parallel& pool, const Part& part) const {
+    return fold_blocks<KlSums>(pool, problem_.vocabulary, part, [&](KlSums& total, const KlSums& sums) {
+      join<D>(total, sums, temperature_);
+    });
+  }
+
+  float first_max(const Rows& rows, int64_t row, const Transform& transform) const {
+    alignas(64) float scratch[kBlock];
+    const int count = static_cast<int>(problem_.vocabulary < kBlock ? problem_.vocabulary : kBlock);
+    return block_max(load_block(rows, row, 0, count, transform, scratch), padded(count));
+  }
+
+  KlSums block_sums(int64_t row, int64_t begin, int count, References first, const RowContext& context) const {
+    alignas(64) float student[kBlock], teacher[kBlock];
+    const int64_t ahead = context.scratch != nullptr ? begin : begin + kPrefetchColumns;
+    const int64_t ahead_row = context.scratch != nullptr ? context.next : row;
+    const BlockPair block{load_block(problem_.student, row, begin, count, problem_.student_transform, student),
+                          load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher),
+                          padded(count), prefetch(problem_.student, ahead_row, ahead),
+                          prefetch(problem_.teacher, ahead_row, ahead)};
+    if (std::isfinite(first.student) && std::isfinite(first.teacher)) {
+      const KlSums sums = with_labels(block, first, summed(block, first, begin, context));
+      if (is_finite(sums)) return sums;
     }
-    if (untempered_) sums.label_sum = sum_untempered(xs, count, finite_reference(s.high), temperature_);
+    const References own{finite_reference(block_max(block.student, block.count)),
+                         finite_reference(block_max(block.teacher, block.count))};
+    KlSums sums = without_empty(with_labels(block, own, sum_block<D, true, false>(block, own, {})));
+    sums.plain = false;
     return sums;
   }
 
-  double divergence(int64_t row, const KlSums& sums, const Parallel& pool, Statistics& s) const {
-    const double log_ratio = std::log(sums.student_sum) - std::log(sums.teacher_sum);
-    if constexpr (D == Divergence::forward) return sums.cross / sums.teacher_sum + log_ratio;
-    if constexpr (D == Divergence::reverse) return sums.cross / sums.student_sum - log_ratio;
-    const float beta = static_cast<float>(problem_.beta);
-    const float ls = s.student_log_norm(), lt = s.teacher_log_norm();
+  KlSums summed(const BlockPair& block, References m, int64_t begin, const RowContext& context) const {
+    if constexpr (D == Divergence::forward) {
+      float* kept = context.scratch;
+      if (kept != nullptr) return sum_block<D, false, true>(block, m, {kept + begin, kept + padded_row() + begin});
+    }
+    return sum_block<D, false, false>(block, m, {});
+  }
+
+  KlSums with_labels(const BlockPair& block, References m, KlSums sums) const {
+    if (untempered_) sums.label_sum = sum_untempered(block.student, block.count, m.student, temperature_);
+    return sums;
+  }
+
+  double divergence(int64_t row, const Parallel& pool, Statistics& s) const {
+    const double log_ratio = std::log(s.sums.student_sum) - std::log(s.sums.teacher_sum);
+    if constexpr (D == Divergence::forward) return s.sums.cross / s.sums.teacher_sum + log_ratio;
+    if constexpr (D == Divergence::reverse) return s.sums.cross / s.sums.student_sum - log_ratio;
+    const float beta = static_cast<float>(problem_.beta), ls = s.student_log_norm(), lt = s.teacher_log_norm();
     s.mixture = fold_blocks<JsdSums>(
         pool, problem_.vocabulary,
         [&](int64_t begin, int count) {
-          alignas(64) float xs[kBlock], xt[kBlock];
-          load_block(problem_.student, row, begin, count, problem_.student_transform, xs);
-          load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, xt);
-          return sum_mixture(xs, xt, count, ls, lt, beta);
+          alignas(64) float student[kBlock], teacher[kBlock];
+          const float* xs = load_block(problem_.student, row, begin, count, problem_.student_transform, student);
+          const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
+          return sum_mixture(xs, xt, padded(count), ls, lt, beta);
         },
         [](JsdSums& total, const JsdSums& part) {
           total.teacher += part.teacher;
@@ -289,46 +383,63 @@ class EntropyKlRows {
   }
 
   double cross_entropy(int64_t row, const Statistics& s) const {
-    alignas(64) float label[kStep];
-    load_block(problem_.student, row, problem_.tokens.labels[row], 1, problem_.student_transform, label);
-    return std::log(s.label_sum) + (s.student_max - label[0]) * temperature_;
+    alignas(64) float scratch[kStep];
+    const float* label =
+        load_block(problem_.student, row, problem_.tokens.labels[row], 1, problem_.student_transform, scratch);
+    return std::log(s.sums.label_sum) + (s.sums.student_reference - *label) * temperature_;
   }
 
-  // g holds x^t and becomes a·∂D/∂f; with T = 1 the cross-entropy's softmax is q and joins in.
-  void divergence_gradient(const float* xs, int count, const Statistics& s, const Coefficients& c, float* g) const {
+  // a·q − b·p with T = 1 or without labels: the cross-entropy's softmax is q and joins in a.
+  struct Slopes {
+    float student;
+    float teacher;
+  };
+
+  Slopes slopes(const Statistics& s, const Coefficients& c) const {
     const double a = c.divergence / temperature_;
+    const double b = problem_.tokens.labels != nullptr && !untempered_ ? c.cross_entropy : 0.0;
+    return {static_cast<float>((a + b) / s.sums.student_sum), static_cast<float>(a / s.sums.teacher_sum)};
+  }
+
+  void kept_gradient(const float* es, const float* et, int count, const Statistics& s, const Coefficients& c,
+                     float* g) const {
+    const Slopes slope = slopes(s, c);
+    for (int i = 0; i < count; i += kLanes) {
+      store(g + i, fma(load(es + i), broadcast(slope.student), load(et + i) * -slope.teacher));
+    }
+  }
+
+  void divergence_gradient(const float* xs, const float* xt, int count, const Statistics& s, const Coefficients& c,
+                           float* g) const {
     if constexpr (D == Divergence::forward) {
-      const double b = problem_.tokens.labels != nullptr && !untempered_ ? c.cross_entropy : 0.0;
-      forward_gradient(xs, count, s, static_cast<float>((a + b) / s.student_sum), static_cast<float>(a / s.teacher_sum), g);
-    } else {
-      const float beta = static_cast<float>(problem_.beta);
-      const float ls = s.student_log_norm(), lt = s.teacher_log_norm();
-      const float mean = static_cast<float>(D == Divergence::reverse ? s.values.divergence : s.mixture.student);
-      const float scale = static_cast<float>(D == Divergence::reverse ? a : a * (1.0 - problem_.beta));
+      const Slopes slope = slopes(s, c);
+      const float ms = static_cast<float>(s.sums.student_reference), mt = static_cast<float>(s.sums.teacher_reference);
       for (int i = 0; i < count; i += kLanes) {
-        const Mixture m(load(xs + i), load(g + i), ls, lt, beta);
+        const Vf es = exp(load(xs + i) - ms), et = exp(load(xt + i) - mt);
+        store(g + i, fma(es, broadcast(slope.student), et * -slope.teacher));
+      }
+    } else {
+      const float beta = static_cast<float>(problem_.beta), ls = s.student_log_norm(), lt = s.teacher_log_norm();
+      const double a = c.divergence / temperature_ * (D == Divergence::reverse ? 1.0 : 1.0 - problem_.beta);
+      const float slope = static_cast<float>(a);
+      const float mean = static_cast<float>(D == Divergence::reverse ? s.values.divergence : s.mixture.student);
+      for (int i = 0; i < count; i += kLanes) {
+        const Mixture m(load(xs + i), load(xt + i), ls, lt, beta);
         const Vf other = D == Divergence::reverse ? m.log_p : m.log_mu;
-        store(g + i, scale * m.q * (m.log_q - other - mean));
+        store(g + i, slope * m.q * (m.log_q - other - mean));
       }
     }
   }
 
-  static void forward_gradient(const float* xs, int count, const Statistics& s, float student, float teacher, float* g) {
-    const float ms = static_cast<float>(s.student_max), mt = static_cast<float>(s.teacher_max);
-    for (int i = 0; i < count; i += kLanes) {
-      const Vf es = exp(load(xs + i) - ms), et = exp(load(g + i) - mt);
-      store(g + i, fma(es, broadcast(student), et * -teacher));
-    }
-  }
-
-  void label_gradient(const float* xs, int64_t begin, int count, int64_t row, const Statistics& s, const Coefficients& c,
-                      float* g) const {
-    if (c.cross_entropy == 0.0) return;
+  // Adds the cross-entropy's softmax, where it is not q already, and its −1 at the label.
+  void label_gradient(const float* xs, int64_t row, int64_t begin, int count, const Statistics& s,
+                      const Coefficients& c, float* g) const {
+    if (problem_.tokens.labels == nullptr || c.cross_entropy == 0.0) return;
     if (untempered_ || D != Divergence::forward) {
-      const float scale = static_cast<float>(c.cross_entropy / s.label_sum);
-      const float ms = static_cast<float>(s.student_max);
+      const float slope = static_cast<float>(c.cross_entropy / s.sums.label_sum);
+      const float ms = static_cast<float>(s.sums.student_reference);
       for (int i = 0; i < count; i += kLanes) {
-        store(g + i, fma(exp((load(xs + i) - ms) * temperature_), broadcast(scale), load(g + i)));
+        store(g + i, fma(exp((load(xs + i) - ms) * temperature_), broadcast(slope), load(g + i)));
       }
     }
     const int64_t column = problem_.tokens.labels[row] - begin;

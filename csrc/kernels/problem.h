@@ -10,6 +10,7 @@ enum class Weighting : int { none, entropy, inverse, mix };
 enum class Divergence : int { forward, reverse, jsd };
 enum class Tail : int { bucket, renorm, truncated };
 enum class Reduction : int { none, mean, sum };
+enum class Relaxation : int { threshold, softmax, successive };
 
 // A matrix whose rows are contiguous; `stride` counts elements from one row to the next.
 struct Rows {
@@ -59,12 +60,56 @@ struct EntropyKl {
   Objective objective;
 };
 
+struct TopkKl {
+  int64_t vocabulary;
+  int64_t k;
+  Tokens tokens;
+  Rows student;
+  const float* teacher_logprobs;  // (count, k), contiguous; −∞ marks padding
+  const int64_t* teacher_ids;     // (count, k), contiguous
+  Transform transform;
+  Tail tail;
+  Divergence divergence;
+  double beta;
+  Objective objective;
+};
+
 // Where a forward pass writes. `stats` has 4 rows of `count`: divergence, teacher entropy, cross-entropy, weight.
 struct LossOutput {
   float* loss;          // one value, or one a token with Reduction::none
   float* stats;
   void* grad;           // null: value only; rows of the vocabulary's length, no gap
   bool stream;          // write the gradient past the caches
+};
+
+struct GumbelTopk {
+  Rows logits;
+  int64_t column_stride;
+  int64_t rows;
+  int64_t length;
+  int64_t k;
+  double tau;
+  double noise_scale;
+  uint64_t seed;
+  uint64_t step;
+  Relaxation relaxation;
+};
+
+// Contiguous, of the logits' shape and dtype.
+struct GumbelIncoming {
+  const void* grad;
+  const void* probs;
+};
+
+struct GatedResidual {
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+  const void* hidden;
+  const void* branch;
+  const void* gate;
+  DType gate_dtype;
+  bool gate_by_element;  // one value an element, else one a row
 };
 
 }  // namespace e3
