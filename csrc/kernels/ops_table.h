@@ -1,0 +1,60 @@
+// The kernels behind torch.ops.e3.*, compiled once an instruction set; one table of them is chosen at load.
+#pragma once
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/isa.h"
+#include "kernels/parallel.h"
+#include "kernels/problem.h"
+
+namespace e3 {
+
+struct OpsTable {
+  Isa isa;
+  void (*entropy_kl)(const EntropyKl&, const Parallel&, const LossOutput&);
+  void (*entropy_kl_backward)(const EntropyKl&, const Parallel&, const float* grad_loss, bool stream, void* grad);
+  void (*topk_kl)(const TopkKl&, const Parallel&, const LossOutput&);
+  void (*topk_kl_backward)(const TopkKl&, const Parallel&, const float* grad_loss, bool stream, void* grad);
+  void (*gumbel_topk)(const GumbelTopk&, const Parallel&, void* mask, void* probs);
+  void (*gumbel_topk_backward)(const GumbelTopk&, const GumbelIncoming&, const Parallel&, void* grad_logits);
+  void (*gated_residual)(const GatedResidual&, const Parallel&, bool stream, void* out);
+  void (*gated_residual_backward)(const GatedResidual&, const void* grad, const Parallel&, bool stream,
+                                  void* grad_hidden, void* grad_branch, float* grad_gate);
+};
+
+// Defined by ops_table.cpp, in one object an instruction set.
+namespace baseline { extern const OpsTable table; }
+#if defined(__x86_64__)
+namespace avx2 { extern const OpsTable table; }
+namespace avx512 { extern const OpsTable table; }
+namespace avx512_bf16 { extern const OpsTable table; }
+#endif
+
+// The table of `isa`, or null where this build does not hold it.
+inline const OpsTable* table_of(Isa isa) {
+  switch (isa) {
+    case Isa::baseline: return &baseline::table;
+#if defined(__x86_64__)
+    case Isa::avx2: return &avx2::table;
+    case Isa::avx512: return &avx512::table;
+    case Isa::avx512_bf16: return &avx512_bf16::table;
+#endif
+    default: return nullptr;
+  }
+}
+
+// The widest table that this machine runs; the environment's E3_ISA asks for a narrower one.
+inline const OpsTable& choose_table() {
+  const Isa widest = detect_isa();
+  const char* wanted = std::getenv("E3_ISA");
+  if (wanted == nullptr || *wanted == '\0') return *table_of(widest);
+  for (int isa = 0; isa <= static_cast<int>(widest); ++isa) {
+    if (std::string(kIsaNames[isa]) == wanted) return *table_of(static_cast<Isa>(isa));
+  }
+  throw std::invalid_argument(std::string("E3_ISA=") + wanted + ": this machine runs baseline to " +
+                              kIsaNames[static_cast<int>(widest)]);
+}
+
+}  // namespace e3

@@ -1,0 +1,24 @@
+"""e3 info: versions, backends and why."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+import yaml
+
+import e3kernels
+from e3pruner.report import describe_environment
+
+
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False) -> None:
+    """Show this machine, the versions, and which backend serves each operation and why.
+
+    Example: `e3 info --json > info.json`
+    """
+    kernels = e3kernels.info()
+    facts = describe_environment() | {
+        key: kernels[key] for key in ("operations", "unavailable_backends", "native_modules")
+    }
+    print(json.dumps(facts, indent=2) if as_json else yaml.safe_dump(facts, sort_keys=False, width=120))
