@@ -9,7 +9,7 @@ import torch
 import e3kernels as e3k
 from e3kernels import backends
 from e3kernels.contract import BACKENDS
-from e3kernels.ops.registration import OPERATORS
+from e3kernels.registration import OPERATORS
 
 OPERATIONS = (
     "entropy_kl",

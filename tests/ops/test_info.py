@@ -5,7 +5,7 @@ import sys
 import torch
 
 import e3kernels as e3k
-from e3kernels.ops.registration import OPERATORS
+from e3kernels.registration import OPERATORS
 
 
 def test_info_names_a_backend_and_a_reason_for_every_operation():
