@@ -27,7 +27,7 @@ class SearchProblem:
     `score` is the one measure: the mean over tokens of KL(dense model || model without the layers), in nats, over the
     full vocabulary, forward only. `batches` are the given ones, (B, T) each, split so that a forward pass is short.
 
-    Used as a context manager: inside, the model is in evaluation mode and its layers can be skipped; leaving restores it.
+    Used as a context manager: inside, the model is in evaluation mode and can skip layers; leaving restores it.
 
     Everything measured is kept in `measured`. A search method is a deterministic function of its seed and of what it
     measures; given the `measured` of an interrupted run it comes back to where that run was, without computing, and
