@@ -262,6 +262,7 @@ def test_activation_checkpointing(backend):
         ({"teacher_bias": torch.zeros(6, 1)}, r"teacher_bias has shape \(6, 1\)"),
         ({"teacher_weight": torch.zeros(6, 4, device="meta")}, "teacher_weight is on meta"),
         ({"labels": torch.tensor([0, 1, 6])}, "labels holds 6"),
+        ({"student_hidden": torch.zeros(())}, "student_hidden is 0-dimensional"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"teacher_softcap": -1.0}, "teacher_softcap is -1.0"),
     ],
