@@ -49,13 +49,14 @@ class Budget:
     calibration: int = 8
     held_out: int = 16
     curve_points: int = 4
+    compensation: int = 32
     training_steps: int = 50
     new_tokens: int = 48
     batch: int = 4
 
 
 FULL = Budget()
-QUICK = Budget(calibration=4, held_out=8, curve_points=2, training_steps=10, new_tokens=24)
+QUICK = Budget(calibration=4, held_out=8, curve_points=2, compensation=16, training_steps=10, new_tokens=24)
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,17 @@ class Pipeline:
     def recover(self) -> dict[str, Any]:
         student = self.load(PRUNED)
         training = self.folder / "training"
+        resume = (training / STATE).exists()
+        if not resume:
+            plan = PruningPlan.load(self.folder / PLAN_FILE)
+            e3pruner.compensate(student, self.dense, plan, self.tokens.training[: self.budget.compensation])
         result = e3pruner.distill(
             student,
             teacher=self.dense,
             data=self.tokens.training,
             held_out=self.held_out,
             output=training,
-            resume=(training / STATE).exists(),
+            resume=resume,
             steps=self.budget.training_steps,
             batch_size=self.budget.batch,
             seed=self.seed,
