@@ -27,9 +27,10 @@ from transformers import PreTrainedModel
 
 from e3pruner.models import PruningPlan, find_layers, last_hidden, output_head
 from e3pruner.models.stack import evaluating
+from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.batches import sequences_of
 from e3pruner.recovery.loss import DistillLoss, HeldOut
-from e3pruner.recovery.options import DistillOptions, autocast_dtype
+from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher
 
 # Where decoder layers of transformers write to the residual stream: attention's projection and the last of the layer.
