@@ -52,13 +52,16 @@ class Budget:
     held_out: int = 16
     search_steps: int = 16
     curve_points: int = 4
+    compensation: int = 32
     training_steps: int = 50
     new_tokens: int = 48
     batch: int = 4
 
 
 FULL = Budget()
-QUICK = Budget(calibration=8, held_out=8, search_steps=6, curve_points=1, training_steps=10, new_tokens=16)
+QUICK = Budget(
+    calibration=8, held_out=8, search_steps=6, curve_points=1, compensation=16, training_steps=10, new_tokens=16
+)
 
 
 @dataclass(frozen=True)
@@ -163,13 +166,17 @@ class Pipeline:
     def recover(self) -> dict[str, Any]:
         student = self.load(PRUNED)
         training = self.folder / "training"
+        resume = (training / STATE).exists()
+        if not resume:
+            plan = PruningPlan.load(self.folder / PLAN_FILE)
+            e3pruner.compensate(student, self.dense, plan, self.tokens.training[: self.budget.compensation])
         result = e3pruner.distill(
             student,
             teacher=self.dense,
             data=self.tokens.training,
             held_out=self.held_out,
             output=training,
-            resume=(training / STATE).exists(),
+            resume=resume,
             steps=self.budget.training_steps,
             batch_size=self.budget.batch,
             seed=self.seed,
