@@ -45,8 +45,7 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend: sequences, steps of the search, points of the curve, training steps and generated tokens a
-    prompt."""
+    """What a run may spend: sequences, steps, points of the curve, and new tokens a prompt."""
 
     calibration: int = 16
     held_out: int = 16
