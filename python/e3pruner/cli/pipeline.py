@@ -45,8 +45,7 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend: sequences, steps of the search, points of the curve, training steps and generated tokens a
-    prompt."""
+    """What a run may spend: sequences, steps, points of the curve, and new tokens a prompt."""
 
     calibration: int = 16
     held_out: int = 16
@@ -60,7 +59,7 @@ class Budget:
 
 FULL = Budget()
 QUICK = Budget(
-    calibration=8, held_out=8, search_steps=6, curve_points=1, compensation=16, training_steps=10, new_tokens=16
+    calibration=8, held_out=8, search_steps=6, curve_points=0, compensation=16, training_steps=10, new_tokens=16
 )
 
 
@@ -190,7 +189,9 @@ class Pipeline:
     def curve(self, found: dict[str, Any]) -> dict[str, list[list[float]]]:
         """Held-out KL without each method's first choices, at some numbers of layers up to `drop`."""
         points = range(1, self.budget.curve_points + 1)
-        counts = sorted({math.ceil(self.drop * point / self.budget.curve_points) for point in points})
+        if not points:
+            return {}
+        counts = sorted({math.ceil(self.drop * point / len(points)) for point in points})
         with SearchProblem(self.dense, self.held_out, drop=self.drop) as problem:
             masks = {(m, n): problem.mask(mask["order"][:n]) for m, mask in found.items() for n in counts}
             values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
