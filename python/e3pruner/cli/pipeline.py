@@ -24,6 +24,7 @@ from e3pruner.cli.results import recovery_results, search_results
 from e3pruner.cli.text import Tokens, batches, take
 from e3pruner.evaluation import latency
 from e3pruner.models import PruningPlan
+from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.state import STATE
 from e3pruner.search.problem import SearchProblem
 from e3pruner.storage import new_folder, write_json
@@ -192,7 +193,8 @@ class Pipeline:
         if not points:
             return {}
         counts = sorted({math.ceil(self.drop * point / len(points)) for point in points})
-        with SearchProblem(self.dense, self.held_out, drop=self.drop) as problem:
+        precision = autocast_dtype("auto", self.dense.device)
+        with SearchProblem(self.dense, self.held_out, drop=self.drop, autocast=precision) as problem:
             masks = {(m, n): problem.mask(mask["order"][:n]) for m, mask in found.items() for n in counts}
             values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
         return {method: [[n, values[method, n]] for n in counts] for method in found}
