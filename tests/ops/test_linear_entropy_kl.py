@@ -67,7 +67,8 @@ def test_error_is_no_worse_than_naive(
     wide_student, wide_teacher = ([tensor.double() for tensor in model] for model in (student, teacher))
     with e3k.use_backend("reference"):
         exact = with_gradients(fused(wide_teacher, labels, **options), wide_student, 3)
-    assert_no_worse(ours, naive, exact, dtype)
+    # Two are our own: of the tile's gradient, which a 16-bit product takes in, and of that product.
+    assert_no_worse(ours, naive, exact, dtype, roundings=2)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
