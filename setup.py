@@ -124,10 +124,9 @@ def compile_jobs(module: Module, compiler: list[str], folder: Path) -> list[list
         for isa, flags in reversed(sets.items()):
             target = folder / f"{module.name}.{Path(source).stem}.{isa}.o"
             jobs.append([*compiler, *common, *flags, f"-DE3_ISA_NAMESPACE={isa}", "-c", source, "-o", str(target)])
-    defined = [f"-DE3_HAVE_{isa.upper()}" for isa in sets]
     for source in module.sources:
         target = folder / f"{module.name}.{Path(source).stem}.o"
-        jobs.append([*compiler, *common, *defined, *module.flags(), "-c", source, "-o", str(target)])
+        jobs.append([*compiler, *common, *module.flags(), "-c", source, "-o", str(target)])
     return jobs
 
 
