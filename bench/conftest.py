@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from e3kernels.backends import native_isa
 from e3pruner.report.benchmarks import complete, table, write
 from e3pruner.report.environment import describe_environment
 
@@ -23,13 +24,11 @@ def _row(entry: Any) -> dict[str, Any]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    import e3kernels  # after the tests have chosen backends and threads
-
     benchmarks = getattr(session.config, "_benchmarksession", None)
     if benchmarks is None or not benchmarks.benchmarks:
         return
-    environment = describe_environment() | {"isa": e3kernels.info()["native"]["isa"]}
-    rows = complete([_row(entry) for entry in benchmarks.benchmarks if "op" in entry.extra_info], environment)
+    rows = [_row(entry) for entry in benchmarks.benchmarks if "op" in entry.extra_info]
+    rows = complete(rows, describe_environment() | {"isa": native_isa()})
     print(f"\n{table(rows)}")
     path = session.config.getoption("--jsonl")
     if path is not None:

@@ -22,8 +22,8 @@ def measure(
 ) -> None:  # fmt: skip
     """Time `call` by pytest-benchmark and keep the rest of its row in `extra_info`.
 
-    `work` is what the operation must move (bytes) or compute (FLOP) at least; `unit` says which. `floor` is the provider
-    name of the physical bound: the rows of one case differ in nothing but the provider.
+    `work` is what the operation must move ("B") or compute ("FLOP") at least; `unit` says which. The provider named
+    `floor` is the physical bound: the rows of one case differ in nothing but the provider.
     """
     start = time.perf_counter()
     call()

@@ -1,4 +1,4 @@
-"""entropy_kl, value and gradient, against the textbook loss eager and compiled; floor: torch.add of three such tensors."""
+"""entropy_kl, value and gradient, against the textbook loss eager and compiled; floor: torch.add on such tensors."""
 
 from functools import cache
 

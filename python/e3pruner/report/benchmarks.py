@@ -95,25 +95,18 @@ def _relative_times(rows: list[Row], provider: str) -> dict[tuple[Any, ...], flo
 def table(rows: list[Row]) -> str:
     """Markdown: a line a row, cases together, times in ms and relative to the floor and to our own."""
     heading = ("case", "provider", "median ms", "p20–p80", "× floor", "× e3", "rate", "MiB", "loss error", "grad error")
-    lines = [heading, ("---",) * len(heading)]
+    lines: list[Iterable[str]] = [heading, ("---",) * len(heading)]
     medians = {(case_of(row), row["provider"]): row["median"] for row in rows}
     for row in sorted(rows, key=lambda row: (str(case_of(row)), row["provider"] != FLOOR, row["median"])):
         case = case_of(row)
         floor, ours = medians.get((case, FLOOR)), medians.get((case, "e3"))
         sizes = ", ".join(f"{key}={row[key]}" for key in CASE[3:] if row.get(key) is not None)
-        lines.append(
-            (
-                f"{row['op']} {row['phase']} {row['dtype']} {sizes}",
-                row["provider"],
-                f"{row['median'] * 1e3:.4g}",
-                f"{row['p20'] * 1e3:.4g}–{row['p80'] * 1e3:.4g}",
-                _times(row["median"], floor),
-                _times(row["median"], ours),
-                f"{row['rate']:.4g} G{row['unit']}/s",
-                "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
-                *("–" if row[key] is None else f"{row[key]:.1e}" for key in ("loss_error", "grad_error")),
-            )  # fmt: skip
-        )
+        cells = [f"{row['op']} {row['phase']} {row['dtype']} {sizes}", row["provider"], f"{row['median'] * 1e3:.4g}"]
+        cells += [f"{row['p20'] * 1e3:.4g}–{row['p80'] * 1e3:.4g}"]
+        cells += [_times(row["median"], floor), _times(row["median"], ours), f"{row['rate']:.4g} G{row['unit']}/s"]
+        cells += ["–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"]
+        cells += ["–" if row[key] is None else f"{row[key]:.1e}" for key in ("loss_error", "grad_error")]
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
