@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from e3kernels.ops.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape, rows_of
-from e3kernels.ops.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
-from e3kernels.ops.losses import LossSignature, declare_loss
+from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape, rows_of
+from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
+from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
 
 OPERATOR = declare_loss(
     LossSignature(

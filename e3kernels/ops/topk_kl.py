@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from e3kernels.ops.arguments import FLOAT_DTYPES, check_dtype, rows_of
-from e3kernels.ops.loss_call import LossOptions, LossResult, call_loss, make_tokens
-from e3kernels.ops.losses import LossSignature, declare_loss
-from e3kernels.ops.stored_teacher import check_tail, stored_teacher
+from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, rows_of
+from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, make_tokens
+from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
+from e3kernels.ops.common.stored_teacher import check_tail, stored_teacher
 
 OPERATOR = declare_loss(
     LossSignature(

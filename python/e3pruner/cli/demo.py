@@ -46,7 +46,7 @@ def demo(
     with output_folder(ctx, out, force) as folder:
         dense, tokenizer = load_model(model, dtype=options.Dtype.FLOAT32), load_tokenizer(model)
         budget = QUICK if quick else FULL
-        tokens = token_splits(tokenizer, text, length=length, seed=seed, teacher=dense, subjects=budget.subjects)
+        tokens = token_splits(tokenizer, text, length=length, seed=seed, teacher=None if quick else dense)
         pipeline = Pipeline(folder, dense, tokenizer, tokens, budget, drop, seed)
         results = run_results(ctx, title(model, dense, drop)) | {"summary": SUMMARY} | pipeline.run()
         save_results(results, folder)

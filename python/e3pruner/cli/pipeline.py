@@ -45,21 +45,20 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend: sequences, steps of the search, points of the curve, training steps, subjects that the
-    teacher writes about, and generated tokens a prompt."""
+    """What a run may spend: sequences, steps of the search, points of the curve, training steps and generated tokens a
+    prompt."""
 
     calibration: int = 16
     held_out: int = 16
     search_steps: int = 16
     curve_points: int = 4
     training_steps: int = 50
-    subjects: int = 32
     new_tokens: int = 48
     batch: int = 4
 
 
 FULL = Budget()
-QUICK = Budget(calibration=8, held_out=8, search_steps=6, curve_points=1, training_steps=10, subjects=0, new_tokens=16)
+QUICK = Budget(calibration=8, held_out=8, search_steps=6, curve_points=1, training_steps=10, new_tokens=16)
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Pipeline:
     def search_by(self, method: str) -> dict[str, Any]:
         checkpoint = self.folder / MEASURED_FILE  # one for all: a mask measured for one method is known to the next
         began = time.perf_counter()
-        options = {"steps": self.budget.search_steps} if method == METHOD else {}
+        options: dict[str, Any] = {"steps": self.budget.search_steps} if method == METHOD else {}
         plan = e3pruner.search(
             self.dense, self.calibration, self.drop, method, self.seed, checkpoint=checkpoint, **options
         )

@@ -18,14 +18,16 @@ from e3pruner.models.stack import evaluating
 from e3pruner.search.forward import Mask, SkippingForward
 
 Measured = tuple[list[float], float]  # values, and what they cost
+_PASS_TOKENS = 512  # of one forward pass: enough to tell good masks from bad ones, so that a step need not cost more
 
 
 class SearchProblem:
     """A model, its calibration tokens, how many layers shall go, and an account of what has been spent.
 
     `score` is the one measure: the mean over tokens of KL(dense model || model without the layers), in nats, over the
-    full vocabulary, forward only. Used as a context manager: inside, the model is in evaluation mode and its layers can
-    be skipped; leaving restores it.
+    full vocabulary, forward only. `batches` are the given ones, (B, T) each, split so that a forward pass is short.
+
+    Used as a context manager: inside, the model is in evaluation mode and can skip layers; leaving restores it.
 
     Everything measured is kept in `measured`. A search method is a deterministic function of its seed and of what it
     measures; given the `measured` of an interrupted run it comes back to where that run was, without computing, and
@@ -46,7 +48,7 @@ class SearchProblem:
         autocast: torch.dtype | None = None,
     ) -> None:
         self.model = model
-        self.batches = batches
+        self.batches = [part for batch in batches for part in batch.split(max(1, _PASS_TOKENS // batch.shape[1]))]
         self.drop = drop
         self.seed = seed
         self.forward = SkippingForward(model)

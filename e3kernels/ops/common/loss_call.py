@@ -7,7 +7,7 @@ from torch import Tensor
 
 from e3kernels.backends import resolve
 from e3kernels.contract import DIVERGENCES, REDUCTIONS, WEIGHTINGS
-from e3kernels.ops.arguments import (
+from e3kernels.ops.common.arguments import (
     INTEGER_DTYPES,
     check_device,
     check_dtype,
@@ -17,7 +17,7 @@ from e3kernels.ops.arguments import (
     code,
     scalar_tensor,
 )
-from e3kernels.ops.registration import Operator
+from e3kernels.registration import Operator
 
 
 class TokenStats(NamedTuple):

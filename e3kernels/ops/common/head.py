@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from e3kernels.ops.arguments import FLOAT_DTYPES, check_dtype, check_shape
+from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, check_shape
 
 
 def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
