@@ -1,6 +1,8 @@
 # Everything runs in .venv, which the first call creates; a second call finds it ready.
 #   make demo [ARGS="--quick"]   search, cut, recover, export and show a real model
 #   make test                    ruff, mypy, pytest
+#   make bench                   every kernel against its peers and its physical floor; bench/results/kernels.*
+#   make fuzz                    the C++ kernels under the sanitizers
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -25,7 +27,9 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/bench
-	$(BIN)/pytest bench --benchmark-only $(ARGS)
+	$(BIN)/pytest bench --benchmark-only --jsonl bench/results/kernels.jsonl $(ARGS)
+
+include csrc/fuzz.mk
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <array>
 #include <cmath>
 #include <optional>
@@ -20,8 +24,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A gradient larger than this is written past the caches: whoever reads it next finds it in memory anyway.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
+// A result larger than this is written past the caches: whoever reads it next finds it in memory anyway.
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
 const e3::OpsTable& kernels() {
   static const e3::OpsTable& table = e3::choose_table();
@@ -107,10 +111,22 @@ std::optional<double> number_of(const OptionalTensor& tensor) {
   return *static_cast<const double*>(number.const_data_ptr());
 }
 
-// Uninitialised, contiguous, of the shape and dtype of `like`.
-Tensor new_like(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+bool streams(const Tensor& tensor) {
+  return tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= kStreamBytes;
+}
 
-bool streams(const Tensor& grad) { return grad.numel() * static_cast<int64_t>(grad.element_size()) >= kStreamBytes; }
+// Uninitialised, contiguous, of the shape and dtype of `like`. Memory that is fresh from the system costs a page fault for
+// every 4 KiB, more than the kernel that fills it; huge pages cost almost none.
+Tensor new_like(const Tensor& like) {
+  const Tensor result = torch::stable::new_empty(like, like.sizes());
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
+  const int64_t bytes = result.numel() * static_cast<int64_t>(result.element_size()) / kPage * kPage - kPage;
+  if (streams(result)) madvise(reinterpret_cast<void*>(first), bytes, MADV_HUGEPAGE);
+#endif
+  return result;
+}
 
 struct Loss {
   Tensor loss, stats, grad;

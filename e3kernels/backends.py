@@ -6,6 +6,7 @@ A graph of torch.compile keeps the backend that was chosen when it was traced.
 """
 
 import importlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,16 +157,31 @@ def load() -> None:
     _load_native()
 
 
+def _why_not_built() -> str:
+    report = Path(__file__).with_name("_build.json")  # setup.py wrote it
+    if not report.exists():
+        return "e3kernels/_ops is not built: this source tree was never installed"
+    reason = json.loads(report.read_text(encoding="utf-8"))["_ops"].get("reason", "its file was removed")
+    return f"e3kernels/_ops is not built: {reason}"
+
+
+def native_isa() -> str | None:
+    """The instruction set of the compiled kernels: the widest that this machine runs, or the one E3_ISA asks for; None
+    where they are not loaded. ValueError if E3_ISA names none that runs here."""
+    return None if "native" in unavailable else torch.ops.e3.native_isa()
+
+
 def _load_native() -> None:
     modules = sorted(Path(__file__).parent.glob("_ops*.so"))
     if not modules:
-        unavailable["native"] = "no compiled module e3kernels/_ops*.so: it was not built"
+        unavailable["native"] = _why_not_built()
         return
     try:
         torch.ops.load_library(str(modules[0]))
     except OSError as error:
         unavailable["native"] = f"{modules[0].name} cannot be loaded: {error}"
         return
+    torch.ops.e3.native_isa()  # refuses an E3_ISA that does not run here before anything is served
     for operation in OPERATORS:
         overload = f"e3::{operation}.native"
         if torch._C._dispatch_has_kernel(overload) and torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CPU"):

@@ -24,6 +24,7 @@ def info() -> dict[str, Any]:
         "cpu": {
             "name": _processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),
+            "native_isa": backends.native_isa(),
             "threads": torch.get_num_threads(),
         },
         "requested_backend": backends.requested(),

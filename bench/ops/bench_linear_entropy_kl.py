@@ -1,0 +1,44 @@
+"""linear_entropy_kl with frozen heads, value and gradient, against TRL and eager; floor: its matrix products."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from heads import SIZES, make, products
+from measure import errors_of, gradient_of, measure
+from textbook import entropy_kl as textbook
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+import e3kernels as e3k
+
+
+def eager(hidden, weight, teacher_hidden, teacher_weight):
+    return textbook(F.linear(hidden, weight), F.linear(teacher_hidden, teacher_weight))
+
+
+def trl(hidden, weight, teacher_hidden, teacher_weight):
+    """Unweighted: TRL gives neither the teacher's entropy nor weights."""
+    return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, 0.0)[0].mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("provider", ["floor", "e3", "eager", "trl"])
+def test_value_and_gradient(benchmark, provider, size, dtype):
+    hidden, *rest = make(*size, dtype)
+    errors = None
+    if provider == "floor":
+        call = products(hidden, *rest)
+    else:
+        loss = {"e3": e3k.linear_entropy_kl, "eager": eager, "trl": trl}[provider]
+        if provider != "trl":  # its loss is another
+            few = (rest[0], rest[1][:16], rest[2])
+            exact = tuple(tensor.double() for tensor in few)
+            errors = errors_of(lambda h: loss(h, *few), lambda h: eager(h, *exact), hidden[:16])
+        hidden.requires_grad_()
+        call = gradient_of(lambda: loss(hidden, *rest), hidden)
+    width, vocabulary, rows = size
+    measure(
+        benchmark, call, op="linear_entropy_kl", provider=provider, phase="value+grad", dtype=dtype,
+        sizes={"N": rows, "H": width, "V": vocabulary}, work=6.0 * rows * width * vocabulary, unit="FLOP",
+        errors=errors,
+    )  # fmt: skip

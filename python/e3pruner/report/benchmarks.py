@@ -1,0 +1,114 @@
+"""Benchmark rows: one JSON object a case and provider, how they are compared and shown."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+# What tells one case from another; rows of a case differ in the provider.
+CASE = ("op", "phase", "dtype", "N", "H", "V", "k", "L")
+FLOOR = "floor"
+
+
+class Change(NamedTuple):
+    """A row that both runs have: time relative to the floor of its own run, before and after."""
+
+    case: tuple[Any, ...]
+    before: float
+    after: float
+
+    @property
+    def factor(self) -> float:
+        return self.after / self.before
+
+
+def case_of(row: Row) -> tuple[Any, ...]:
+    """The values that identify a row's case."""
+    return tuple(row.get(key) for key in CASE)
+
+
+def complete(rows: list[Row], environment: dict[str, Any]) -> list[Row]:
+    """Rows with rate, share of the ceiling measured in the same run, and where they were measured.
+
+    `rate` is in GB/s or GFLOP/s; `share` is the rate relative to that of the case's floor.
+    """
+    rated = [row | {"rate": row["work"] / row["median"] / 1e9} for row in rows]
+    ceilings = {case_of(row): row["rate"] for row in rated if row["provider"] == FLOOR}
+    return [
+        row | {"share": row["rate"] / ceilings[case_of(row)] if case_of(row) in ceilings else None} | environment
+        for row in rated
+    ]
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write JSON lines to `path` and the table beside it as Markdown."""
+    rows = list(rows)
+    for target, text in (
+        (path, "".join(json.dumps(row) + "\n" for row in rows)),
+        (path.with_suffix(".md"), table(rows) + "\n"),
+    ):
+        partial = target.with_name(target.name + ".part")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a JSON lines file; ValueError names the line that is not one."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        if not isinstance(row, dict) or not {"op", "provider", "median"} <= row.keys():
+            raise ValueError(f"{path}, line {number}: not a benchmark row (no op, provider and median)")
+        rows.append(row)
+    return rows
+
+
+def compare(old: list[Row], new: list[Row], provider: str = "e3") -> list[Change]:
+    """How `provider` changed on the cases that both runs have, slowest first.
+
+    Times are taken relative to the floor that each run measured, where it did, so that a slower machine is not mistaken
+    for slower code.
+    """
+    before, after = (_relative_times(rows, provider) for rows in (old, new))
+    changes = [Change(case, before[case], after[case]) for case in before.keys() & after.keys()]
+    return sorted(changes, key=lambda change: -change.factor)
+
+
+def slower(changes: Iterable[Change], limit: float) -> list[Change]:
+    """The changes that lost more than `limit` (0.05: 5 %)."""
+    return [change for change in changes if change.factor > 1 + limit]
+
+
+def _relative_times(rows: list[Row], provider: str) -> dict[tuple[Any, ...], float]:
+    floors = {case_of(row): row["median"] for row in rows if row["provider"] == FLOOR}
+    return {case_of(row): row["median"] / floors.get(case_of(row), 1.0) for row in rows if row["provider"] == provider}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line a row, cases together, times in ms and relative to the floor and to our own."""
+    heading = ("case", "provider", "median ms", "p20–p80", "× floor", "× e3", "rate", "MiB", "loss error", "grad error")
+    lines: list[Iterable[str]] = [heading, ("---",) * len(heading)]
+    medians = {(case_of(row), row["provider"]): row["median"] for row in rows}
+    for row in sorted(rows, key=lambda row: (str(case_of(row)), row["provider"] != FLOOR, row["median"])):
+        case = case_of(row)
+        floor, ours = medians.get((case, FLOOR)), medians.get((case, "e3"))
+        sizes = ", ".join(f"{key}={row[key]}" for key in CASE[3:] if row.get(key) is not None)
+        cells = [f"{row['op']} {row['phase']} {row['dtype']} {sizes}", row["provider"], f"{row['median'] * 1e3:.4g}"]
+        cells += [f"{row['p20'] * 1e3:.4g}–{row['p80'] * 1e3:.4g}"]
+        cells += [_times(row["median"], floor), _times(row["median"], ours), f"{row['rate']:.4g} G{row['unit']}/s"]
+        cells += ["–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"]
+        cells += ["–" if row[key] is None else f"{row[key]:.1e}" for key in ("loss_error", "grad_error")]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _times(value: float, reference: float | None) -> str:
+    return "–" if reference is None else f"{value / reference:.2f}"
