@@ -173,9 +173,15 @@ void bind_request(py::module_& module) {
       .def_readonly("verifications", &SpeculationCounts::verifications);
 }
 
+// The instruction sets that this machine runs, narrowest first.
+std::vector<std::string> instruction_sets() {
+  return {kIsaNames, kIsaNames + static_cast<int>(detect_isa()) + 1};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("instruction_sets", instruction_sets);
   bind_model(module);
   bind_cache(module);
   bind_request(module);

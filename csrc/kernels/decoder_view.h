@@ -66,7 +66,7 @@ struct StepView {
   const int* logit_tokens;  // which tokens get logits
   int logit_count;
   float* logits;   // (logit_count, vocabulary)
-  float* scratch;  // StepScratch::size floats
+  float* scratch;  // RuntimeTable::scratch_size floats
 };
 
 }  // namespace e3

@@ -17,7 +17,7 @@ struct Vectors {
   int count;
 };
 
-// R rows by M vectors, one accumulator each.
+// R rows by M vectors, one accumulator each. `ahead` is what to fetch meanwhile: the rows of the next call.
 template <int R, int M, class T>
 inline void dot_block(const T* weight, std::int64_t row_stride, const T* ahead, const float* x, std::int64_t x_stride,
                       std::int64_t n, float (&out)[R][M]) {
@@ -26,9 +26,8 @@ inline void dot_block(const T* weight, std::int64_t row_stride, const T* ahead, 
   constexpr std::int64_t line = kLineBytes / sizeof(T);
   constexpr std::int64_t step = line > kLanes ? line : kLanes;
   for (; k + step <= n; k += step) {
-    if (ahead)
-      for (int r = 0; r < R; ++r)
-        for (std::int64_t part = 0; part < step; part += line) __builtin_prefetch(ahead + r * row_stride + k + part, 0, 3);
+    for (int r = 0; r < R; ++r)
+      for (std::int64_t part = 0; part < step; part += line) __builtin_prefetch(ahead + r * row_stride + k + part);
     for (std::int64_t part = 0; part < step; part += kLanes)
       for (int r = 0; r < R; ++r) {
         const Vf w = load(weight + r * row_stride + k + part);
@@ -62,23 +61,23 @@ inline void dot_vectors(const T* weight, std::int64_t row_stride, const T* ahead
                         const T* bias, float* out, std::int64_t out_stride) {
   int m = 0;
   for (; m + kVectorBlock <= x.count; m += kVectorBlock)
-    dot_rows<R, kVectorBlock>(weight, row_stride, m ? nullptr : ahead, x, m, n, bias, out, out_stride);
-  for (; m < x.count; ++m) dot_rows<R, 1>(weight, row_stride, m ? nullptr : ahead, x, m, n, bias, out, out_stride);
+    dot_rows<R, kVectorBlock>(weight, row_stride, ahead, x, m, n, bias, out, out_stride);
+  for (; m < x.count; ++m) dot_rows<R, 1>(weight, row_stride, ahead, x, m, n, bias, out, out_stride);
 }
 
-// Rows [begin, end) of the matrix; `out` points at row 0's place in vector 0.
+// Rows [begin, end) of the matrix; `out` points at row 0's place in vector 0. A prefetch beyond the last row is harmless.
 template <class T>
 void gemv(const T* weight, std::int64_t row_stride, const T* bias, std::int64_t begin, std::int64_t end,
           std::int64_t n, const Vectors& x, float* out, std::int64_t out_stride) {
   std::int64_t row = begin;
   for (; row + kRowBlock <= end; row += kRowBlock) {
     const T* rows = weight + row * row_stride;
-    const T* ahead = row + 2 * kRowBlock <= end ? rows + kRowBlock * row_stride : nullptr;
-    dot_vectors<kRowBlock>(rows, row_stride, ahead, x, n, bias ? bias + row : nullptr, out + row, out_stride);
+    dot_vectors<kRowBlock>(rows, row_stride, rows + kRowBlock * row_stride, x, n, bias ? bias + row : nullptr, out + row, out_stride);
   }
-  for (; row < end; ++row)
-    dot_vectors<1>(weight + row * row_stride, row_stride, static_cast<const T*>(nullptr), x, n,
-                   bias ? bias + row : nullptr, out + row, out_stride);
+  for (; row < end; ++row) {
+    const T* rows = weight + row * row_stride;
+    dot_vectors<1>(rows, row_stride, rows + row_stride, x, n, bias ? bias + row : nullptr, out + row, out_stride);
+  }
 }
 
 }  // namespace e3::E3_ISA_NAMESPACE

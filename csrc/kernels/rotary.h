@@ -8,13 +8,13 @@
 
 namespace e3 {
 
-E3_HOST_DEVICE inline void rotate_pair(float& low, float& high, float cos, float sin) {
+E3_SHARED void rotate_pair(float& low, float& high, float cos, float sin) {
   const float rotated = low * cos - high * sin;
   high = high * cos + low * sin;
   low = rotated;
 }
 
-inline void rotary(float* head, const float* cos, const float* sin, std::int64_t half) {
+static inline void rotary(float* head, const float* cos, const float* sin, std::int64_t half) {
   for (std::int64_t i = 0; i < half; ++i) rotate_pair(head[i], head[i + half], cos[i], sin[i]);
 }
 

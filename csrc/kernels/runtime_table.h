@@ -12,6 +12,7 @@ using StepFunction = void (*)(const StepView& step, SpinBarrier& barrier, int th
 
 struct RuntimeTable {
   Isa isa;
+  std::int64_t (*scratch_size)(const StepView& step, int threads);  // floats that StepView::scratch points at
   StepFunction step_fp32, step_bf16, step_fp16;
 };
 

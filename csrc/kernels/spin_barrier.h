@@ -10,7 +10,10 @@
 
 namespace e3 {
 
-inline void relax() {
+// Always inlined: the objects of two instruction sets must not share one copy.
+#define E3_ALWAYS_INLINE inline __attribute__((always_inline))
+
+E3_ALWAYS_INLINE void relax() {
 #if defined(__x86_64__)
   _mm_pause();
 #elif defined(__aarch64__)
@@ -22,7 +25,7 @@ class SpinBarrier {
  public:
   explicit SpinBarrier(int threads) : threads_(threads) {}
 
-  void wait() {
+  E3_ALWAYS_INLINE void wait() {
     const unsigned phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
       arrived_.store(0, std::memory_order_relaxed);

@@ -5,7 +5,7 @@
 
 #include "kernels/decoder_view.h"
 
-namespace e3 {
+namespace e3::E3_ISA_NAMESPACE {
 
 // A thread's share [begin, end) of `count` items dealt in blocks.
 struct Share {
@@ -64,4 +64,4 @@ struct StepScratch {
   static std::int64_t rounded(std::int64_t count) { return (count + 15) / 16 * 16; }
 };
 
-}  // namespace e3
+}  // namespace e3::E3_ISA_NAMESPACE

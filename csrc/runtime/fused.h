@@ -6,7 +6,6 @@
 #include <memory>
 
 #include "kernels/runtime_table.h"
-#include "kernels/step_scratch.h"
 #include "runtime/thread_pool.h"
 #include "runtime/views.h"
 
@@ -19,6 +18,7 @@ class FusedDecoder {
 
   FusedDecoder(const Model& model, const RuntimeTable& table)
       : model_(model),
+        table_(table),
         step_(function_for(model.dtype(), table)),
         decoder_(decoder_view(model)),
         layers_(layer_views(model)) {}
@@ -41,7 +41,7 @@ class FusedDecoder {
                   .logits = logits.data_ptr<float>(),
                   .scratch = nullptr};
     const int threads = pool_for_this_step().threads();
-    step.scratch = scratch_for(StepScratch(step, threads, nullptr).size);
+    step.scratch = scratch_for(table_.scratch_size(step, threads));
     SpinBarrier barrier(threads);
     pool_->run([&](int thread) { step_(step, barrier, thread, threads); });
     return logits;
@@ -64,6 +64,7 @@ class FusedDecoder {
   }
 
   const Model& model_;
+  const RuntimeTable& table_;
   const StepFunction step_;
   const DecoderView decoder_;
   const std::vector<LayerView> layers_;

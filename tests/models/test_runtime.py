@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 pytest.importorskip("e3kernels._runtime", reason="e3kernels._runtime is not built: python -m e3kernels.info says why")
 
+from e3kernels import _runtime
 from e3pruner.models import prune
 from e3pruner.models.decoder_description import SUPPORTED
 from e3pruner.models.runtime import LayerSkipRuntime
@@ -184,6 +185,21 @@ def test_any_number_of_threads(threads):
     expected = expected_logits(model, ids)
     torch.set_num_threads(threads)
     assert_close(runtime_logits(LayerSkipRuntime(model), ids, 1), expected, 2e-5)
+
+
+@pytest.mark.parametrize("isa", _runtime.instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_instruction_set_of_this_machine(isa, dtype, monkeypatch):
+    model, ids = supported_model("gemma").to(dtype), tiny_tokens(length=LENGTH)
+    widest = runtime_logits(LayerSkipRuntime(model), ids, 1)
+    monkeypatch.setenv("E3_ISA", isa)
+    assert_close(runtime_logits(LayerSkipRuntime(model), ids, 3), widest, 1e-5)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("E3_ISA", "avx1024")
+    with pytest.raises(ValueError, match="E3_ISA=avx1024"):
+        LayerSkipRuntime(supported_model("llama"))
 
 
 def test_weights_are_shared_not_copied():
