@@ -23,21 +23,26 @@ class GenericDecoder {
       const Layer& layer = model_.layers[kept.layer];
       if (kept.attention) {
         const at::Tensor branch = attention(layer, cache, kept.layer, normalised(layer.attention_norm, x), at_slots);
-        x = x + normalised(layer.attention_post_norm, branch) * model_.residual_scale;
+        x = at::add(x, normalised(layer.attention_post_norm, branch), model_.residual_scale);
       }
       if (kept.mlp) {
         const at::Tensor branch = mlp(layer, normalised(layer.mlp_norm, x));
-        x = x + normalised(layer.mlp_post_norm, branch) * model_.residual_scale;
+        x = at::add(x, normalised(layer.mlp_post_norm, branch), model_.residual_scale);
       }
     }
     return logits(x.narrow(1, x.size(1) - keep, keep));
   }
 
  private:
+  struct Angles {
+    at::Tensor cos, sin;  // (batch, 1, count, half)
+  };
+
+  // The step's slots, and what depends on them alone: computed once, used by every layer.
   struct Positions {
-    std::int64_t first, count;       // slots
-    at::Tensor rotary;               // (batch, count): position of every slot after the padding
+    std::int64_t first, count;  // slots
     std::vector<std::int64_t> starts;
+    std::vector<Angles> angles;                        // by rotary
     mutable std::map<std::int64_t, at::Tensor> masks;  // by window
   };
 
@@ -45,11 +50,13 @@ class GenericDecoder {
     const auto options = at::TensorOptions().dtype(at::kLong);
     const at::Tensor starts = at::tensor(cache.starts(), options);
     const at::Tensor slots = at::arange(cache.length(), cache.length() + count, options);
-    return {.first = cache.length(),
-            .count = count,
-            .rotary = (slots.unsqueeze(0) - starts.unsqueeze(1)).clamp_min(0).to(model_.device()),
-            .starts = cache.starts(),
-            .masks = {}};
+    const at::Tensor after_padding = (slots.unsqueeze(0) - starts.unsqueeze(1)).clamp_min(0).to(model_.device());
+    Positions out{.first = cache.length(), .count = count, .starts = cache.starts(), .angles = {}, .masks = {}};
+    const auto of_slots = [&](const at::Tensor& table) {
+      return table.index({after_padding}).unsqueeze(1).to(model_.dtype());
+    };
+    for (const Rotary& rotary : model_.rotaries) out.angles.push_back({of_slots(rotary.cos), of_slots(rotary.sin)});
+    return out;
   }
 
   // Which slots a query sees, (batch, 1, count, slots). Padding queries see themselves, so that no row is empty.
@@ -77,8 +84,8 @@ class GenericDecoder {
     at::Tensor key = heads(project(layer.key, x), layer.key_norm);
     at::Tensor value = heads(project(layer.value, x), std::nullopt);
     if (layer.rotary >= 0) {
-      query = rotated(query, model_.rotaries[layer.rotary], at_slots);
-      key = rotated(key, model_.rotaries[layer.rotary], at_slots);
+      query = rotated(query, at_slots.angles[layer.rotary]);
+      key = rotated(key, at_slots.angles[layer.rotary]);
     }
     cache.keys(index).narrow(2, at_slots.first, at_slots.count).copy_(key);
     cache.values(index).narrow(2, at_slots.first, at_slots.count).copy_(value);
@@ -143,10 +150,9 @@ class GenericDecoder {
     return split.transpose(1, 2);
   }
 
-  static at::Tensor rotated(const at::Tensor& x, const Rotary& rotary, const Positions& at_slots) {
-    const std::int64_t half = rotary.cos.size(1);
-    const at::Tensor cos = rotary.cos.index({at_slots.rotary}).unsqueeze(1).to(x.scalar_type());
-    const at::Tensor sin = rotary.sin.index({at_slots.rotary}).unsqueeze(1).to(x.scalar_type());
+  static at::Tensor rotated(const at::Tensor& x, const Angles& angles) {
+    const auto& [cos, sin] = angles;
+    const std::int64_t half = cos.size(-1);
     const at::Tensor low = x.narrow(-1, 0, half), high = x.narrow(-1, half, half);
     const at::Tensor rest = x.narrow(-1, 2 * half, x.size(-1) - 2 * half);
     return at::cat({low * cos - high * sin, high * cos + low * sin, rest}, -1);

@@ -15,7 +15,8 @@ struct SpeculationCounts {
 
 // Chooses the draft length k that maximises the expected tokens per cost,
 //   (1 − aᵏ⁺¹)/(1 − a) / (1 + k·c),
-// a the running acceptance rate, c the draft's share of the weight bytes of a full step.
+// a the running acceptance rate, c the draft's share of the weight bytes of a full step. Where no draft pays, it asks for
+// one token every kProbe rounds to see whether the text has become easier.
 class DraftLength {
  public:
   DraftLength(double cost, std::int64_t longest) : cost_(cost), longest_(longest) {}
@@ -26,12 +27,12 @@ class DraftLength {
     passed_ = kMemory * passed_ + double(accepted);
   }
 
-  std::int64_t next() const {
+  std::int64_t next() {
     const double rate = std::min(passed_ / tried_, 0.999);
-    std::int64_t best = 1;
-    for (std::int64_t k = 2; k <= longest_; ++k)
+    std::int64_t best = 0;
+    for (std::int64_t k = 1; k <= longest_; ++k)
       if (gain(rate, k) > gain(rate, best)) best = k;
-    return best;
+    return best == 0 && idle_++ % kProbe == 0 ? 1 : best;
   }
 
  private:
@@ -40,9 +41,11 @@ class DraftLength {
   }
 
   static constexpr double kMemory = 0.9;
+  static constexpr std::int64_t kProbe = 16;
   const double cost_;
   const std::int64_t longest_;
   double tried_ = 1, passed_ = 0.7;
+  std::int64_t idle_ = 0;
 };
 
 class Speculation {
@@ -55,7 +58,7 @@ class Speculation {
         vocabulary_(decoder.model()->vocabulary()),
         sampler_(request.sampling, vocabulary_),
         uniform_(request.sampling.seed, 0),
-        length_(cost_of_draft(), FusedDecoder::kMaxTokens - 1) {
+        length_(cost_of_draft(), kLongestDraft) {
     TORCH_CHECK_VALUE(cache.batch() == 1, "speculative decoding takes one sequence, not ", cache.batch());
   }
 
@@ -147,6 +150,9 @@ class Speculation {
     if (!request_.sampling.sample) return sampler_.largest(logits, context);
     return Sampler::draw(sampler_.probabilities(logits, context), uniform_.next());
   }
+
+  // A verification of eight tokens still takes the time of reading the weights; of sixteen, of the arithmetic.
+  static constexpr std::int64_t kLongestDraft = 7;
 
   static at::Tensor row(const std::vector<std::int64_t>& ids) {
     return at::tensor(ids, at::kLong).view({1, std::int64_t(ids.size())});

@@ -142,6 +142,7 @@ def test_speculative_greedy_text_is_identical(model_type, draft_keep):
         assert torch.equal(runtime.generate(ids, max_new_tokens=new, draft_keep=draft_keep), plain)
     counts = runtime.speculation
     assert 0 <= counts.accepted <= counts.drafted
+    assert counts.drafted > 0
     assert counts.accepted + counts.verifications >= NEW - 1
     if draft_keep == list(range(NUM_LAYERS)):
         assert counts.accepted == counts.drafted
