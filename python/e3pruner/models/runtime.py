@@ -84,6 +84,11 @@ class LayerSkipRuntime:
         return [self._native.KeptLayer(i, i in attention, i in mlp) for i in layers]
 
     @property
+    def device(self) -> torch.device:
+        """Where the model's weights are; input ids may be on the CPU whatever it is."""
+        return self.model.device
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the matrices that one decoding step reads with the present `keep`, the output head included."""
         return self._decoder.weight_bytes(self._plan)
