@@ -127,7 +127,8 @@ void bind_decoder(py::module_& module) {
       .def("weight_bytes", &Decoder::weight_bytes, py::arg("plan"))
       .def(
           "generate",
-          [](Decoder& decoder, Cache& cache, const at::Tensor& ids, const Request& request, const py::object& on_tokens) {
+          [](Decoder& decoder, Cache& cache, const at::Tensor& ids, const Request& request,
+             const py::object& on_tokens) {
             const at::NoGradGuard inference;
             request.sampling.check();
             const OnTokens callback = with_signals(on_tokens);

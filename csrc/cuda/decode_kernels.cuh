@@ -1,6 +1,6 @@
-// One decoding step of one sequence on the device, one kernel a phase. Everything that changes between steps or requests
-// is read from device memory, so that a captured graph of these kernels stays valid: the token and its slot, the addresses
-// of the caches, the gates. Activations are fp32; the arithmetic is that of csrc/kernels.
+// One decoding step of one sequence on the device, one kernel a phase. Everything that changes between steps or
+// requests is read from device memory, so that a captured graph of these kernels stays valid: the token and its slot,
+// the addresses of the caches, the gates. Activations are fp32; the arithmetic is that of csrc/kernels.
 #pragma once
 
 #include "cuda/layer_graph.h"
@@ -113,8 +113,8 @@ inline constexpr int kLaneElements = int(LayerGraph::kMaxHeadDim) / 32;
 
 // One block a query head; its warps take every kAttentionWarps-th slot, and their online softmaxes are merged.
 template <class T>
-__global__ void attend(const StepState* step, const LayerState* layer, HeadShape shape, std::int64_t window, float scale,
-                       float softcap, const float* queries, float* out) {
+__global__ void attend(const StepState* step, const LayerState* layer, HeadShape shape, std::int64_t window,
+                       float scale, float softcap, const float* queries, float* out) {
   __shared__ float outputs[kAttentionWarps][32 * kLaneElements];
   __shared__ float maxima[kAttentionWarps], totals[kAttentionWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

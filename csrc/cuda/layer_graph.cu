@@ -102,9 +102,11 @@ struct LayerGraph::Captured {
     const cudaGraphNode_t* last = nullptr;
     std::size_t count = 0;
 #if CUDART_VERSION >= 13000
-    check(cudaStreamGetCaptureInfo(stream, &status, nullptr, nullptr, &last, nullptr, &count), "cudaStreamGetCaptureInfo");
+    check(cudaStreamGetCaptureInfo(stream, &status, nullptr, nullptr, &last, nullptr, &count),
+          "cudaStreamGetCaptureInfo");
 #else
-    check(cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, nullptr, &last, &count), "cudaStreamGetCaptureInfo");
+    check(cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, nullptr, &last, &count),
+          "cudaStreamGetCaptureInfo");
 #endif
     const Nodes after(last, last + count);
     check(cudaStreamEndCapture(stream, &target), "cudaStreamEndCapture");
@@ -134,7 +136,8 @@ struct LayerGraph::Captured {
   void build() {
     std::vector<cudaGraphConditionalHandle> handles(2 * layers.size());
     for (cudaGraphConditionalHandle& handle : handles)
-      check(cudaGraphConditionalHandleCreate(&handle, graph, 0, cudaGraphCondAssignDefault), "cudaGraphConditionalHandleCreate");
+      check(cudaGraphConditionalHandleCreate(&handle, graph, 0, cudaGraphCondAssignDefault),
+            "cudaGraphConditionalHandleCreate");
     check(cudaMemcpy(conditions.data(), handles.data(), handles.size() * sizeof handles[0], cudaMemcpyHostToDevice),
           "cudaMemcpy");
     Nodes last = capture(graph, {}, [&](cudaStream_t stream) {
@@ -208,8 +211,8 @@ LayerGraph::LayerGraph(const DecoderView& decoder, const std::vector<LayerView>&
 
 LayerGraph::~LayerGraph() = default;
 
-void LayerGraph::set_layers(const std::vector<LayerView>& layers, const std::vector<float>& gates, std::int64_t capacity,
-                            CUstream_st* stream) {
+void LayerGraph::set_layers(const std::vector<LayerView>& layers, const std::vector<float>& gates,
+                            std::int64_t capacity, CUstream_st* stream) {
   std::vector<LayerState> states(layers.size());
   for (std::size_t l = 0; l < layers.size(); ++l)
     states[l] = {layers[l].keys, layers[l].values, layers[l].cos, layers[l].sin, gates[2 * l], gates[2 * l + 1]};

@@ -1,6 +1,6 @@
-// A decoding step of one sequence as one CUDA graph, captured once a model: the attention and the MLP of every layer are
-// bodies of conditional nodes whose conditions a kernel sets from gates in device memory. Another mask, token, context or
-// cache is a copy of a few bytes to the device: no recapture, no synchronisation with the host.
+// A decoding step of one sequence as one CUDA graph, captured once a model: the attention and the MLP of every layer
+// are bodies of conditional nodes whose conditions a kernel sets from gates in device memory. Another mask, token,
+// context or cache is a copy of a few bytes to the device: no recapture, no synchronisation with the host.
 #pragma once
 
 #include <memory>
@@ -22,8 +22,8 @@ class LayerGraph {
   LayerGraph(const DecoderView& decoder, const std::vector<LayerView>& layers, Storage storage);
   ~LayerGraph();
 
-  // Which layers run, their caches (one sequence, `capacity` slots) and their rotary tables; `gates` holds the factors of
-  // attention and MLP of every layer, 0 for a block that is skipped. Queued on `stream` if it differs from the last.
+  // Which layers run, their caches (one sequence, `capacity` slots) and their rotary tables; `gates` holds the factors
+  // of attention and MLP of every layer, 0 for a block that is skipped. Queued on `stream` if it differs from the last.
   void set_layers(const std::vector<LayerView>& layers, const std::vector<float>& gates, std::int64_t capacity,
                   CUstream_st* stream);
 

@@ -1,6 +1,6 @@
 // One decoding step of a few tokens through the kept layers: the part of one thread. Threads split the rows of every
-// matrix and the context of the attention, and meet at a barrier between phases. Each keeps its own copy of the residual
-// stream, so that norms and residual additions need no barrier. Activations and sums are fp32.
+// matrix and the context of the attention, and meet at a barrier between phases. Each keeps its own copy of the
+// residual stream, so that norms and residual additions need no barrier. Activations and sums are fp32.
 #pragma once
 
 #include <limits>

@@ -1,6 +1,6 @@
-// out[m][r] = Σ_k weight[r][k]·x[m][k] + bias[r] for a range of rows and a few vectors m: a GEMV for one vector, a small
-// GEMM for more. Every weight is read once from memory whatever the number of vectors, and the order of every sum is the
-// same for any number of vectors and threads: a row verified in a batch has the bits of the row computed alone.
+// out[m][r] = Σ_k weight[r][k]·x[m][k] + bias[r] for a range of rows and a few vectors m: a GEMV for one vector, a
+// small GEMM for more. Every weight is read once from memory whatever the number of vectors, and the order of every sum
+// is the same for any number of vectors and threads: a row verified in a batch has the bits of the row computed alone.
 #pragma once
 
 #include "kernels/simd.h"
@@ -65,14 +65,16 @@ inline void dot_vectors(const T* weight, std::int64_t row_stride, const T* ahead
   for (; m < x.count; ++m) dot_rows<R, 1>(weight, row_stride, ahead, x, m, n, bias, out, out_stride);
 }
 
-// Rows [begin, end) of the matrix; `out` points at row 0's place in vector 0. A prefetch beyond the last row is harmless.
+// Rows [begin, end) of the matrix; `out` points at row 0's place in vector 0. A prefetch beyond the last row does no
+// harm.
 template <class T>
 void gemv(const T* weight, std::int64_t row_stride, const T* bias, std::int64_t begin, std::int64_t end,
           std::int64_t n, const Vectors& x, float* out, std::int64_t out_stride) {
   std::int64_t row = begin;
   for (; row + kRowBlock <= end; row += kRowBlock) {
     const T* rows = weight + row * row_stride;
-    dot_vectors<kRowBlock>(rows, row_stride, rows + kRowBlock * row_stride, x, n, bias ? bias + row : nullptr, out + row, out_stride);
+    const T* ahead = rows + kRowBlock * row_stride;
+    dot_vectors<kRowBlock>(rows, row_stride, ahead, x, n, bias ? bias + row : nullptr, out + row, out_stride);
   }
   for (; row < end; ++row) {
     const T* rows = weight + row * row_stride;

@@ -1,4 +1,4 @@
-// A barrier for threads that meet every few microseconds: it spins, and yields only when a thread must have lost its core.
+// A barrier for threads that meet every few microseconds: it spins, and yields when a thread must have lost its core.
 #pragma once
 
 #include <atomic>

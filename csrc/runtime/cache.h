@@ -41,8 +41,8 @@ class Cache {
   }
 
   void reserve(std::int64_t slots) {
-    TORCH_CHECK_VALUE(slots <= model_->max_positions, "the context would hold ", slots, " tokens; the model's limit is ",
-                      model_->max_positions);
+    TORCH_CHECK_VALUE(slots <= model_->max_positions, "the context would hold ", slots,
+                      " tokens; the model's limit is ", model_->max_positions);
     if (slots > capacity_) resize(std::min(std::max(slots, 2 * capacity_), model_->max_positions));
   }
 

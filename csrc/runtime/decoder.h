@@ -1,4 +1,4 @@
-// Runs tokens through the kept layers of a model, by the fused CPU path where it applies and by the generic one elsewhere.
+// Runs tokens through the kept layers of a model: by the fused CPU path where it applies, else by the generic one.
 #pragma once
 
 #include <mutex>
@@ -33,9 +33,11 @@ class Decoder {
     return total;
   }
 
-  // Appends ids (batch, S) to the cache, for all layers that it keeps, and returns the logits of the last `keep` tokens,
-  // (batch, keep, vocabulary) in fp32 on the model's device.
-  at::Tensor append(Cache& cache, const at::Tensor& ids, std::int64_t keep) { return append(cache, cache.plan(), ids, keep); }
+  // Appends ids (batch, S) to the cache, for all layers that it keeps, and returns the logits of the last `keep`
+  // tokens, (batch, keep, vocabulary) in fp32 on the model's device.
+  at::Tensor append(Cache& cache, const at::Tensor& ids, std::int64_t keep) {
+    return append(cache, cache.plan(), ids, keep);
+  }
 
   // The same for a part of the cache's layers: the slots of the others are left as they are.
   at::Tensor append(Cache& cache, const Plan& plan, const at::Tensor& ids, std::int64_t keep) {
@@ -64,7 +66,8 @@ class Decoder {
     TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == cache.batch() && ids.size(1) > 0, "input_ids has shape ",
                       ids.sizes(), "; the cache takes (", cache.batch(), ", at least 1)");
     TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong, "input_ids is ", ids.scalar_type(), "; it must be int64");
-    TORCH_CHECK_VALUE(keep > 0 && keep <= ids.size(1), "logits of the last ", keep, " tokens were asked of ", ids.size(1));
+    TORCH_CHECK_VALUE(keep > 0 && keep <= ids.size(1), "logits of the last ", keep, " tokens were asked of ",
+                      ids.size(1));
     const std::int64_t smallest = ids.min().item<std::int64_t>(), largest = ids.max().item<std::int64_t>();
     TORCH_CHECK_VALUE(smallest >= 0 && largest < model_->embedding->rows, "input_ids holds ",
                       smallest < 0 ? smallest : largest, "; the vocabulary is 0 to ", model_->embedding->rows - 1);

@@ -23,8 +23,8 @@ class FusedDecoder {
         decoder_(decoder_view(model)),
         layers_(layer_views(model)) {}
 
-  // Logits (logit_tokens, vocabulary), fp32, of tokens whose slots the cache has room for. `plan` is the cache's own or a
-  // part of it.
+  // Logits (logit_tokens, vocabulary), fp32, of tokens whose slots the cache has room for. `plan` is the cache's own or
+  // a part of it.
   at::Tensor run(const Cache& cache, const Plan& plan, const std::vector<TokenView>& tokens,
                  const std::vector<int>& logit_tokens) {
     std::vector<LayerView> kept;

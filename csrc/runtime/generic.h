@@ -1,5 +1,5 @@
-// The generic path: the same decoder in ATen operations, for any device, batch and number of tokens. Norms, rotary angles
-// and softmax in fp32, matrix products in the model's dtype.
+// The generic path: the same decoder in ATen operations, for any device, batch and number of tokens. Norms, angles and
+// softmax in fp32, matrix products in the model's dtype.
 #pragma once
 
 #include <cmath>

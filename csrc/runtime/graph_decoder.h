@@ -26,7 +26,8 @@ class GraphDecoder {
       gates[2 * kept.layer + 1] = kept.mlp;
     }
     graph_->set_layers(layers, gates, cache.capacity(), stream);
-    at::Tensor logits = at::empty({1, model_.vocabulary()}, at::TensorOptions().dtype(at::kFloat).device(model_.device()));
+    const auto options = at::TensorOptions().dtype(at::kFloat).device(model_.device());
+    at::Tensor logits = at::empty({1, model_.vocabulary()}, options);
     graph_->step(token, logits.data_ptr<float>(), stream);
     return logits;
   }
@@ -38,7 +39,8 @@ class GraphDecoder {
   }
 
   static cuda::Storage storage_of(at::ScalarType dtype) {
-    return dtype == at::kFloat ? cuda::Storage::fp32 : dtype == at::kBFloat16 ? cuda::Storage::bf16 : cuda::Storage::fp16;
+    if (dtype == at::kFloat) return cuda::Storage::fp32;
+    return dtype == at::kBFloat16 ? cuda::Storage::bf16 : cuda::Storage::fp16;
   }
 
   const Model& model_;

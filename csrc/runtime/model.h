@@ -64,7 +64,7 @@ struct Rotary {
 
   void reserve(std::int64_t positions) {
     if (cos.defined() && cos.size(0) >= positions) return;
-    const std::int64_t grown = cos.defined() ? std::max(positions, 2 * cos.size(0)) : std::max<std::int64_t>(positions, 256);
+    const std::int64_t grown = std::max(positions, cos.defined() ? 2 * cos.size(0) : 256);
     const at::Tensor angles = at::outer(at::arange(grown, frequencies.options()), frequencies);
     cos = angles.cos() * scaling;
     sin = angles.sin() * scaling;

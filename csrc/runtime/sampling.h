@@ -18,7 +18,8 @@ struct Sampling {
   std::uint64_t seed = 0;
 
   void check() const {
-    TORCH_CHECK_VALUE(temperature > 0, "temperature is ", temperature, "; it must be positive (greedy: do_sample=False)");
+    TORCH_CHECK_VALUE(temperature > 0, "temperature is ", temperature,
+                      "; it must be positive (greedy: do_sample=False)");
     TORCH_CHECK_VALUE(top_p > 0 && top_p <= 1, "top_p is ", top_p, "; it must be in (0, 1]");
     TORCH_CHECK_VALUE(top_k >= 0, "top_k is ", top_k, "; it must be at least 0 (0: all)");
     TORCH_CHECK_VALUE(repetition_penalty > 0, "repetition_penalty is ", repetition_penalty, "; it must be positive");
@@ -97,7 +98,7 @@ class Sampler {
     std::sort(distinct.begin(), distinct.end());
     distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
     const float penalty = float(sampling_.repetition_penalty);
-    for (const std::int64_t token : distinct) logits[token] = logits[token] < 0 ? logits[token] * penalty : logits[token] / penalty;
+    for (const std::int64_t token : distinct) logits[token] *= logits[token] < 0 ? penalty : 1 / penalty;
   }
 
   float kth_largest(const float* logits) {

@@ -1,8 +1,8 @@
-// Lossless self-speculative decoding: a part of the layers drafts, all of them verify the draft in one step. Both share the
-// weights and one cache: the draft reads the verified keys and values of its layers and writes its own after them, which
-// the verification then overwrites. Greedy decoding accepts what the full model would have said; sampling accepts a drafted
-// token with probability min(1, p/q) and else draws from max(p − q, 0) (Leviathan et al. 2023), so that the text is
-// distributed as without a draft.
+// Lossless self-speculative decoding: a part of the layers drafts, all of them verify the draft in one step. Both share
+// the weights and one cache: the draft reads the verified keys and values of its layers and writes its own after them,
+// which the verification then overwrites. Greedy decoding accepts what the full model would have said; sampling accepts
+// a drafted token with probability min(1, p/q) and else draws from max(p − q, 0) (Leviathan et al. 2023), so that the
+// text is distributed as without a draft.
 #pragma once
 
 #include "runtime/generate.h"
@@ -15,8 +15,8 @@ struct SpeculationCounts {
 
 // Chooses the draft length k that maximises the expected tokens per cost,
 //   (1 − aᵏ⁺¹)/(1 − a) / (1 + k·c),
-// a the running acceptance rate, c the draft's share of the weight bytes of a full step. Where no draft pays, it asks for
-// one token every kProbe rounds to see whether the text has become easier.
+// a the running acceptance rate, c the draft's share of the weight bytes of a full step. Where no draft pays, it asks
+// for one token every kProbe rounds to see whether the text has become easier.
 class DraftLength {
  public:
   DraftLength(double cost, std::int64_t longest) : cost_(cost), longest_(longest) {}
@@ -127,8 +127,9 @@ class Speculation {
     for (std::size_t i = 0;; ++i) {
       float* after = logits + std::int64_t(i) * vocabulary_;
       const bool last = i + 1 == ids.size();
-      const std::int64_t token = last || !request_.sampling.sample ? choose(after, context)
-                                                                   : accept_or_replace(after, context, ids[i + 1], proposals[i]);
+      const std::int64_t token = last || !request_.sampling.sample
+                                     ? choose(after, context)
+                                     : accept_or_replace(after, context, ids[i + 1], proposals[i]);
       tokens.push_back(token);
       if (last || token != ids[i + 1]) return tokens;
       context.push_back(token);
@@ -142,7 +143,8 @@ class Speculation {
     if (uniform_.next() * proposal[drafted] < p[drafted]) return drafted;
     std::vector<float> rest(vocabulary_);
     for (std::int64_t i = 0; i < vocabulary_; ++i) rest[i] = std::max(p[i] - proposal[i], 0.0f);
-    const bool equal = std::all_of(rest.begin(), rest.end(), [](float weight) { return weight == 0; });  // but for rounding
+    // p = q but for rounding: nothing is left to draw from.
+    const bool equal = std::all_of(rest.begin(), rest.end(), [](float weight) { return weight == 0; });
     return Sampler::draw(equal ? p : rest, uniform_.next());
   }
 
