@@ -98,7 +98,8 @@ class Sampler {
     std::sort(distinct.begin(), distinct.end());
     distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
     const float penalty = float(sampling_.repetition_penalty);
-    for (const std::int64_t token : distinct) logits[token] *= logits[token] < 0 ? penalty : 1 / penalty;
+    for (const std::int64_t token : distinct)
+      logits[token] = logits[token] < 0 ? logits[token] * penalty : logits[token] / penalty;
   }
 
   float kth_largest(const float* logits) {
