@@ -1,0 +1,146 @@
+"""Sweeps of one program over a part of a row: statistics, mixture sums, gradient.
+
+A program of LANES threads' worth of lanes takes LANES × VEC × UNROLL columns a step. A lane owns VEC neighbouring
+columns, one or two 128-bit accesses, so the sweep needs no exchange between threads until its end. A part is
+[first, last) with `last − first` a multiple of the step unless it ends at V: then `columns < V` is the only mask, and
+its alignment is known to the compiler.
+"""
+
+import triton
+import triton.language as tl
+
+from e3kernels.triton.statistics import (
+    FORWARD,
+    LOWEST,
+    REVERSE,
+    fold_pair,
+    fold_student,
+    merge_pair,
+    merge_student,
+    scaled_logits,
+    tempered_tile,
+)
+
+
+@triton.jit
+def lane_columns(LANES: tl.constexpr, VEC: tl.constexpr):
+    return tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def label_logit(row_ptr, label, first, last, scale, softcap, CAP: tl.constexpr):
+    """The label's logit at T = 1 if its column is in [first, last), else 0."""
+    inside = (label >= first) & (label < last)
+    y, _ = scaled_logits(tl.load(row_ptr + label, mask=inside, other=0.0), scale, softcap, CAP)
+    return tl.where(inside, y, 0.0)
+
+
+@triton.jit
+def sweep_student(
+    student_row, first, last, V, temperature, scale, softcap,
+    HAS_LABELS: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """(ms, S_s, C) of the columns [first, last)."""
+    ms = tl.full([LANES], LOWEST, tl.float32)
+    ss = tl.zeros([LANES], tl.float32)
+    cs = tl.zeros([LANES], tl.float32)
+    for start in range(first, last, LANES * VEC * UNROLL):
+        for part in tl.static_range(UNROLL):
+            columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
+            zs = tempered_tile(student_row, columns, columns < V, scale, softcap, temperature, CAP)
+            ms, ss, cs = fold_student(ms, ss, cs, zs, temperature, HAS_LABELS)
+    return merge_student(ms, ss, cs, temperature, 0)
+
+
+@triton.jit
+def sweep_pair(
+    student_row, teacher_row, first, last, V, temperature, scale_s, scale_t, softcap_s, softcap_t,
+    DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """(ms, S_s, C, mt, S_t, A, B, gap) of the columns [first, last)."""
+    ms = tl.full([LANES], LOWEST, tl.float32)
+    mt = tl.full([LANES], LOWEST, tl.float32)
+    gap = tl.full([LANES], LOWEST, tl.float32)
+    ss = tl.zeros([LANES], tl.float32)
+    cs = tl.zeros([LANES], tl.float32)
+    st = tl.zeros([LANES], tl.float32)
+    a = tl.zeros([LANES], tl.float32)
+    b = tl.zeros([LANES], tl.float32)
+    for start in range(first, last, LANES * VEC * UNROLL):
+        for part in tl.static_range(UNROLL):
+            columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
+            zs = tempered_tile(student_row, columns, columns < V, scale_s, softcap_s, temperature, CAP_S)
+            zt = tempered_tile(teacher_row, columns, columns < V, scale_t, softcap_t, temperature, CAP_T)
+            ms, ss, cs, mt, st, a, b, gap = fold_pair(
+                ms, ss, cs, mt, st, a, b, gap, zs, zt, temperature, DIVERGENCE, HAS_LABELS
+            )
+    return merge_pair(ms, ss, cs, mt, st, a, b, gap, temperature, DIVERGENCE, 0)
+
+
+@triton.jit
+def mixture_gaps(log_q, log_p, beta):
+    """(log q − log r, log p − log r) for r = β·p + (1−β)·q; 0 where the own probability is 0."""
+    top = tl.maximum(log_q, log_p)
+    log_r = top + tl.log(beta * tl.exp(log_p - top) + (1.0 - beta) * tl.exp(log_q - top))
+    none = float("-inf")
+    return tl.where(log_q == none, 0.0, log_q - log_r), tl.where(log_p == none, 0.0, log_p - log_r)
+
+
+@triton.jit
+def sweep_mixture(
+    student_row, teacher_row, first, last, V, log_zs, log_zt, temperature, beta, scale_s, scale_t, softcap_s, softcap_t,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """(Σ q(log q − log r), Σ p(log p − log r)) of the columns [first, last)."""
+    from_student = tl.zeros([LANES], tl.float32)
+    from_teacher = tl.zeros([LANES], tl.float32)
+    for start in range(first, last, LANES * VEC * UNROLL):
+        for part in tl.static_range(UNROLL):
+            columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
+            zs = tempered_tile(student_row, columns, columns < V, scale_s, softcap_s, temperature, CAP_S)
+            zt = tempered_tile(teacher_row, columns, columns < V, scale_t, softcap_t, temperature, CAP_T)
+            gap_q, gap_p = mixture_gaps(zs - log_zs, zt - log_zt, beta)
+            from_student += tl.sum(tl.exp(zs - log_zs) * gap_q, axis=1)
+            from_teacher += tl.sum(tl.exp(zt - log_zt) * gap_p, axis=1)
+    return tl.sum(from_student, axis=0), tl.sum(from_teacher, axis=0)
+
+
+@triton.jit
+def sweep_gradient(
+    student_row, teacher_row, grad_row, first, last, V, log_zs, log_zt, log_z1, term, kd, ce, label,
+    temperature, beta, scale_s, scale_t, softcap_s, softcap_t,
+    DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Write kd·∂divergence/∂x + ce·∂CE/∂x on the columns [first, last); `term` is KL(q‖p) or KL(q‖r)."""
+    inverse_temperature = 1.0 / temperature
+    for start in range(first, last, LANES * VEC * UNROLL):
+        for part in tl.static_range(UNROLL):
+            columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
+            mask = columns < V
+            x = tl.load(student_row + columns, mask=mask, other=0.0)
+            y, slope = scaled_logits(x, scale_s, softcap_s, CAP_S)
+            log_q = y * inverse_temperature - log_zs
+            log_p = tempered_tile(teacher_row, columns, mask, scale_t, softcap_t, temperature, CAP_T) - log_zt
+            q = tl.exp(log_q)
+            if DIVERGENCE == FORWARD:
+                g = q - tl.exp(log_p)
+            elif DIVERGENCE == REVERSE:
+                g = tl.where(q > 0, q * (log_q - log_p - term), q)
+            else:
+                gap_q, _ = mixture_gaps(log_q, log_p, beta)
+                g = (1.0 - beta) * q * (gap_q - term)
+            g = g * (kd * inverse_temperature)
+            if HAS_LABELS:
+                g += ce * (tl.exp(y - log_z1) - tl.where(columns == label, 1.0, 0.0))
+            tl.store(grad_row + columns, (g * slope).to(grad_row.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sweep_zero(grad_row, first, last, V, LANES: tl.constexpr, VEC: tl.constexpr):
+    """Write zeros on the columns [first, last): the gradient of a token that does not count."""
+    for start in range(first, last, LANES * VEC):
+        columns = start + lane_columns(LANES, VEC)
+        zero = tl.zeros([LANES, VEC], grad_row.dtype.element_ty)
+        tl.store(grad_row + columns, zero, mask=columns < V)
