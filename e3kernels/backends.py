@@ -1,36 +1,56 @@
 """Which backend serves an operation on a device, and why.
 
-The choice for (operation, device type, dtype) is made once and never changes behind the caller's back: automatic choice
-takes the first of the device's preferences that serves; a backend asked for by `use_backend` or E3_BACKEND that cannot
-serve raises.
+The choice for (operation, device type, dtype) never changes behind the caller's back: automatic choice takes the first
+of the device's preferences that serves, and a backend asked for by `use_backend` or E3_BACKEND that cannot serve raises.
+A graph of torch.compile keeps the backend that was chosen when it was traced.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from e3kernels.contract import BACKENDS
 from e3kernels.ops.registration import OPERATORS, define_overload
 
-BACKENDS = ("reference", "native", "triton")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Service:
-    """The device types and dtypes on which a backend serves an operation; no devices means all."""
+    """The device types (None: all) and dtypes on which a backend serves an operation."""
 
-    devices: tuple[str, ...]
+    devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...]
 
+    def refusal(self, device: str, dtype: torch.dtype) -> str | None:
+        """Why it cannot serve; None where it can."""
+        if self.devices is not None and device not in self.devices:
+            return f"serves {', '.join(self.devices)} tensors, not {device}"
+        if dtype not in self.dtypes:
+            return f"serves {', '.join(map(str, self.dtypes))}, not {dtype}"
+        return None
 
-_services: dict[tuple[str, str], Service] = {}
-_unavailable = {"native": "not loaded", "triton": "not loaded"}
-_resolved: dict[tuple[str | None, str, str, torch.dtype], tuple[str, str]] = {}
+
+class Choice(NamedTuple):
+    """The backend of an operation, and why it and not a faster one."""
+
+    backend: str
+    reason: str
+
+
+services: dict[tuple[str, str], Service] = {}
+unavailable = {"native": "not loaded", "triton": "no kernels are registered"}
+_choices: dict[tuple[str | None, str, str, torch.dtype], Choice] = {}
+
+_environment = os.environ.get("E3_BACKEND") or None
+_chosen: ContextVar[str | None] = ContextVar("e3kernels_backend", default=None)
 
 
 def _checked(name: str, source: str) -> str:
@@ -39,15 +59,12 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_environment = os.environ.get("E3_BACKEND") or None
-_chosen: ContextVar[str | None] = ContextVar("e3kernels_backend", default=None)
-
-
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every operation of this thread (or task) by backend `name` inside the `with` block.
+    """Serve every operation of this thread (or asyncio task) by backend `name` inside the `with` block.
 
-    Raises ValueError for an unknown name; an operation that the backend cannot serve raises RuntimeError when called.
+    `name` is "reference", "native" or "triton"; ValueError for any other. An operation that the backend cannot serve
+    raises RuntimeError when it is called.
     """
     token = _chosen.set(_checked(name, "backend"))
     try:
@@ -70,31 +87,82 @@ def register(
     forward: Callable[..., Any] | None,
     backward: Callable[..., Any] | None,
     *,
-    devices: tuple[str, ...],
+    devices: tuple[str, ...] | None,
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    """Let `backend` serve `operation` on `devices` (empty: all) for inputs of `dtypes`.
+    """Let `backend` serve `operation` on `devices` (None: all) for inputs of `dtypes`.
 
-    `forward` and `backward` are the kernels with the operator's arguments; None where C++ has registered them.
+    `forward` and `backward` are kernels with the operator's arguments; None where C++ has registered them.
     """
     define_overload(operation, _checked(backend, "backend"), forward, backward)
-    _services[backend, operation] = Service(devices, dtypes)
-    _unavailable.pop(backend, None)
-    _resolved.clear()
+    services[backend, operation] = Service(devices, dtypes)
+    unavailable.pop(backend, None)
+    _choices.clear()
 
 
-def load_native() -> None:
-    """Load the compiled operators beside this file and let `native` serve those that they hold; record why not."""
+def _refusal(backend: str, operation: str, device: str, dtype: torch.dtype) -> str | None:
+    service = services.get((backend, operation))
+    if service is None:
+        return unavailable.get(backend, f"does not have {operation}")
+    return service.refusal(device, dtype)
+
+
+def _choose(wanted: str | None, operation: str, device: str, dtype: torch.dtype) -> Choice:
+    if wanted is not None:
+        refusal = _refusal(wanted, operation, device, dtype)
+        if refusal is not None:
+            raise RuntimeError(f"backend {wanted!r} cannot serve {operation}: {refusal}")
+        return Choice(wanted, "asked for")
+    preferences = ("native" if device == "cpu" else "triton", "reference")
+    refusals = []
+    for backend in preferences:
+        refusal = _refusal(backend, operation, device, dtype)
+        if refusal is None:
+            return Choice(backend, "; ".join(refusals) or f"preferred on {device}")
+        refusals.append(f"{backend}: {refusal}")
+    raise RuntimeError(f"no backend can serve {operation}: {'; '.join(refusals)}")
+
+
+def choose(operation: str, device: str, dtype: torch.dtype) -> Choice:
+    """The backend of `operation` for a device type and input dtype, with the reason.
+
+    Raises RuntimeError if the backend asked for cannot serve, ValueError if E3_BACKEND names none.
+    """
+    key = (requested(), operation, device, dtype)
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choices[key] = _choose(*key)
+    return choice
+
+
+def resolve(operation: str, device: str, dtype: torch.dtype) -> str:
+    """The name of the backend that `choose` chooses."""
+    return choose(operation, device, dtype).backend
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, which takes a second.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def load() -> None:
+    """Register the reference kernels, and the compiled ones beside this file if they load."""
+    for operation in OPERATORS:
+        module = importlib.import_module(f"e3kernels.reference.{operation}")
+        forward, backward = getattr(module, operation), getattr(module, f"{operation}_backward")
+        register("reference", operation, forward, backward, devices=None, dtypes=(*FLOATS, torch.float64))
+    _load_native()
+
+
+def _load_native() -> None:
     modules = sorted(Path(__file__).parent.glob("_ops*.so"))
     if not modules:
-        _unavailable["native"] = "no compiled module e3kernels/_ops*.so: it was not built"
+        unavailable["native"] = "no compiled module e3kernels/_ops*.so: it was not built"
         return
     try:
         torch.ops.load_library(str(modules[0]))
     except OSError as error:
-        _unavailable["native"] = f"{modules[0].name} cannot be loaded: {error}"
+        unavailable["native"] = f"{modules[0].name} cannot be loaded: {error}"
         return
     for operation in OPERATORS:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"e3::{operation}.native", "CPU"):
-            dtypes = (torch.float32, torch.bfloat16, torch.float16)
-            register("native", operation, None, None, devices=("cpu",), dtypes=dtypes)
+            register("native", operation, None, None, devices=("cpu",), dtypes=FLOATS)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from e3kernels.ops.registration import REDUCTIONS, Operator, declare
+from e3kernels.contract import REDUCTIONS, accumulate_dtype
+from e3kernels.ops.registration import Operator, declare
 
 NONE = REDUCTIONS.index("none")
 
@@ -58,17 +59,13 @@ class LossSignature:
         return f"(Tensor grad_loss, {self._arguments}, {self._needs}) -> ({gradients})"
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, losses and statistics over inputs of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _empty_gradients(signature: LossSignature, arguments: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
-    inputs = [arguments[position] for position in signature.positions]
-    return [
-        tensor.new_empty(tensor.shape) if need else arguments[0].new_empty(0)
-        for tensor, need in zip(inputs, needs, strict=True)
-    ]
+    first, *parameters = [arguments[position] for position in signature.positions]
+    dtype = accumulate_dtype(first.dtype)
+    gradients = [first.new_empty(first.shape if needs[0] else 0)]
+    for parameter, need in zip(parameters, needs[1:], strict=True):
+        gradients.append(first.new_empty(parameter.shape if need else 0, dtype=dtype))
+    return gradients
 
 
 def _fake(signature: LossSignature) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """Dispatcher registration: each operator's schema, fake and autograd formula, applied once per backend overload.
 
-`e3::<op>.<backend>` and `e3::<op>_backward.<backend>` are defined here in Python whatever language their kernels are in:
-a Python backend passes its functions, a compiled one has already registered its kernels for the same names.
+`e3::<op>.<backend>` and `e3::<op>_backward.<backend>` are defined in Python whatever language their kernels are in: a
+Python backend passes its functions, a compiled one has already registered its kernels for the same names.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,6 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("e3", "DEF")
-
-# Every name of the contract; a name's index in its tuple is the operator's code.
-RELAXATIONS = ("threshold", "softmax", "successive")
-WEIGHTINGS = ("none", "entropy", "inverse", "mix")
-DIVERGENCES = ("forward", "reverse", "jsd")
-TAILS = ("bucket", "renorm", "truncated")
-REDUCTIONS = ("none", "mean", "sum")
 
 
 @dataclass(frozen=True)

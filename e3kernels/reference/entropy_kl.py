@@ -1,0 +1,50 @@
+"""Reference `entropy_kl`: the divergence from a dense teacher, weighted by the teacher's entropy."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e3kernels.reference.divergence import divergence, entropy
+from e3kernels.reference.token_loss import (
+    LossOptions,
+    TeacherTerm,
+    TokenLoss,
+    forward,
+    model_logits,
+    token_loss,
+    valid_tokens,
+)
+
+
+def _tokens(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    token_mask: Tensor | None,
+    scalars: Tensor,
+    weighting: int,
+    divergence_code: int,
+    ignore_index: int,
+) -> TokenLoss:
+    options = LossOptions.from_arguments(scalars, weighting, divergence_code, ignore_index)
+    teacher_logits, _ = model_logits(teacher, options.teacher_scale, options.teacher_softcap)
+    log_p = torch.log_softmax(teacher_logits / options.temperature, -1)
+
+    def measure(u: Tensor) -> TeacherTerm:
+        log_q = torch.log_softmax(u, -1)
+        value, g = divergence(log_p, log_q, options.divergence, options.beta)
+        return TeacherTerm(value, entropy(log_p), u.shape[-1], lambda: g - log_q.exp() * g.sum(-1, keepdim=True))
+
+    return token_loss(student, measure, labels, valid_tokens(student, labels, token_mask, ignore_index), options)
+
+
+def entropy_kl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel of `e3::entropy_kl.reference`."""
+    *inputs, reduction, num_items, need_student = arguments
+    return forward(_tokens(*inputs), reduction, num_items, need_student)
+
+
+def entropy_kl_backward(grad_loss: Tensor, *inputs: Any) -> Tensor:
+    """Kernel of `e3::entropy_kl_backward.reference`: one incoming gradient a token."""
+    return _tokens(*inputs).gradient(grad_loss)

@@ -1,0 +1,29 @@
+"""Reference `gated_residual`: out = h + m·(f − h); dh = (1 − m)g, df = m·g, dm = Σg·(f − h)."""
+
+import torch
+from torch import Tensor
+
+from e3kernels.contract import accumulate_dtype
+
+
+def gated_residual(hidden: Tensor, branch_out: Tensor, gate: Tensor) -> Tensor:
+    """Kernel of `e3::gated_residual.reference`; the two forms make m = 0 give h and m = 1 give f to the bit."""
+    dtype = accumulate_dtype(hidden.dtype)
+    h, f, m = hidden.to(dtype), branch_out.to(dtype), gate.to(dtype)
+    delta = f - h
+    out = torch.where(m.abs() < 0.5, h + m * delta, f - (1 - m) * delta)
+    return out.to(hidden.dtype).contiguous()
+
+
+def gated_residual_backward(
+    grad: Tensor, hidden: Tensor, branch_out: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel of `e3::gated_residual_backward.reference`; dm is summed to the gate's shape."""
+    dtype = accumulate_dtype(hidden.dtype)
+    g, m = grad.to(dtype), gate.to(dtype)
+    grad_gate = (g * (branch_out.to(dtype) - hidden.to(dtype))).sum_to_size(gate.shape)
+    return (
+        ((1 - m) * g).to(hidden.dtype).contiguous(),
+        (m * g).to(branch_out.dtype).contiguous(),
+        grad_gate.to(gate.dtype).contiguous(),
+    )

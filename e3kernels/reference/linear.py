@@ -1,0 +1,184 @@
+"""Linear losses tile by tile: logits exist for a few rows at a time, whatever N and V.
+
+For each tile of rows: project hidden states to logits, let a dense kernel turn the tile into loss, statistics and the
+gradient of Σℓ, and take that gradient back to hidden states, weight and bias. The mean's 1/Σw is known only after the
+last tile; it is applied to the gradients, which are small beside the logits. Every backend uses this loop with its own
+dense kernel. Where a weight must be cast, or its gradient is a product in a narrower dtype than its sum, the work goes
+by blocks of the vocabulary, so that no second copy of the weight ever exists.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from e3kernels.contract import REDUCTIONS, accumulate_dtype
+from e3kernels.reference.token_loss import denominator
+
+# Logits of one model in a tile of the reference kernels: their temporaries come to about 60 bytes a logit.
+REFERENCE_LOGITS = 4 << 20
+# Bytes of a weight that are cast, or of its gradient that are multiplied out, at a time.
+_BLOCK_BYTES = 8 << 20
+
+
+class TileKernel(NamedTuple):
+    """The dense operation on one tile of logits: forward and backward with the operators' arguments, and how many
+    logits of one model a tile may hold for the kernel's temporaries to stay in its workspace."""
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., Tensor]
+    logits: int
+
+
+class Head(NamedTuple):
+    """Hidden states (N, H) with the output head that makes them logits; products are computed in `dtype`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    def blocks(self) -> Iterator[slice]:
+        vocabulary, width = self.weight.shape
+        step = max(1, _BLOCK_BYTES // (width * self.weight.element_size()))
+        return (slice(start, start + step) for start in range(0, vocabulary, step))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits (rows, V) of `hidden` (rows, H)."""
+        hidden = hidden.to(self.dtype)
+        if self.weight.dtype == self.dtype:
+            return F.linear(hidden, self.weight, self.bias)
+        logits = hidden.new_empty(len(hidden), len(self.weight))
+        for block in self.blocks():
+            bias = None if self.bias is None else self.bias[block].to(self.dtype)
+            logits[:, block] = F.linear(hidden, self.weight[block].to(self.dtype), bias)
+        return logits
+
+
+class HeadGradients:
+    """Gradients of a head's hidden states, weight and bias, summed over tiles; None for those not needed."""
+
+    def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
+        self.head = head
+        dtype = accumulate_dtype(head.hidden.dtype)
+        need_hidden, need_weight, need_bias = needs
+        self.hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if need_hidden else None
+        self.weight = torch.zeros_like(head.weight, dtype=dtype) if need_weight else None
+        self.bias = torch.zeros_like(head.bias, dtype=dtype) if need_bias and head.bias is not None else None
+
+    def add(self, rows: slice, grad_logits: Tensor) -> None:
+        head, grad = self.head, grad_logits.to(self.head.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = self._through_weight(grad)
+        if self.weight is not None:
+            self._add_weight(grad, head.hidden[rows].to(head.dtype))
+        if self.bias is not None:
+            self.bias += grad.sum(0, dtype=self.bias.dtype)
+
+    def _through_weight(self, grad: Tensor) -> Tensor:
+        weight = self.head.weight
+        if weight.dtype == grad.dtype:
+            return grad @ weight
+        total = torch.zeros(len(grad), weight.shape[1], dtype=accumulate_dtype(grad.dtype), device=grad.device)
+        for block in self.head.blocks():
+            total += grad[:, block] @ weight[block].to(grad.dtype)
+        return total
+
+    def _add_weight(self, grad: Tensor, hidden: Tensor) -> None:
+        assert self.weight is not None
+        if self.weight.dtype == grad.dtype:
+            self.weight.addmm_(grad.t(), hidden)
+            return
+        for block in self.head.blocks():
+            self.weight[block] += grad[:, block].t() @ hidden
+
+    def results(self, divisor: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The three gradients over `divisor`; an empty tensor for each that was not needed."""
+        like = self.head.hidden
+        wide = accumulate_dtype(like.dtype)
+        gradients = (self.hidden, self.weight, self.bias)
+        if divisor is not None:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient /= divisor
+        return tuple(
+            like.new_empty(0, dtype=dtype) if gradient is None else gradient
+            for gradient, dtype in zip(gradients, (like.dtype, wide, wide), strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class LinearLoss:
+    """A linear loss: the student's head, its needs, and what makes a tile.
+
+    `tile(rows)` gives (student logits, the dense operator's teacher tensors) of a slice of rows; `codes` are the dense
+    operator's arguments from `scalars` on, without the reduction.
+    """
+
+    head: Head
+    tile: Callable[[slice], tuple[Tensor, tuple[Tensor, ...]]]
+    labels: Tensor | None
+    token_mask: Tensor | None
+    codes: tuple[Any, ...]
+    needs: tuple[bool, bool, bool]
+    kernel: TileKernel
+
+    def _tiles(self) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+        """Each slice of rows with the dense operator's inputs for it."""
+        step = max(1, self.kernel.logits // len(self.head.weight))
+        for start in range(0, len(self.head.hidden), step):
+            rows = slice(start, start + step)
+            student, teacher = self.tile(rows)
+            tokens = (None if tensor is None else tensor[rows] for tensor in (self.labels, self.token_mask))
+            yield rows, (student, *teacher, *tokens, *self.codes)
+
+    def forward(self, reduction: int, num_items: Tensor | None) -> tuple[Tensor, ...]:
+        """(loss, stats, gradients of hidden, weight, bias) of the linear operator."""
+        name = REDUCTIONS[reduction]
+        per_tile = REDUCTIONS.index("none" if name == "none" else "sum")
+        hidden = self.head.hidden
+        count, dtype = len(hidden), accumulate_dtype(hidden.dtype)
+        losses, stats = hidden.new_zeros(count, dtype=dtype), hidden.new_empty((4, count), dtype=dtype)
+        needs = self.needs if name != "none" else (False, False, False)
+        gradients = HeadGradients(self.head, needs)
+        for rows, inputs in self._tiles():
+            # A summed tile puts its loss into its first row; the sum over rows is the same.
+            loss, stats[:, rows], grad = self.kernel.forward(*inputs, per_tile, None, any(needs))
+            losses[rows if name == "none" else rows.start] = loss
+            if any(needs):
+                gradients.add(rows, grad)
+        if name == "none":
+            return losses, stats, *gradients.results()
+        divisor = denominator(stats, name, num_items)
+        return losses.sum() / divisor, stats, *gradients.results(divisor)
+
+    def backward(self, grad_loss: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of hidden, weight, bias for one incoming gradient a token."""
+        gradients = HeadGradients(self.head, self.needs)
+        for rows, inputs in self._tiles():
+            gradients.add(rows, self.kernel.backward(grad_loss[rows], *inputs))
+        return gradients.results()
+
+
+def kernels(
+    problem: Callable[..., LinearLoss], kernel: TileKernel
+) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+    """Forward and backward kernels of the linear operator whose arguments `problem(kernel, needs, …)` takes.
+
+    Autocast has already chosen the operator's compute dtype; inside, it would cast the sums too.
+    """
+
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *inputs, reduction, num_items, need_hidden, need_weight, need_bias = arguments
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return problem(kernel, (need_hidden, need_weight, need_bias), *inputs).forward(reduction, num_items)
+
+    def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        *inputs, need_hidden, need_weight, need_bias = arguments
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return problem(kernel, (need_hidden, need_weight, need_bias), *inputs).backward(grad_loss)
+
+    return forward, backward

@@ -1,0 +1,52 @@
+"""`linear_entropy_kl` by the tile loop of `linear.py`, for any backend's `entropy_kl` kernel."""
+
+import torch
+from torch import Tensor
+
+from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
+from e3kernels.reference.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels
+
+KERNEL = TileKernel(entropy_kl, entropy_kl_backward, REFERENCE_LOGITS)
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
+
+
+def problem(
+    kernel: TileKernel,
+    needs: tuple[bool, bool, bool],
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    token_mask: Tensor | None,
+    scalars: Tensor,
+    weighting: int,
+    divergence: int,
+    ignore_index: int,
+    compute_dtype: torch.dtype | None,
+) -> LinearLoss:
+    """The linear loss of the operator's arguments, with `kernel` as its dense operation."""
+    student = Head(student_hidden, student_weight, student_bias, compute_dtype or student_hidden.dtype)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, compute_dtype or teacher_hidden.dtype)
+    shared = _same(student_weight, teacher_weight) and _same(student_bias, teacher_bias)
+
+    def tile(rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not shared:
+            return student.project(student_hidden[rows]), (teacher.project(teacher_hidden[rows]),)
+        # One head for both models: its weight is read, and cast, once.
+        both = student.project(torch.cat((student_hidden[rows], teacher_hidden[rows])))
+        logits, teacher_logits = both.chunk(2)
+        return logits, (teacher_logits,)
+
+    codes = (scalars, weighting, divergence, ignore_index)
+    return LinearLoss(student, tile, labels, token_mask, codes, needs, kernel)
+
+
+linear_entropy_kl, linear_entropy_kl_backward = kernels(problem, KERNEL)

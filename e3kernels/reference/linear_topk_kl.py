@@ -1,0 +1,39 @@
+"""`linear_topk_kl` by the tile loop of `linear.py`, for any backend's `topk_kl` kernel."""
+
+import torch
+from torch import Tensor
+
+from e3kernels.reference.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels
+from e3kernels.reference.topk_kl import topk_kl, topk_kl_backward
+
+KERNEL = TileKernel(topk_kl, topk_kl_backward, REFERENCE_LOGITS)
+
+
+def problem(
+    kernel: TileKernel,
+    needs: tuple[bool, bool, bool],
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    labels: Tensor | None,
+    token_mask: Tensor | None,
+    scalars: Tensor,
+    weighting: int,
+    divergence: int,
+    ignore_index: int,
+    tail: int,
+    compute_dtype: torch.dtype | None,
+) -> LinearLoss:
+    """The linear loss of the operator's arguments, with `kernel` as its sparse operation."""
+    student = Head(student_hidden, student_weight, student_bias, compute_dtype or student_hidden.dtype)
+
+    def tile(rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return student.project(student_hidden[rows]), (teacher_logprobs[rows], teacher_ids[rows])
+
+    codes = (scalars, weighting, divergence, ignore_index, tail)
+    return LinearLoss(student, tile, labels, token_mask, codes, needs, kernel)
+
+
+linear_topk_kl, linear_topk_kl_backward = kernels(problem, KERNEL)

@@ -1,0 +1,154 @@
+"""What a token's divergence and teacher entropy are made into: weights, loss, statistics, gradient of the logits.
+
+With r = H/log S (0 for S = 1), D the divergence at temperature T and CE the cross entropy at temperature 1:
+
+    none      w = 1                      entropy   w = 1 + γ·r                     inverse   w = 1 + γ·(1 − r)
+              ℓ = w·(λT²·D + (1 − λ)·CE)
+    mix       w = 1                      ℓ = r·T²·D + (1 − r)·CE
+
+The mean is Σℓ/Σw over valid tokens, or Σℓ/num_items. Weights carry no gradient.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from e3kernels.contract import DIVERGENCES, REDUCTIONS, WEIGHTINGS, accumulate_dtype
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of a loss operator by name; built from its `scalars` and codes."""
+
+    temperature: float
+    gamma: float
+    kd_ratio: float
+    beta: float
+    student_softcap: float
+    student_scale: float
+    teacher_softcap: float
+    teacher_scale: float
+    weighting: str
+    divergence: str
+    ignore_index: int
+
+    @classmethod
+    def from_arguments(cls, scalars: Tensor, weighting: int, divergence: int, ignore_index: int) -> "LossOptions":
+        values = scalars.tolist() + [0.0, 1.0][: 8 - len(scalars)]
+        return cls(*values, WEIGHTINGS[weighting], DIVERGENCES[divergence], ignore_index)
+
+
+class TeacherTerm(NamedTuple):
+    """The part of the loss that depends on the teacher, for u = z/T: values per token, gradient on demand."""
+
+    divergence: Tensor
+    entropy: Tensor
+    support: int
+    gradient: Callable[[], Tensor]  # ∂divergence/∂u, (N, V)
+
+
+class TokenLoss(NamedTuple):
+    """Per-token loss (N,), statistics (4, N), and the gradient of Σ coefficient·loss for coefficients (N,)."""
+
+    losses: Tensor
+    stats: Tensor
+    gradient: Callable[[Tensor], Tensor]
+    empty_gradient: Tensor
+
+
+def valid_tokens(student: Tensor, labels: Tensor | None, token_mask: Tensor | None, ignore_index: int) -> Tensor:
+    """(N,) bool: neither ignored by label nor masked out."""
+    valid = torch.ones(len(student), dtype=torch.bool, device=student.device)
+    if labels is not None:
+        valid &= labels != ignore_index
+    if token_mask is not None:
+        valid &= token_mask
+    return valid
+
+
+def model_logits(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """z = cap·tanh(scale·x/cap), or scale·x without a cap, in the accumulation dtype; and ∂z/∂x."""
+    z = logits.to(accumulate_dtype(logits.dtype))
+    if scale != 1:
+        z = z * scale
+    if softcap == 0:
+        return z, scale
+    bounded = torch.tanh(z / softcap)
+    return softcap * bounded, scale * (1 - bounded * bounded)
+
+
+def _weighted(coefficient: Tensor, value: Tensor) -> Tensor:
+    """coefficient·value, 0 wherever the coefficient is 0 even if the value is infinite."""
+    return torch.where(coefficient == 0, 0.0, coefficient * value)
+
+
+def _coefficients(term: TeacherTerm, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight of each token, and the factors of T²·D and of CE in its loss."""
+    ratio = term.entropy / math.log(term.support) if term.support > 1 else torch.zeros_like(term.entropy)
+    ones = torch.ones_like(ratio)
+    if options.weighting == "mix":
+        return ones, ratio, 1 - ratio
+    weight = {"none": ones, "entropy": 1 + options.gamma * ratio, "inverse": 1 + options.gamma * (1 - ratio)}[
+        options.weighting
+    ]
+    return weight, weight * options.kd_ratio, weight * (1 - options.kd_ratio)
+
+
+def token_loss(
+    student: Tensor,
+    measure: Callable[[Tensor], TeacherTerm],
+    labels: Tensor | None,
+    valid: Tensor,
+    options: LossOptions,
+) -> TokenLoss:
+    """The loss of each token of `student` (N, V); `measure(u)` gives the teacher's part for u = z/T."""
+    z, slope = model_logits(student, options.student_scale, options.student_softcap)
+    temperature = options.temperature
+    term = measure(z / temperature)
+    weight, kd, hard = _coefficients(term, options)
+    losses = _weighted(kd * temperature**2, term.divergence)
+    cross_entropy = torch.zeros_like(weight)
+    target = None
+    if labels is not None:
+        target = torch.where(valid, labels, 0)[:, None]
+        cross_entropy = z.logsumexp(-1) - z.gather(-1, target)[:, 0]
+        losses = losses + _weighted(hard, cross_entropy)
+
+    def gradient(coefficient: Tensor) -> Tensor:
+        grad = torch.zeros_like(z)
+        if options.weighting == "mix" or options.kd_ratio != 0:
+            grad += _weighted((kd * temperature)[:, None], term.gradient())
+        if target is not None and (options.weighting == "mix" or options.kd_ratio != 1):
+            residual = z.softmax(-1).scatter_add_(-1, target, torch.full_like(target, -1, dtype=z.dtype))
+            grad += _weighted(hard[:, None], residual)
+        grad *= slope * coefficient[:, None]
+        return torch.where(valid[:, None], grad, 0.0).to(student.dtype)
+
+    stats = torch.stack((term.divergence, term.entropy, cross_entropy, weight))
+    losses, stats = torch.where(valid, losses, 0.0), torch.where(valid, stats, 0.0)
+    return TokenLoss(losses, stats, gradient, student.new_empty(0))
+
+
+def denominator(stats: Tensor, reduction: str, num_items: Tensor | None) -> Tensor:
+    """What the sum of the token losses is divided by: Σw or `num_items` for mean, else 1; 0 counts as 1."""
+    if reduction != "mean":
+        return stats.new_ones(())
+    total = stats[3].sum() if num_items is None else num_items.to(stats)
+    return torch.where(total == 0, 1.0, total)
+
+
+def forward(
+    tokens: TokenLoss, reduction: int, num_items: Tensor | None, need_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, stats, gradient for an incoming gradient of 1) of a loss operator; the gradient is empty if not needed."""
+    name = REDUCTIONS[reduction]
+    if name == "none":
+        return tokens.losses, tokens.stats, tokens.empty_gradient
+    divisor = denominator(tokens.stats, name, num_items)
+    coefficient = (1 / divisor).expand_as(tokens.losses)
+    gradient = tokens.gradient(coefficient) if need_gradient else tokens.empty_gradient
+    return tokens.losses.sum() / divisor, tokens.stats, gradient
