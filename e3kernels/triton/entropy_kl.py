@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from e3kernels.ops.losses import NONE
+from e3kernels.contract import REDUCTIONS
 from e3kernels.triton.launch import contiguous, fills_device, split_of, sweep_of
 from e3kernels.triton.reduction import SUM, reduced_loss
 from e3kernels.triton.scalars import (
@@ -40,6 +40,7 @@ from e3kernels.triton.statistics import FORWARD, JSD, LOWEST, PAIR_FIELDS, REVER
 from e3kernels.triton.sweeps import label_logit, sweep_gradient, sweep_mixture, sweep_pair, sweep_zero
 from e3kernels.triton.tokens import ENTROPY, INVERSE, coefficients, is_valid, store_tokens, token_loss
 
+NONE = REDUCTIONS.index("none")
 ROW_FIELDS: tl.constexpr = tl.constexpr(6)  # log Z_s, log Z_t, log Z_s at T = 1, term, kd, ce
 
 
@@ -348,7 +349,7 @@ def token_statistics(d: Dense, partial: Tensor, mixture: Tensor | None, vocabula
     wrap_triton(entropy_kl_tokens)[(triton.cdiv(N, rows),)](
         partial, mixture, d.labels, d.mask, d.scalars, *out, N, splits, math.log(vocabulary), d.ignore_index,
         HAS_LABELS=d.labels is not None, HAS_MASK=d.mask is not None, DIVERGENCE=d.divergence, WEIGHTING=d.weighting,
-        SPLITS=triton.next_power_of_2(splits), ROWS=rows, num_warps=1,
+        SPLITS=triton.next_power_of_2(splits), ROWS=rows, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -360,7 +361,7 @@ def logits_gradient(d: Dense, rows: Tensor, incoming: Tensor) -> Tensor:
     grad = torch.empty(N, V, dtype=d.student.dtype, device=device)
     wrap_triton(entropy_kl_gradient)[(N, triton.cdiv(V, sweep.step))](
         d.student, d.teacher, d.labels, d.mask, d.scalars, rows, incoming, grad,
-        d.student.stride(0), d.teacher.stride(0), V, incoming.numel() > 1, V, sweep.step, d.ignore_index,
+        d.student.stride(0), d.teacher.stride(0), V, int(incoming.dim() > 0), V, sweep.step, d.ignore_index,
         **d.flags(), **sweep.options(),
     )  # fmt: skip
     return grad
@@ -373,7 +374,7 @@ def rows_at_once(d: Dense, incoming: Tensor, grad: Tensor) -> Tokens:
     stats, losses = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((4, N), (N,)))
     wrap_triton(entropy_kl_row)[(N,)](
         d.student, d.teacher, d.labels, d.mask, d.scalars, stats, losses, incoming, grad,
-        d.student.stride(0), d.teacher.stride(0), grad.stride(0), incoming.numel() > 1, N, V, math.log(V),
+        d.student.stride(0), d.teacher.stride(0), grad.stride(0), int(incoming.dim() > 0), N, V, math.log(V),
         d.ignore_index, WEIGHTING=d.weighting, **d.flags(), **sweep.options(),
     )  # fmt: skip
     return Tokens(stats, losses, stats)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from e3kernels.ops.registration import REDUCTIONS
+from e3kernels.contract import REDUCTIONS
 
 MEAN = REDUCTIONS.index("mean")
 SUM = REDUCTIONS.index("sum")
@@ -16,7 +16,7 @@ SUM = REDUCTIONS.index("sum")
 def reduce_tokens(
     loss_ptr, weight_ptr, items_ptr, out_ptr, N, MEAN: tl.constexpr, HAS_ITEMS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out[0] = Σ l / d and out[1] = 1/d with d = Σ w, the given number of items, or 1; both 0 where d is 0.
+    """out[0] = Σ l / d and out[1] = 1/d with d = Σ w, the given number of items, or 1; 0 counts as 1.
 
     One program, each lane in one order: no atomics, the same bits every time.
     """
@@ -31,9 +31,9 @@ def reduce_tokens(
         denominator = tl.load(items_ptr).to(tl.float32)
     if not MEAN:
         denominator = 1.0
-    inverse = tl.where(denominator == 0, 0.0, 1.0 / denominator)
-    tl.store(out_ptr, tl.where(denominator == 0, 0.0, tl.sum(total, axis=0) / denominator))
-    tl.store(out_ptr + 1, inverse)
+    denominator = tl.where(denominator == 0.0, 1.0, denominator)
+    tl.store(out_ptr, tl.sum(total, axis=0) / denominator)
+    tl.store(out_ptr + 1, 1.0 / denominator)
 
 
 def reduced_loss(losses: Tensor, stats: Tensor, reduction: int, num_items: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -42,6 +42,6 @@ def reduced_loss(losses: Tensor, stats: Tensor, reduction: int, num_items: Tenso
     items = None if num_items is None else num_items.to(losses.device)
     wrap_triton(reduce_tokens)[(1,)](
         losses, stats[3], items, out, losses.shape[0],
-        MEAN=reduction == MEAN, HAS_ITEMS=items is not None, BLOCK=1024, num_warps=8,
+        MEAN=reduction == MEAN, HAS_ITEMS=items is not None, BLOCK=1024, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return out[0], out[1]

@@ -36,18 +36,22 @@ def label_logit(row_ptr, label, first, last, scale, softcap, CAP: tl.constexpr):
 
 
 @triton.jit
-def sweep_student(
-    student_row, first, last, V, temperature, scale, softcap,
+def sweep_unstored(
+    student_row, ids, first, last, V, temperature, scale, softcap,
     HAS_LABELS: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """(ms, S_s, C) of the columns [first, last)."""
+    """(ms, S_s, C) of the columns [first, last) that are not among `ids`; an id of V is none."""
     ms = tl.full([LANES], LOWEST, tl.float32)
     ss = tl.zeros([LANES], tl.float32)
     cs = tl.zeros([LANES], tl.float32)
+    upcoming = tl.min(ids, axis=0)
     for start in range(first, last, LANES * VEC * UNROLL):
         for part in tl.static_range(UNROLL):
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
             zs = tempered_tile(student_row, columns, columns < V, scale, softcap, temperature, CAP)
+            while upcoming < tl.minimum(start + (part + 1) * LANES * VEC, V):
+                zs = tl.where(columns == upcoming, float("-inf"), zs)
+                upcoming = tl.min(tl.where(ids > upcoming, ids, V), axis=0)
             ms, ss, cs = fold_student(ms, ss, cs, zs, temperature, HAS_LABELS)
     return merge_student(ms, ss, cs, temperature, 0)
 
@@ -131,9 +135,10 @@ def sweep_gradient(
             else:
                 gap_q, _ = mixture_gaps(log_q, log_p, beta)
                 g = (1.0 - beta) * q * (gap_q - term)
-            g = g * (kd * inverse_temperature)
+            g = tl.where(kd == 0.0, 0.0, g * (kd * inverse_temperature))
             if HAS_LABELS:
-                g += ce * (tl.exp(y - log_z1) - tl.where(columns == label, 1.0, 0.0))
+                hard = tl.exp(y - log_z1) - tl.where(columns == label, 1.0, 0.0)
+                g += tl.where(ce == 0.0, 0.0, ce * hard)
             tl.store(grad_row + columns, (g * slope).to(grad_row.dtype.element_ty), mask=mask)
 
 
