@@ -1,7 +1,7 @@
 """Which backend serves an operation on a device, and why.
 
 The choice for (operation, device type, dtype) never changes behind the caller's back: automatic choice takes the first
-of the device's preferences that serves, and a backend asked for by `use_backend` or E3_BACKEND that cannot serve raises.
+of the device's preferences that serves; a backend asked for by `use_backend` or E3_BACKEND that cannot serve raises.
 A graph of torch.compile keeps the backend that was chosen when it was traced.
 """
 
@@ -114,7 +114,7 @@ def _choose(wanted: str | None, operation: str, device: str, dtype: torch.dtype)
             raise RuntimeError(f"backend {wanted!r} cannot serve {operation}: {refusal}")
         return Choice(wanted, "asked for")
     preferences = ("native" if device == "cpu" else "triton", "reference")
-    refusals = []
+    refusals: list[str] = []
     for backend in preferences:
         refusal = _refusal(backend, operation, device, dtype)
         if refusal is None:

@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from e3kernels.backends import resolve
+from e3kernels.ops.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape
 from e3kernels.ops.registration import Operator, declare
 
 
@@ -32,3 +34,28 @@ OPERATOR = declare(
         make_backward=_make_backward,
     )
 )
+
+
+def gated_residual(hidden: Tensor, branch_out: Tensor, gate: Tensor) -> Tensor:
+    """out = h + m·(f − h): the layer's input at m = 0 and its output at m = 1, both to the bit.
+
+    Gradients: dh = (1 − m)·g, df = m·g, dm = Σ g·(f − h), summed to the gate's shape in fp32 (fp64 for float64). The
+    gate is read on its device; the host never waits for it.
+
+    Args:
+        hidden, branch_out: h and f, one shape and dtype: float32, bfloat16, float16 or float64.
+        gate: m, any of these dtypes, broadcast against `hidden`.
+
+    Raises:
+        ValueError, TypeError: shape, device or dtype is wrong; the message names the argument.
+    """
+    check_dtype("hidden", hidden, FLOAT_DTYPES)
+    check_dtype("branch_out", branch_out, (hidden.dtype,))
+    check_dtype("gate", gate, FLOAT_DTYPES)
+    check_shape("branch_out", branch_out, hidden.shape, "the shape of hidden")
+    check_device(hidden.device, branch_out=branch_out, gate=gate)
+    sizes = zip(reversed(gate.shape), reversed(hidden.shape), strict=False)
+    if gate.dim() > hidden.dim() or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(f"gate has shape {tuple(gate.shape)}; it must broadcast to hidden, {tuple(hidden.shape)}")
+    backend = resolve("gated_residual", hidden.device.type, hidden.dtype)
+    return getattr(OPERATOR.packet, backend)(hidden, branch_out, gate)

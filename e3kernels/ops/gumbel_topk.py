@@ -1,11 +1,17 @@
 """Gumbel-TopK sampling of exactly k ones, with a straight-through gradient."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from e3kernels.backends import resolve
+from e3kernels.contract import RELAXATIONS
+from e3kernels.ops.arguments import FLOAT_DTYPES, check_dtype, code, scalar_tensor
 from e3kernels.ops.registration import Operator, declare
 
 
@@ -45,3 +51,115 @@ OPERATOR = declare(
         make_backward=_make_backward,
     )
 )
+
+
+class GumbelTopK(NamedTuple):
+    """A sample: `mask` of exactly k ones a row, and its relaxation `probs`; both of the logits' shape and dtype."""
+
+    mask: Tensor
+    probs: Tensor
+
+
+def gumbel_topk(
+    logits: Tensor,
+    k: int,
+    *,
+    tau: float = 1.0,
+    noise_scale: float = 1.0,
+    seed: int = 0,
+    step: int = 0,
+    relaxation: str = "threshold",
+) -> GumbelTopK:
+    """Sample k of L by perturbed scores s = θ + κ·g, g = −log(−log u) (Gumbel-top-k, Kool et al., arXiv 1903.06059).
+
+    `mask` has ones at the k largest s (ties: the lower index) and the gradient of `probs` (straight-through):
+
+        threshold    p = σ((s − c)/τ) with c such that Σp = k
+        softmax      p = k·softmax(s/τ), which may exceed 1
+        successive   the sum of k successive softmaxes (Xie & Ermon, arXiv 1901.10517)
+
+    u comes from Philox4x32-10 with key `seed` and counter (`step`, row, column): the same on every rank, device and
+    backend, and independent of the global generator. k = 0 and k = L give a constant mask and a zero gradient.
+
+    Args:
+        logits: θ, (..., L), float32, bfloat16, float16 or float64. `theta.expand(B, L)` draws B samples of one θ. A
+            logit of +∞ is always kept, −∞ never (as far as k allows); NaN makes its row NaN.
+        k: how many to keep, 0 ≤ k ≤ L.
+        tau: τ > 0.
+        noise_scale: κ ≥ 0; 0 takes the k largest logits.
+        seed, step: 0 ≤ value < 2⁶³.
+
+    Raises:
+        ValueError, TypeError: an argument's value or dtype is wrong; the message names it.
+        RuntimeError: the backend asked for cannot serve.
+    """
+    check_dtype("logits", logits, FLOAT_DTYPES)
+    _check(logits, k, tau, noise_scale, seed, step)
+    rows = logits if logits.dim() <= 2 else logits.reshape(-1, logits.shape[-1])
+    device = logits.device.type
+    backend = resolve("gumbel_topk", device, logits.dtype)
+    codes = (k, seed, step, code("relaxation", relaxation, RELAXATIONS))
+    if _is_plain(logits):
+        sample, differentiable_sample = _direct(backend, device)
+        call = differentiable_sample if logits.requires_grad and torch.is_grad_enabled() else sample
+        mask, probs = call(rows, _cached_scalars(tau, noise_scale), *codes)
+    else:
+        mask, probs = getattr(OPERATOR.packet, backend)(rows, scalar_tensor((tau, noise_scale)), *codes)
+    if rows is logits:
+        return GumbelTopK(mask, probs)
+    return GumbelTopK(mask.reshape(logits.shape), probs.reshape(logits.shape))
+
+
+def _check(logits: Tensor, k: int, tau: float, noise_scale: float, seed: int, step: int) -> None:
+    length = logits.shape[-1] if logits.dim() else 0
+    if length == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (..., L) with L at least 1")
+    if not 0 <= k <= length:
+        raise ValueError(f"k is {k}; it must be at least 0 and at most L = {length}")
+    if torch.compiler.is_compiling():
+        return
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau is {tau}; it must be finite and greater than 0")
+    if not 0 <= noise_scale < math.inf:
+        raise ValueError(f"noise_scale is {noise_scale}; it must be finite and at least 0")
+    for name, value in (("seed", seed), ("step", step)):
+        if not 0 <= value < 1 << 63:
+            raise ValueError(f"{name} is {value}; it must be at least 0 and less than 2**63")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Eager, with no tensor subclass and no dispatch mode that would have to see the operator."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+@lru_cache(maxsize=256)
+def _cached_scalars(tau: float, noise_scale: float) -> Tensor:
+    # Made once for a search's many samples; a tensor born in inference mode could not be saved for a later backward.
+    with torch.inference_mode(False):
+        return scalar_tensor((tau, noise_scale))
+
+
+@cache
+def _direct(backend: str, device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The kernel without and with its gradient, called below the dispatcher's Python autograd layer.
+
+    That layer costs several times the kernel, which takes microseconds; the formulas are those registered with it.
+    """
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
+    sample = partial(getattr(OPERATOR.packet, backend).redispatch, keys)
+    formula = _make_backward(partial(getattr(OPERATOR.backward_packet, backend).redispatch, keys))
+
+    class Sample(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            output = sample(*inputs)
+            _setup_context(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(formula)
+
+    return sample, Sample.apply

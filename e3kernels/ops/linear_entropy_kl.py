@@ -1,5 +1,10 @@
 """`entropy_kl` from hidden states and output heads: logits exist one tile at a time."""
 
+from torch import Tensor
+
+from e3kernels.ops.arguments import check_device, check_shape, rows_of
+from e3kernels.ops.head import autocast_dtype, check_head, head_dtypes
+from e3kernels.ops.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
 from e3kernels.ops.losses import LossSignature, declare_loss
 
 OPERATOR = declare_loss(
@@ -19,3 +24,81 @@ OPERATOR = declare_loss(
         codes="int weighting, int divergence, int ignore_index, ScalarType? compute_dtype",
     )
 )
+
+
+def linear_entropy_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    weighting: str = "entropy",
+    gamma: float = 1.0,
+    kd_ratio: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    ignore_index: int = -100,
+    num_items: int | Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> LossResult:
+    """`entropy_kl(student_hidden @ student_weight.T + student_bias, teacher_hidden @ teacher_weight.T + teacher_bias)`.
+
+    Logits exist for one tile of tokens at a time, so that memory does not grow with N·V. A head that both models share
+    (one weight, one bias) is multiplied once a tile. Gradients of a weight and a bias are summed in fp32.
+
+    Args:
+        student_hidden, teacher_hidden: (..., H), the widths of the models may differ.
+        student_weight, teacher_weight: (V, H), as in torch.nn.Linear.
+        student_bias, teacher_bias: (V,).
+
+    All six have one dtype; under autocast they may differ, and are multiplied in the autocast dtype. A gradient flows
+    to the student's tensors that require one; a weight shared with the teacher gets the student's part. Every other
+    argument, the result and the errors are those of `entropy_kl`.
+    """
+    options = LossOptions(
+        temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
+        student_scale, reduction, return_stats,
+    )  # fmt: skip
+    compute_dtype = autocast_dtype(student_hidden)
+    dtypes = head_dtypes(student_hidden, compute_dtype)
+    check_head("student", student_hidden, student_weight, student_bias, dtypes)
+    check_head("teacher", teacher_hidden, teacher_weight, teacher_bias, dtypes)
+    vocabulary = student_weight.shape[0]
+    check_shape(
+        "teacher_weight", teacher_weight, (vocabulary, teacher_hidden.shape[-1]), "as many rows as student_weight"
+    )
+    check_shape(
+        "teacher_hidden", teacher_hidden, (*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "one row a token"
+    )
+    check_device(
+        student_hidden.device,
+        student_weight=student_weight,
+        student_bias=student_bias,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias,
+    )
+    check_model("teacher", teacher_softcap, teacher_scale)
+    options.check(has_labels=labels is not None)
+    tokens = make_tokens(student_hidden, labels, token_mask, ignore_index, vocabulary)
+    student = (rows_of(student_hidden), student_weight, student_bias)
+    teacher = (rows_of(teacher_hidden.detach()), teacher_weight.detach(), teacher_bias)
+    return call_loss(
+        OPERATOR,
+        (*student, *teacher),
+        tokens,
+        options,
+        differentiable=student,
+        teacher_scalars=(0.0 if teacher_softcap is None else teacher_softcap, teacher_scale),
+        codes=(compute_dtype,),
+    )

@@ -1,6 +1,12 @@
 """`topk_kl` from hidden states and an output head: logits exist one tile at a time."""
 
+from torch import Tensor
+
+from e3kernels.ops.arguments import check_device, rows_of
+from e3kernels.ops.head import autocast_dtype, check_head, head_dtypes
+from e3kernels.ops.loss_call import LossOptions, LossResult, call_loss, make_tokens
 from e3kernels.ops.losses import LossSignature, declare_loss
+from e3kernels.ops.stored_teacher import check_tail, stored_teacher
 
 OPERATOR = declare_loss(
     LossSignature(
@@ -18,3 +24,49 @@ OPERATOR = declare_loss(
         codes="int weighting, int divergence, int ignore_index, int tail, ScalarType? compute_dtype",
     )
 )
+
+
+def linear_topk_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    tail: str = "bucket",
+    token_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    weighting: str = "entropy",
+    gamma: float = 1.0,
+    kd_ratio: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    ignore_index: int = -100,
+    num_items: int | Tensor | None = None,
+    student_softcap: float | None = None,
+    student_scale: float = 1.0,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> LossResult:
+    """`topk_kl(student_hidden @ student_weight.T + student_bias, teacher_logprobs, teacher_ids)`, tile by tile.
+
+    Hidden states, weight, bias, autocast and gradients are as in `linear_entropy_kl`, the teacher and `tail` as in
+    `topk_kl`, every other argument, the result and the errors as in `entropy_kl`.
+    """
+    options = LossOptions(
+        temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
+        student_scale, reduction, return_stats,
+    )  # fmt: skip
+    compute_dtype = autocast_dtype(student_hidden)
+    check_head("student", student_hidden, student_weight, student_bias, head_dtypes(student_hidden, compute_dtype))
+    check_device(student_hidden.device, student_weight=student_weight, student_bias=student_bias)
+    options.check(has_labels=labels is not None)
+    tail_code = check_tail(tail, divergence)
+    vocabulary = student_weight.shape[0]
+    tokens = make_tokens(student_hidden, labels, token_mask, ignore_index, vocabulary)
+    student = (rows_of(student_hidden), student_weight, student_bias)
+    teacher = stored_teacher(teacher_logprobs, teacher_ids, tokens, ignore_index, student_hidden, vocabulary)
+    return call_loss(
+        OPERATOR, (*student, *teacher), tokens, options, differentiable=student, codes=(tail_code, compute_dtype)
+    )

@@ -1,6 +1,11 @@
 """Entropy-weighted distillation against a teacher's stored top-k log-probabilities."""
 
+from torch import Tensor
+
+from e3kernels.ops.arguments import FLOAT_DTYPES, check_dtype, rows_of
+from e3kernels.ops.loss_call import LossOptions, LossResult, call_loss, make_tokens
 from e3kernels.ops.losses import LossSignature, declare_loss
+from e3kernels.ops.stored_teacher import check_tail, stored_teacher
 
 OPERATOR = declare_loss(
     LossSignature(
@@ -10,3 +15,61 @@ OPERATOR = declare_loss(
         codes="int weighting, int divergence, int ignore_index, int tail",
     )
 )
+
+
+def topk_kl(
+    student_logits: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    labels: Tensor | None = None,
+    *,
+    tail: str = "bucket",
+    token_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    weighting: str = "entropy",
+    gamma: float = 1.0,
+    kd_ratio: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    ignore_index: int = -100,
+    num_items: int | Tensor | None = None,
+    student_softcap: float | None = None,
+    student_scale: float = 1.0,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> LossResult:
+    """`entropy_kl` against a teacher of whom the k most likely tokens are stored, from a cache or a server.
+
+    p are the stored probabilities, q the student's; H is the entropy of p renormalised over the k, and r = H/log k.
+
+    Args:
+        student_logits: (..., V), float32, bfloat16, float16 or float64. A gradient flows to the student only.
+        teacher_logprobs: (..., k) log softmax(z^t/T), at the same T as the loss, any float dtype. An entry of −∞ is
+            padding: it and its id take no part.
+        teacher_ids: (..., k) integer ids, distinct within a token. Out of range raises on the CPU; on other devices and
+            under torch.compile it is undefined.
+        tail: "bucket": k + 1 events, the last holding 1 − Σp and 1 − Σq, a proper divergence; "renorm": both sides
+            renormalised over the k ids; "truncated": Σ p(log p − log q) over the k ids, with no tail, not a divergence,
+            for divergence="forward" only.
+
+    Every other argument, the result and the errors are those of `entropy_kl`.
+    """
+    options = LossOptions(
+        temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
+        student_scale, reduction, return_stats,
+    )  # fmt: skip
+    check_dtype("student_logits", student_logits, FLOAT_DTYPES)
+    options.check(has_labels=labels is not None)
+    tail_code = check_tail(tail, divergence)
+    tokens = make_tokens(student_logits, labels, token_mask, ignore_index, student_logits.shape[-1])
+    teacher = stored_teacher(
+        teacher_logprobs, teacher_ids, tokens, ignore_index, student_logits, student_logits.shape[-1]
+    )
+    return call_loss(
+        OPERATOR,
+        (rows_of(student_logits), *teacher),
+        tokens,
+        options,
+        differentiable=(student_logits,),
+        codes=(tail_code,),
+    )

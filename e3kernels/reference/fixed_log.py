@@ -1,7 +1,8 @@
 """The natural logarithm by one fixed sequence of IEEE fp64 operations, so that every backend has the same bits.
 
 x = 2^e·m with m in [√½, √2), f = (m − 1)/(m + 1), log m = 2·artanh f = 2f(1 + f²/3 + f⁴/5 + …). |f| < 0.172, so ten
-terms after the first leave a relative error near 1e-16. Nothing here may be fused into a multiply-add or handed to libm.
+terms after the first leave a relative error near 1e-16. Nothing here may be fused into a multiply-add or
+handed to libm.
 """
 
 import torch

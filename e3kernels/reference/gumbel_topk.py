@@ -26,7 +26,7 @@ def scores(logits: Tensor, noise_scale: float, seed: int, step: int) -> Tensor:
     theta = logits.double()
     if noise_scale == 0:
         return theta
-    noise = -fixed_log(-fixed_log(uniform(*theta.shape, seed, step, theta.device)))
+    noise = -fixed_log(-fixed_log(uniform(theta.shape[0], theta.shape[1], seed, step, theta.device)))
     return theta + noise * noise_scale
 
 
@@ -84,7 +84,7 @@ def gumbel_topk(
     tau, noise_scale = scalars.tolist()
     rows = logits.reshape(-1, logits.shape[-1])
     s = scores(rows, noise_scale, seed, step)
-    kept = s.sort(-1, descending=True, stable=True).indices[:, :k]
+    kept = s.sort(stable=True, dim=-1, descending=True).indices[:, :k]
     mask = torch.zeros_like(s).scatter_(-1, kept, 1.0)
     constant = k in (0, rows.shape[-1])
     probs = mask.clone() if constant else _relax(_finite(s, tau), k, tau, RELAXATIONS[relaxation])

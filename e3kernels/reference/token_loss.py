@@ -38,7 +38,7 @@ class LossOptions:
 
     @classmethod
     def from_arguments(cls, scalars: Tensor, weighting: int, divergence: int, ignore_index: int) -> "LossOptions":
-        values = scalars.tolist() + [0.0, 1.0][: 8 - len(scalars)]
+        values = (*scalars.tolist(), *(0.0, 1.0)[: 8 - len(scalars)])  # a stored teacher has no soft cap and scale
         return cls(*values, WEIGHTINGS[weighting], DIVERGENCES[divergence], ignore_index)
 
 

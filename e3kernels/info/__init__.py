@@ -1,0 +1,69 @@
+"""What this installation can do, and why not more: `e3kernels.info()` and `python -m e3kernels.info [--json]`."""
+
+import importlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from e3kernels import backends
+from e3kernels.ops.registration import OPERATORS
+
+
+def info() -> dict[str, Any]:
+    """Versions, processor, the backend of each operation with its reason, and the state of the native modules.
+
+    `operations` maps operation -> device type -> {"backend", "reason"} for float32 inputs under the backend asked for
+    now; backend is None where none can serve.
+    """
+    return {
+        "versions": {name: _version(name) for name in ("e3kernels", "torch", "triton", "transformers")}
+        | {"python": platform.python_version()},
+        "cpu": {
+            "name": _processor(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
+        "requested_backend": backends.requested(),
+        "operations": {name: {device: _choice(name, device) for device in _devices()} for name in OPERATORS},
+        "unavailable_backends": dict(backends.unavailable),
+        "native_modules": {"_ops": backends.unavailable.get("native", "loaded"), "_runtime": _runtime()},
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+def _choice(operation: str, device: str) -> dict[str, str | None]:
+    try:
+        return backends.choose(operation, device, torch.float32)._asdict()
+    except RuntimeError as error:
+        return {"backend": None, "reason": str(error)}
+
+
+def _runtime() -> str:
+    try:
+        importlib.import_module("e3kernels._runtime")
+    except ImportError as error:
+        return str(error)
+    return "loaded"
