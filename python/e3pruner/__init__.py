@@ -1,0 +1,8 @@
+"""Layer pruning of Hugging Face language models: search a layer mask, cut the layers, recover the model."""
+
+from e3pruner.evaluation import evaluate
+from e3pruner.models import PruningPlan, find_layers, prune
+from e3pruner.recovery import distill
+from e3pruner.search import search
+
+__all__ = ["PruningPlan", "distill", "evaluate", "find_layers", "prune", "search"]

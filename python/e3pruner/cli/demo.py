@@ -1,0 +1,63 @@
+"""e3 demo: the whole way on a real model, in one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers import PreTrainedModel
+
+from e3pruner.cli import options
+from e3pruner.cli.models import BUILT_IN, load_model, load_tokenizer
+from e3pruner.cli.output import output_folder
+from e3pruner.cli.pipeline import FULL, METHOD, QUICK, Pipeline
+from e3pruner.cli.results import run_results
+from e3pruner.cli.tables import print_table
+from e3pruner.cli.text import token_splits
+from e3pruner.report import REPORT_FILE, build_report, save_results
+
+BUILT_IN_TITLE = "SmolLM2-135M-Instruct"
+
+
+def demo(
+    ctx: typer.Context,
+    drop: Annotated[int, typer.Option(help="Number of layers to remove.")] = 8,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer tokens and steps.")] = False,
+    model: options.Model = BUILT_IN,
+    text: options.Text = None,
+    length: options.Length = 256,
+    out: options.Out = Path("demo-out"),
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    config: options.Config = None,
+) -> None:
+    """Search, cut, recover, export, compare and report: everything, on SmolLM2-135M-Instruct by default.
+
+    Leaves in --out: the pruned and the recovered model as Hugging Face folders, pruning.json, results.json, report.html
+    and the plots. Interrupt it when you like: the same command goes on from the last finished stage or saved state.
+
+    Examples:
+
+    `e3 demo --quick`
+
+    `e3 demo --drop 12 --out deep`
+    """
+    with output_folder(ctx, out, force) as folder:
+        dense, tokenizer = load_model(model, dtype=options.Dtype.FLOAT32), load_tokenizer(model)
+        tokens = token_splits(tokenizer, text, length=length, seed=seed)
+        pipeline = Pipeline(folder, dense, tokenizer, tokens, QUICK if quick else FULL, drop, seed)
+        results = run_results(ctx, title(model, dense, drop)) | {"summary": SUMMARY} | pipeline.run()
+        save_results(results, folder)
+        build_report(folder)
+        pipeline.clean()
+    print_table(results)
+    print(out / REPORT_FILE)
+
+
+SUMMARY = f"Layers chosen by {METHOD}, cut out, the rest recovered by distillation from the dense model."
+
+
+def title(name: str, model: PreTrainedModel, drop: int) -> str:
+    layers = model.config.get_text_config().num_hidden_layers
+    return f"{BUILT_IN_TITLE if name == BUILT_IN else name}, {layers} to {layers - drop} layers"

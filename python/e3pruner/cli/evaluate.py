@@ -1,0 +1,59 @@
+"""e3 eval: how good, how large, how fast."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import e3pruner
+from e3pruner.cli import options
+from e3pruner.cli.models import load_model, load_tokenizer
+from e3pruner.cli.output import output_folder
+from e3pruner.cli.results import run_results
+from e3pruner.cli.tables import print_table
+from e3pruner.cli.text import batches, take, token_splits
+from e3pruner.evaluation import latency
+from e3pruner.report import save_results
+
+
+def evaluate(
+    ctx: typer.Context,
+    model: options.Model,
+    teacher: Annotated[str | None, typer.Option(help="The dense model to compare with; as --model.")] = None,
+    text: options.Text = None,
+    held_out: options.HeldOut = 16,
+    length: options.Length = 256,
+    batch: options.Batch = 4,
+    speed: Annotated[bool, typer.Option(help="Measure decode and prefill tokens/s.")] = True,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    out: Annotated[Path | None, typer.Option(help="Folder to keep the figures in, as results.json.")] = None,
+    force: options.Force = False,
+    config: options.Config = None,
+) -> None:
+    """Measure perplexity on held-out text, size and speed, and with --teacher the KL and the top-1 agreement.
+
+    Examples:
+
+    `e3 eval --model recovered --teacher smollm2`
+
+    `e3 eval --model recovered --text my.txt --no-speed --out figures`
+    """
+    names = [name for name in (teacher, model) if name is not None]
+    tokens = token_splits(load_tokenizer(names[0]), text, length=length, seed=seed).held_out
+    sequences = batches(take(tokens, held_out, "--held-out"), batch)
+    with nullcontext() if out is None else output_folder(ctx, out, force) as folder:
+        networks = {name: load_model(name, device, dtype) for name in names}
+        dense = networks[teacher] if teacher is not None else None
+        rows = [
+            {"name": name, **e3pruner.evaluate(network, sequences, dense), **(latency(network) if speed else {})}
+            for name, network in networks.items()
+        ]
+        results = run_results(ctx, f"{model} on held-out text") | {"models": rows}
+        if folder is not None:
+            save_results(results, folder)
+    print_table(results)

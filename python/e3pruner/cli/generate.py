@@ -1,0 +1,67 @@
+"""e3 generate: text from a model, with its speed."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import torch
+import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from e3pruner.cli import options
+from e3pruner.cli.command import stderr
+from e3pruner.cli.models import load_model, load_tokenizer
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")] = 0.0,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")] = True,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    config: options.Config = None,
+) -> None:
+    """Stream a continuation of a prompt to stdout and its tokens/s to stderr.
+
+    Example: `e3 generate --model recovered --prompt "What is a hash table?"`
+    """
+    tokenizer = load_tokenizer(model)
+    network = load_model(model, device, dtype)
+    torch.manual_seed(seed)
+    began = time.perf_counter()
+    new_tokens = continue_prompt(network, tokenizer, prompt, max_new_tokens, chat, temperature, stream=True)
+    seconds = time.perf_counter() - began
+    stderr.print(f"{len(new_tokens)} tokens in {seconds:.2f} s: {len(new_tokens) / seconds:.1f} tokens/s", style="dim")
+
+
+def continue_prompt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    chat: bool = True,
+    temperature: float = 0.0,
+    stream: bool = False,
+) -> list[int]:
+    """The new tokens' ids, end-of-text included if the model came to it."""
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    ids = model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    return ids[0, inputs["input_ids"].shape[1] :].tolist()

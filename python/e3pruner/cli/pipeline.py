@@ -1,0 +1,204 @@
+"""The whole way from a dense model to a recovered one, in stages that are kept: an interrupted run repeats none."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import e3pruner
+from e3pruner.cli.command import stderr
+from e3pruner.cli.generate import continue_prompt
+from e3pruner.cli.models import load_model
+from e3pruner.cli.options import Dtype
+from e3pruner.cli.output import PLAN_FILE
+from e3pruner.cli.results import recovery_results, search_results
+from e3pruner.cli.text import Tokens, batches, take
+from e3pruner.evaluation import latency
+from e3pruner.models import PruningPlan
+from e3pruner.recovery.state import STATE
+from e3pruner.search.problem import SearchProblem
+from e3pruner.storage import new_folder, write_json
+
+METHOD, RIVALS = "gumbel-topk", ("leave-one-out", "bi")
+PRUNED, RECOVERED = "pruned", "recovered"
+MODELS = ("dense", PRUNED, RECOVERED)
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences what a hash table is.",
+    "Write the first sentence of a story about a lighthouse.",
+)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may spend: sequences, points of the curve, training steps and generated tokens a prompt."""
+
+    calibration: int = 8
+    held_out: int = 16
+    curve_points: int = 4
+    training_steps: int = 50
+    new_tokens: int = 48
+    batch: int = 4
+
+
+FULL = Budget()
+QUICK = Budget(calibration=4, held_out=8, curve_points=2, training_steps=10, new_tokens=24)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One run in `folder`. Each stage gives JSON, which is kept there until the run is complete."""
+
+    folder: Path
+    dense: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tokens: Tokens
+    budget: Budget
+    drop: int
+    seed: int
+
+    def run(self) -> dict[str, Any]:
+        """All stages in their order; the parts of the results that they give (see `e3pruner.report.results`)."""
+        found = self.stage("1-search", self.search)
+        models = self.stage("2-prune", lambda: self.prune(found))
+        curve = self.stage("3-compare", lambda: self.curve(found))
+        recovery = self.stage("4-recover", self.recover)
+        recovered = self.stage("5-evaluate", self.evaluate_recovered)
+        speeds = self.stage("6-time", self.time)
+        answers = self.stage("7-generate", self.generate)
+        measured = {"dense": models["dense"], PRUNED: models[METHOD], RECOVERED: recovered}
+        return {
+            **search_results(PruningPlan.load(self.folder / PLAN_FILE)),
+            "methods": [{"method": method, **found[method], **models[method]} for method in found],
+            "curve": curve,
+            "recovery": recovery,
+            "models": [{"name": name, **values, **speeds[name]} for name, values in measured.items()],
+            "generations": answers,
+            "seconds": self.seconds(),
+        }
+
+    def stage(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives: computed the first time, read when the run goes on."""
+        path = self.folder / f"stage-{name}.json"
+        if not path.exists():
+            stderr.print(f"[bold]{name}[/]")
+            began = time.perf_counter()
+            value = compute()
+            write_json(path, {"value": value, "seconds": round(time.perf_counter() - began, 1)})
+        return read_json(path)["value"]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage, in their order. Of a stage that was interrupted: of its last part."""
+        return {
+            path.stem.removeprefix("stage-"): read_json(path)["seconds"]
+            for path in sorted(self.folder.glob("stage-*.json"))
+        }
+
+    def clean(self) -> None:
+        """Deletes what only a resumed run would need."""
+        for path in (*self.folder.glob("stage-*.json"), *self.folder.glob("search-*.json")):
+            path.unlink()
+        shutil.rmtree(self.folder / "training", ignore_errors=True)
+
+    @property
+    def calibration(self) -> list[Tensor]:
+        return batches(take(self.tokens.calibration, self.budget.calibration, "calibration"), self.budget.batch)
+
+    @property
+    def held_out(self) -> list[Tensor]:
+        return batches(take(self.tokens.held_out, self.budget.held_out, "held-out"), self.budget.batch)
+
+    def search(self) -> dict[str, Any]:
+        """For the method and its rivals, on the same tokens: the mask, the order of layers behind it, and the cost."""
+        return {method: self.search_by(method) for method in (METHOD, *RIVALS)}
+
+    def search_by(self, method: str) -> dict[str, Any]:
+        checkpoint = self.folder / f"search-{method}.json"
+        began = time.perf_counter()
+        plan = e3pruner.search(self.dense, self.calibration, self.drop, method, self.seed, checkpoint=checkpoint)
+        if method == METHOD:
+            plan.save(self.folder / PLAN_FILE)
+        seconds = round(time.perf_counter() - began, 1)
+        return {"removed": plan.removed, "order": order(plan), "cost": plan.metrics["cost"], "seconds": seconds}
+
+    def prune(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Exports the pruned model; held-out figures of the dense model and of every mask."""
+        measured = {"dense": e3pruner.evaluate(self.dense, self.held_out, self.dense)}
+        for method, mask in found.items():
+            plan = PruningPlan.of_removed(mask["removed"], len(mask["order"]))
+            pruned = e3pruner.prune(self.dense, plan, copy_weights=False)
+            measured[method] = e3pruner.evaluate(pruned, self.held_out, self.dense)
+            if method == METHOD:
+                self.export(pruned, PRUNED)
+        return measured
+
+    def export(self, model: PreTrainedModel, name: str) -> None:
+        with new_folder(self.folder / name, force=True) as folder:
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def load(self, name: str) -> PreTrainedModel:
+        """A model of this run: the dense one, or one that an earlier stage exported."""
+        return self.dense if name == "dense" else load_model(str(self.folder / name), dtype=Dtype.FLOAT32)
+
+    def recover(self) -> dict[str, Any]:
+        student = self.load(PRUNED)
+        training = self.folder / "training"
+        result = e3pruner.distill(
+            student,
+            teacher=self.dense,
+            data=self.tokens.training,
+            held_out=self.held_out,
+            output=training,
+            resume=(training / STATE).exists(),
+            steps=self.budget.training_steps,
+            batch_size=self.budget.batch,
+            seed=self.seed,
+        )
+        self.export(student, RECOVERED)
+        return recovery_results(result)["recovery"]
+
+    def evaluate_recovered(self) -> dict[str, Any]:
+        return e3pruner.evaluate(self.load(RECOVERED), self.held_out, self.dense)
+
+    def curve(self, found: dict[str, Any]) -> dict[str, list[list[float]]]:
+        """Held-out KL without each method's first choices, at some numbers of layers up to `drop`."""
+        points = range(1, self.budget.curve_points + 1)
+        counts = sorted({math.ceil(self.drop * point / self.budget.curve_points) for point in points})
+        with SearchProblem(self.dense, self.held_out, drop=self.drop) as problem:
+            masks = {(m, n): problem.mask(mask["order"][:n]) for m, mask in found.items() for n in counts}
+            values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
+        return {method: [[n, values[method, n]] for n in counts] for method in found}
+
+    def time(self) -> dict[str, Any]:
+        return {name: latency(self.load(name)) for name in MODELS}
+
+    def generate(self) -> list[dict[str, Any]]:
+        models = {name: self.load(name) for name in MODELS}
+        return [
+            {"prompt": prompt, "answers": {name: self.answer(model, prompt) for name, model in models.items()}}
+            for prompt in PROMPTS
+        ]
+
+    def answer(self, model: PreTrainedModel, prompt: str) -> str:
+        ids = continue_prompt(model, self.tokenizer, prompt, self.budget.new_tokens)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def order(plan: PruningPlan) -> list[int]:
+    """The layers from the first to go to the last: what the search removes, then the others, by its final values."""
+    values = next(record[key] for record in reversed(plan.history) for key in ("logits", "importance") if key in record)
+    return sorted(range(plan.num_layers), key=lambda layer: (layer not in plan.removed, values[layer], -layer))

@@ -1,0 +1,26 @@
+"""The before/after table in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from e3pruner.report import model_table
+
+# A pipe has no width: wide enough there that no figure is folded.
+PIPE_WIDTH = 140
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Prints the results' models, one a row, to stdout."""
+    headings, rows = model_table(results)
+    table = Table(title=results["title"], title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+    for row in rows:
+        table.add_row(*row)
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=PIPE_WIDTH)
+    console.print(table)

@@ -1,0 +1,71 @@
+"""Tokens for a run: a text file's or the built-in text's, in splits that share nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from e3pruner.recovery.text import SHARES, demo_tokens
+
+
+class Tokens(NamedTuple):
+    """Packed token sequences, each (sequences, length) int64."""
+
+    training: Tensor
+    calibration: Tensor
+    held_out: Tensor
+
+
+def token_splits(tokenizer: PreTrainedTokenizerBase, text: Path | None, *, length: int, seed: int) -> Tokens:
+    """Training, calibration and held-out sequences of `length` tokens from the file `text`, or from the built-in text.
+
+    Raises ValueError when a split has not one whole sequence, and for a file that is not UTF-8.
+    """
+    if text is None:
+        built_in = demo_tokens(tokenizer, length=length, seed=seed)
+        return Tokens(built_in.training, built_in.calibration, torch.cat(list(built_in.held_out.values())))
+    parts = split_text(text.read_text(encoding="utf-8"))
+    return Tokens(*(chunk(tokenizer, part, length, f"{text}, split {name}") for name, part in parts.items()))
+
+
+def split_text(text: str) -> dict[str, str]:
+    """`text` cut once between each two splits, in the proportions of the built-in text, after the next white space.
+
+    The cut is made before tokenisation, so no character reaches two splits.
+    """
+    parts, start, share = {}, 0, 0.0
+    for name in Tokens._fields:
+        share += SHARES[name]
+        space = re.compile(r"\s").search(text, max(start, int(share * len(text))))
+        stop = space.end() if space else len(text)
+        parts[name] = text[start:stop]
+        start = stop
+    return parts
+
+
+def chunk(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str) -> Tensor:
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    whole = len(ids) // length
+    if whole == 0:
+        raise ValueError(
+            f"{name}: {len(ids)} tokens make no sequence of --length {length}; give more text or a shorter one"
+        )
+    return ids[: whole * length].view(whole, length)
+
+
+def take(sequences: Tensor, count: int, option: str) -> Tensor:
+    """The first `count` sequences. Raises ValueError naming the option that asks for more than there are."""
+    if count > len(sequences):
+        have, length = sequences.shape
+        raise ValueError(f"{option} {count} is more than the {have} sequences of {length} tokens that the text gives")
+    return sequences[:count]
+
+
+def batches(sequences: Tensor, size: int) -> list[Tensor]:
+    """The sequences in batches of `size`, the last one perhaps smaller."""
+    return list(sequences.split(size))

@@ -1,0 +1,111 @@
+"""Perplexity, and how far a model's predictions are from a teacher's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+import e3kernels as e3k
+from e3pruner.models import OutputHead, find_layers, last_hidden, output_head
+from e3pruner.models.stack import evaluating
+from e3pruner.models.tokens import check_token_batches
+from e3pruner.precision import autocast_dtype
+
+_TILE_VALUES = 2**23  # logits that exist at a time: 32 MiB in fp32, of student and teacher each
+
+
+@dataclass
+class _Sums:
+    """Sums over the predicted tokens seen so far."""
+
+    tokens: int = 0
+    cross_entropy: float = 0.0
+    kl: float = 0.0
+    agreements: int = 0
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    token_batches: Iterable[Any],
+    teacher: PreTrainedModel | None = None,
+    *,
+    precision: str = "fp32",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure `model` on text: every token but the first of each sequence is predicted from those before it.
+
+    token_batches: (B, T) token ids each, tensors or nested lists. teacher: the model to compare with, for example the
+    dense one. precision: "fp32" computes in the type of the weights, "bf16" under autocast, "auto" in bf16 where the
+    processor multiplies it. progress: show a bar on standard error.
+
+    Returns "perplexity" = exp of the mean cross-entropy in nats, "tokens" (predicted ones), "layers", "parameters"
+    (tied ones count once), and with a teacher "kl", the mean KL(teacher ‖ model) in nats a token over the full
+    vocabulary, and "top1_agreement", the share of positions where both rank the same token first. Logits exist one tile
+    at a time.
+
+    Raises `ValueError` for token batches as `e3pruner.search` does and for a teacher with another vocabulary, and
+    `FloatingPointError` naming the batch if a result is NaN.
+    """
+    models = [model] if teacher is None else [model, teacher]
+    heads = [output_head(each) for each in models]
+    sizes = [head.weight.shape[0] for head in heads]
+    if sizes[0] != sizes[-1]:
+        raise ValueError(
+            f"teacher has a vocabulary of {sizes[-1]} tokens, model one of {sizes[0]}: their predictions can be "
+            "compared only if they share a tokenizer"
+        )
+    batches = check_token_batches("token_batches", token_batches, sizes[0])
+    dtype = autocast_dtype(precision, model.device)
+    sums = _Sums()
+    with ExitStack() as stack:
+        for each in models:
+            stack.enter_context(evaluating(each))
+        stack.enter_context(torch.autocast(model.device.type, dtype, enabled=dtype is not None))
+        for number, batch in enumerate(
+            track(batches, "evaluate", console=Console(stderr=True), disable=not progress, transient=True)
+        ):
+            _add_batch(sums, models, heads, batch)
+            if math.isnan(sums.cross_entropy + sums.kl):
+                raise FloatingPointError(f"token_batches[{number}]: the loss is NaN")
+    result = {
+        "perplexity": torch.tensor(sums.cross_entropy / sums.tokens, dtype=torch.float64).exp().item(),
+        "tokens": sums.tokens,
+        "layers": len(find_layers(model)),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    if teacher is not None:
+        result |= {"kl": sums.kl / sums.tokens, "top1_agreement": sums.agreements / sums.tokens}
+    return result
+
+
+def _add_batch(sums: _Sums, models: list[PreTrainedModel], heads: list[OutputHead], batch: Tensor) -> None:
+    labels = batch[:, 1:].flatten()
+    hidden = [last_hidden(model, batch.to(model.device))[:, :-1].flatten(0, 1) for model in models]
+    size = max(1, _TILE_VALUES // heads[0].weight.shape[0])
+    for start in range(0, len(labels), size):
+        tile = slice(start, start + size)
+        _add_tile(sums, [head.logits(h[tile]) for head, h in zip(heads, hidden, strict=True)], labels[tile])
+
+
+def _add_tile(sums: _Sums, logits: list[Tensor], labels: Tensor) -> None:
+    labels = labels.to(logits[0].device)
+    sums.tokens += len(labels)
+    if len(logits) == 1:
+        sums.cross_entropy += F.cross_entropy(logits[0].float(), labels, reduction="sum").item()
+        return
+    student, teacher = logits[0], logits[1].to(logits[0].device)
+    _, stats = e3k.entropy_kl(student, teacher, labels, weighting="none", reduction="none", return_stats=True)
+    sums.cross_entropy += stats.cross_entropy.double().sum().item()
+    sums.kl += stats.kl.double().sum().item()
+    sums.agreements += int((student.argmax(-1) == teacher.argmax(-1)).sum())

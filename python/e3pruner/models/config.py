@@ -1,0 +1,65 @@
+"""The configuration of a pruned model: every setting that speaks of layers by number, translated or refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# The first layer after a leading group: as many layers stay in the group as are kept of it.
+_BOUNDARIES = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers")
+_INDEX_SETS = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers")
+# Setting: (its value that treats all layers alike, what any other value does).
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "attn_layer_period": (1, "which layers attend follows from their index"),
+    "expert_layer_period": (1, "which layers hold experts follows from their index"),
+    "hybrid_layer_ids": ([], "these layers share one set of weights"),
+    "moe_layer_interval": (1, "which layers hold experts follows from their index"),
+    "num_kv_shared_layers": (0, "the last layers read the keys and values of earlier ones"),
+    "scale_attn_by_inverse_layer_idx": (False, "attention is divided by the layer's index + 1"),
+}
+
+
+def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfig:
+    """A copy of `config` for a model of the layers `kept` (ascending) only.
+
+    The number of layers follows; lists with one entry a layer are sliced, whether set or generated from a pattern;
+    indices and boundaries are renumbered. Raises `ValueError` naming a setting that ties what a layer does to its index
+    in a way that no configuration of the pruned model expresses.
+    """
+    pruned = copy.deepcopy(config)
+    text = pruned.get_text_config(decoder=True)
+    settings = {name: value for name, value in vars(text).items() if value is not None}
+    for name, (harmless, reason) in _REFUSED.items():
+        if settings.get(name, harmless) != harmless:
+            raise ValueError(f"config.{name}={settings[name]!r} ({text.model_type}) cannot be pruned: {reason}")
+
+    overrides = text.to_dict().get("per_layer_config", {})
+    text.per_layer_config = None  # its indices are those of the dense model
+    for name, value in _translated(settings, kept, text.num_hidden_layers).items():
+        setattr(text, name, value)
+    text.num_hidden_layers = len(kept)
+    text.per_layer_config = {kept.index(int(old)): each for old, each in overrides.items() if int(old) in kept} or None
+    return pruned
+
+
+def _translated(settings: dict[str, Any], kept: Sequence[int], num_layers: int) -> dict[str, Any]:
+    translated: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in _INDEX_SETS:
+            translated[name] = [new for new, old in enumerate(kept) if old in value]
+        elif name in _BOUNDARIES:
+            translated[name] = sum(old < value for old in kept)
+        elif isinstance(value, list | tuple) and len(value) == num_layers and not name.endswith("_token_id"):
+            translated[name] = type(value)(value[old] for old in kept)
+    if "decoder_sparse_step" in settings:  # experts in every step-th layer that mlp_only_layers does not name
+        step, dense = settings["decoder_sparse_step"], settings.get("mlp_only_layers", [])
+        translated["decoder_sparse_step"] = 1
+        translated["mlp_only_layers"] = [i for i, old in enumerate(kept) if old in dense or (old + 1) % step]
+    if "moe_layer_end_index" in settings:  # inclusive
+        translated["moe_layer_end_index"] = sum(old <= settings["moe_layer_end_index"] for old in kept) - 1
+    if "attention_types" in settings:  # GPT-Neo: [[kinds, repeats], ...], from which attention_layers is expanded
+        translated["attention_types"] = [[[kind], 1] for kind in translated["attention_layers"]]
+    return translated

@@ -1,0 +1,121 @@
+"""Gate or skip decoder layers of a model in place, by hooks: no module is wrapped, no parameter is renamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+import e3kernels
+from e3pruner.models.stack import check_indices, evaluating, find_layers
+
+
+@contextmanager
+def gated(model: PreTrainedModel, gates: Tensor) -> Iterator[None]:
+    """Inside the block, layer l of `model` returns h + m_l·(f_l(h) − h).
+
+    `gates` m: (L,), or (L, B) with one mask for each of the B samples of a batch; floating; it may require grad.
+    Layers that run at exactly m = 1 without grad keep their plain forward. Hidden states recorded by
+    `output_hidden_states=True` are the gated ones.
+
+    Raises `TypeError` or `ValueError` for gates of another kind or shape, and for a batch of another size than B.
+    """
+    layers = find_layers(model)
+    _check_gates(gates, len(layers))
+    plain = [False] * len(layers)
+    if not gates.requires_grad:
+        plain = (gates == 1).reshape(len(layers), -1).all(dim=1).tolist()
+    with ExitStack() as stack:
+        for layer, gate, is_plain in zip(layers, gates, plain, strict=True):
+            if not is_plain:
+                # prepend: transformers records hidden states by hooks of its own, which must see the gated output.
+                handle = layer.register_forward_hook(_gate_hook(gate), prepend=True, with_kwargs=True)
+                stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def skipped(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[None]:
+    """Inside the block, `model` computes exactly what it would without the layers `removed`, for forward passes
+    without a cache: a skipped layer returns its input and costs nothing.
+
+    Every layer keeps its index, and with it its mask and its rotary embedding, so the configuration is not touched.
+    A cache would count positions by layer 0, wrongly where that is skipped, so one is refused with `ValueError`;
+    `generate` needs `use_cache=False`. Raises `ValueError` for indices out of range or doubled and if no layer is left.
+    """
+    layers = find_layers(model)
+    removed = check_indices("removed", removed, len(layers))
+    if len(removed) == len(layers):
+        raise ValueError(f"removed={removed} leaves no layer; keep at least one")
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(_refuse_cache, with_kwargs=True).remove)
+        for index in removed:
+            stack.callback(_restore_forward, layers[index], vars(layers[index]).get("forward"))
+            layers[index].forward = _Identity(layers[index])
+        yield
+
+
+def _check_gates(gates: Tensor, num_layers: int) -> None:
+    if not isinstance(gates, Tensor) or not gates.is_floating_point():
+        raise TypeError(f"gates must be a floating tensor, not {getattr(gates, 'dtype', type(gates).__name__)}")
+    if gates.dim() not in (1, 2) or gates.shape[0] != num_layers:
+        raise ValueError(f"gates has shape {tuple(gates.shape)}; expected ({num_layers},) or ({num_layers}, batch)")
+
+
+def _gate_hook(gate: Tensor) -> Any:
+    def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> Tensor | tuple:
+        hidden = _hidden_states(args, kwargs)
+        branch_out = output[0] if isinstance(output, tuple) else output
+        if gate.dim() == 1 and len(gate) != len(hidden):
+            raise ValueError(f"gates has one mask for each of {len(gate)} samples, the batch has {len(hidden)}")
+        aligned = gate.view(gate.shape + (1,) * (hidden.dim() - 1)) if gate.dim() else gate
+        mixed = e3kernels.gated_residual(hidden, branch_out, aligned.to(hidden.device))
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+    return hook
+
+
+def _hidden_states(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+class _Identity:
+    """Stands in for the forward of a skipped layer: returns the hidden states in the form the layer would."""
+
+    _extras: dict[type, int | None] = {}  # noqa: RUF012  by layer class: outputs beside the hidden states, None if bare
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple:
+        kind = type(self.layer)
+        if kind not in self._extras:
+            self._extras[kind] = self._probe(args, kwargs)
+        hidden = _hidden_states(args, kwargs)
+        extras = self._extras[kind]
+        return hidden if extras is None else (hidden, *[None] * extras)
+
+    def _probe(self, args: tuple, kwargs: dict) -> int | None:
+        """Some classes return a tuple and nothing but running one tells: once for each class."""
+        args = tuple(None if isinstance(value, Cache) else value for value in args)
+        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        with torch.no_grad(), evaluating(self.layer):
+            output = type(self.layer).forward(self.layer, *args, **kwargs)
+        return len(output) - 1 if isinstance(output, tuple) else None
+
+
+def _restore_forward(layer: nn.Module, forward: Any) -> None:
+    del layer.forward
+    if forward is not None:
+        layer.forward = forward
+
+
+def _refuse_cache(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        raise ValueError(
+            "past_key_values: a model with skipped layers takes no cache; pass use_cache=False, or prune it"
+        )

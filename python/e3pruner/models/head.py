@@ -1,0 +1,80 @@
+"""The two halves of a causal language model: hidden states up to the output head, and the head itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from e3pruner.models.stack import evaluating, stack_name
+
+# Settings that multiply the logits (1) or divide them (-1).
+_FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
+_VERIFIED: WeakSet[PreTrainedModel] = WeakSet()
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """logits = softcap·tanh(z / softcap), z = scale·(x·weightᵀ + bias); without the tanh where softcap is None.
+
+    `weight` (V, H) and `bias` (V,) or None are the model's own parameters, not copies.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits (..., V) of hidden states (..., H), in the dtype of the weight."""
+        scaled = self.scale * F.linear(hidden, self.weight, self.bias)
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+
+def last_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """The hidden states (B, T, H) that the output head receives, after the final norm; no cache is kept.
+
+    `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding.
+    """
+    decoder = model.get_submodule(stack_name(model).rpartition(".")[0])
+    output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True)
+    return output.last_hidden_state
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """What turns `last_hidden(model, ...)` into the logits of `model`.
+
+    A factor or a soft cap that goes unnoticed would silently change the objective of a fused loss. So the first call
+    on a model rebuilds the logits of a few tokens, and raises `ValueError` if they are not those of the model.
+    """
+    config = model.config.get_text_config(decoder=True)
+    factors = [(getattr(config, name, None), exponent) for name, exponent in _FACTORS.items()]
+    scale = math.prod(factor**exponent for factor, exponent in factors if isinstance(factor, int | float))
+    linear = model.get_output_embeddings()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    head = OutputHead(linear.weight, getattr(linear, "bias", None), softcap, float(scale))
+    if model not in _VERIFIED:
+        _verify(model, head)
+        _VERIFIED.add(model)
+    return head
+
+
+@torch.no_grad()
+def _verify(model: PreTrainedModel, head: OutputHead) -> None:
+    ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
+    with evaluating(model):
+        expected = model(input_ids=ids, use_cache=False, return_dict=True).logits.float()
+        rebuilt = head.logits(last_hidden(model, ids)).float()
+    # A missed factor changes logits by its own size; rounding in the order of operations by a few ulp.
+    tolerance = 8 * torch.finfo(head.weight.dtype).eps * expected.abs().max()
+    error = (rebuilt - expected).abs().max()
+    if not error <= tolerance:
+        raise ValueError(
+            f"model ({model.config.model_type}): its logits are not softcap(scale·(hidden·weightᵀ + bias)), rebuilt "
+            f"ones differ by {error:.3g}; its output head is not supported"
+        )

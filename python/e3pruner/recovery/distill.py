@@ -1,0 +1,81 @@
+"""Recovery: train a pruned model to predict what its teacher predicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from e3pruner.models import output_head
+from e3pruner.models.tokens import check_token_batches
+from e3pruner.recovery.loop import DistillResult, Training
+from e3pruner.recovery.loss import DistillLoss
+from e3pruner.recovery.options import DistillOptions, autocast_dtype
+from e3pruner.recovery.state import StateFolder
+from e3pruner.recovery.student import refuse_shared_weights, trained_parameters
+from e3pruner.recovery.teacher import LiveTeacher, Teacher
+from e3pruner.storage import fingerprint
+
+
+def distill(
+    pruned: PreTrainedModel,
+    *,
+    teacher: PreTrainedModel | Teacher,
+    data: Tensor | Iterable[Any],
+    held_out: Tensor | Iterable[Any] | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    **options: Any,
+) -> DistillResult:
+    """Train `pruned`, in place, on the divergence of its predictions from those of `teacher`.
+
+    `data` and `held_out`: token ids (N, S), or batches of them (B, S). `options`: those of `DistillOptions`. AdamW runs
+    on fp32 master weights, without dropout; the weights end in the dtype they came in. A step minimises Σwℓ / Σw over
+    all its tokens, however `batch_size · accumulation` is split.
+
+    With `output`, a folder, states are saved there every `save_every` steps, on Ctrl-C, when the loss is no longer
+    finite, and at the end; `resume=True` goes on from the last one to the same bits as an uninterrupted run.
+
+    Raises ValueError for an illegal option or token, a teacher with another vocabulary or with weights shared with
+    `pruned`, a damaged state, a resume with other options, data or teacher; FileExistsError if `output` is not empty
+    and neither `resume` nor `force` is given; FloatingPointError naming the step whose loss or gradient is not finite,
+    which then has changed no weight; KeyboardInterrupt after Ctrl-C, once the state is saved.
+    """
+    chosen = DistillOptions(**options)
+    if resume and output is None:
+        raise ValueError("resume=True needs output: the folder of the run to resume")
+    if isinstance(teacher, PreTrainedModel):
+        refuse_shared_weights(pruned, teacher)
+        source: Teacher = LiveTeacher(teacher)
+    else:
+        source = teacher
+    loss = DistillLoss(pruned, source, chosen, autocast_dtype(chosen.precision, pruned.device))
+    vocabulary = output_head(pruned).weight.shape[0]
+    sequences = _sequences("data", data, vocabulary)
+    watched = None if held_out is None else _sequences("held_out", held_out, vocabulary)
+    steps = chosen.steps or math.ceil(len(sequences) / (chosen.batch_size * chosen.accumulation))
+    # What "one pass" and "auto" came to is part of the run: other data or another machine would change it.
+    settings = asdict(chosen) | {
+        "steps": steps,
+        "precision": str(loss.dtype or torch.float32),
+        "data": fingerprint(sequences),
+        "teacher": source.identity,
+    }
+    folder = None if output is None else StateFolder(output, resume=resume, force=force)
+    with trained_parameters(pruned, chosen.trainable) as parameters:
+        training = Training(loss, parameters, sequences, watched, steps, settings)
+        if folder is not None and resume:
+            training.restore(folder)
+        return training.run(folder)
+
+
+def _sequences(name: str, batches: Tensor | Iterable[Any], vocabulary: int) -> Tensor:
+    """All sequences of `batches` as one (N, S) int64 tensor on the CPU."""
+    return torch.cat(check_token_batches(name, [batches] if isinstance(batches, Tensor) else batches, vocabulary))

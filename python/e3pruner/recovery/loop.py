@@ -1,0 +1,156 @@
+"""The training loop of `distill`: steps, held-out evaluations, saved states, and what is shown meanwhile."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from e3pruner.recovery.batches import shuffled_batch
+from e3pruner.recovery.interrupt import deferred_interrupt
+from e3pruner.recovery.loss import DistillLoss, HeldOut
+from e3pruner.recovery.state import StateFolder, pack_state, unpack_state
+
+
+@dataclass
+class DistillResult:
+    """What a run of `distill` did: optimizer steps, tokens trained on, seconds, and its curves.
+
+    curve: one {"step", "loss", "lr", "grad_norm"} a step, the norm before clipping. held_out: {"step", "kl",
+    "perplexity"} before the first step, every `eval_every` steps and after the last.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    held_out: list[dict[str, float]] = field(default_factory=list)
+
+
+class Training:
+    """`steps` steps of AdamW over `parameters` on shuffled `data` (N, S); `settings` are what a resume must repeat."""
+
+    def __init__(
+        self,
+        loss: DistillLoss,
+        parameters: dict[str, nn.Parameter],
+        data: Tensor,
+        held_out: Tensor | None,
+        steps: int,
+        settings: dict[str, Any],
+    ) -> None:
+        self.loss, self.options, self.steps, self.settings = loss, loss.options, steps, settings
+        self.data, self.held_out_data = data, held_out
+        self.parameters = parameters
+        # Matrices decay, norms and biases do not.
+        decayed = [p for p in parameters.values() if p.dim() > 1]
+        kept = [p for p in parameters.values() if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": self.options.weight_decay}, {"params": kept, "weight_decay": 0.0}],
+            lr=self.options.lr,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self.result = DistillResult()
+
+    def restore(self, folder: StateFolder) -> None:
+        """Go on from the state in `folder`. Raises ValueError naming the first setting that is not what it was."""
+        content = folder.read()
+        for name, value in self.settings.items():
+            if (saved := content["settings"].get(name)) != value:
+                raise ValueError(f"resume: {name} was {saved!r} in the saved run and is {value!r} now")
+        unpack_state(folder.tensors(content), content["step"], self.parameters, self.optimizer)
+        self.result = DistillResult(**content["result"])
+
+    def run(self, folder: StateFolder | None) -> DistillResult:
+        result, options = self.result, self.options
+        if result.steps == self.steps:
+            return result
+        started = time.monotonic() - result.seconds
+        held_out = (
+            HeldOut(self.loss, self.held_out_data, options.batch_size) if self.held_out_data is not None else None
+        )
+        with _progress() as progress, deferred_interrupt() as interrupted:
+            task = progress.add_task("distil", total=self.steps, completed=result.steps, status="")
+            while True:
+                last = result.steps == self.steps
+                self._watch(held_out, last)
+                result.seconds = time.monotonic() - started
+                progress.update(task, completed=result.steps, status=self._status())
+                if folder is not None and (last or interrupted() or result.steps % options.save_every == 0):
+                    self._save(folder)
+                if interrupted():
+                    raise KeyboardInterrupt
+                if last:
+                    return result
+                try:
+                    self._step()
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{error}; {self._kept(folder)}") from None
+
+    def _step(self) -> None:
+        """One optimizer step; raises FloatingPointError, with every weight as it was, if anything is not finite."""
+        options, result = self.options, self.result
+        self.optimizer.zero_grad()
+        weight, total, tokens = 0.0, 0.0, 0
+        for micro in range(options.accumulation):
+            start = (result.steps * options.accumulation + micro) * options.batch_size
+            batch = shuffled_batch(self.data, start, options.batch_size, options.seed).to(self.loss.student.device)
+            loss, stats = self.loss(batch, self.loss.targets(batch), "sum")
+            loss.backward()
+            total += float(loss.detach())
+            weight += float(stats.weight.sum())
+            tokens += batch.labels.numel()
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        # The mean over all accumulated tokens, Σwℓ / Σw, and the clipping are one multiplication.
+        norm = float(nn.utils.get_total_norm(gradients)) / weight
+        step, mean = result.steps + 1, total / weight
+        if not (abs(mean) < float("inf") and norm < float("inf")):
+            raise FloatingPointError(f"step {step}: loss is {mean}, gradient norm {norm}; the step was not taken")
+        torch._foreach_mul_(gradients, min(1.0, options.max_grad_norm / max(norm, 1e-12)) / weight)
+        rate = options.learning_rate(result.steps, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        result.steps, result.tokens = step, result.tokens + tokens
+        result.curve.append({"step": step, "loss": mean, "lr": rate, "grad_norm": norm})
+
+    def _watch(self, held_out: HeldOut | None, last: bool) -> None:
+        result = self.result
+        seen = bool(result.held_out) and result.held_out[-1]["step"] == result.steps
+        if held_out is not None and not seen and (last or result.steps % self.options.eval_every == 0):
+            result.held_out.append({"step": result.steps, **held_out.evaluate()})
+
+    def _save(self, folder: StateFolder) -> None:
+        content = {"step": self.result.steps, "settings": self.settings, "result": asdict(self.result)}
+        folder.save(content, pack_state(self.parameters, self.optimizer))
+
+    def _kept(self, folder: StateFolder | None) -> str:
+        if folder is None:
+            return "the model holds the last good weights"
+        self._save(folder)
+        return f"the last good state, of step {self.result.steps}, is in {folder.path}"
+
+    def _status(self) -> str:
+        result = self.result
+        parts = [f"loss {result.curve[-1]['loss']:.3f}"] if result.curve else []
+        if result.held_out:
+            parts.append(f"held-out KL {result.held_out[-1]['kl']:.3f}")
+        if result.tokens:
+            parts.append(f"{result.tokens / result.seconds:.0f} tokens/s")
+        return ", ".join(parts)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )

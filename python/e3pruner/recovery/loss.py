@@ -1,0 +1,76 @@
+"""The distillation loss of a student model, for any training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from e3pruner.models import last_hidden, output_head
+from e3pruner.recovery.batches import Batch, in_order
+from e3pruner.recovery.options import DistillOptions
+from e3pruner.recovery.teacher import Teacher
+
+
+@dataclass
+class DistillLoss:
+    """Loss of `student` against `teacher` on a batch, under autocast to `dtype` (None: none)."""
+
+    student: PreTrainedModel
+    teacher: Teacher
+    options: DistillOptions
+    dtype: torch.dtype | None
+
+    def __post_init__(self) -> None:
+        vocabulary = output_head(self.student).weight.shape[0]
+        if vocabulary != self.teacher.vocabulary:
+            raise ValueError(
+                f"teacher has a vocabulary of {self.teacher.vocabulary} tokens and the student one of {vocabulary}; "
+                "distillation compares their predictions token by token, so both need the same tokenizer"
+            )
+
+    def targets(self, batch: Batch) -> Any:
+        with self._autocast():
+            return self.teacher.targets(batch)
+
+    def __call__(self, batch: Batch, targets: Any, reduction: str = "mean") -> tuple[Tensor, Any]:
+        """(loss, per-token statistics), as `e3kernels.linear_entropy_kl` gives them for positions 0 … S − 2."""
+        options = self.options
+        with self._autocast():
+            hidden = last_hidden(self.student, batch.input_ids)[:, :-1]
+            return self.teacher.loss(
+                hidden,
+                output_head(self.student),
+                targets,
+                batch.labels,
+                temperature=options.temperature,
+                weighting=options.weighting,
+                gamma=options.gamma,
+                kd_ratio=options.kd_ratio,
+                divergence=options.divergence,
+                reduction=reduction,
+                return_stats=True,
+            )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.student.device.type, self.dtype, enabled=self.dtype is not None)
+
+
+class HeldOut:
+    """Held-out text (N, S) on which a student is watched; the teacher runs over it once only."""
+
+    def __init__(self, loss: DistillLoss, data: Tensor, batch_size: int) -> None:
+        self.loss = loss
+        self.batches = [batch.to(loss.student.device) for batch in in_order(data, batch_size)]
+        self.targets = [loss.targets(batch) for batch in self.batches]
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """{"kl": mean divergence from the teacher in nats a token, "perplexity": exp of the mean cross-entropy}."""
+        stats = [self.loss(b, t, "sum")[1] for b, t in zip(self.batches, self.targets, strict=True)]
+        kl = torch.cat([s.kl.flatten() for s in stats])
+        cross_entropy = torch.cat([s.cross_entropy.flatten() for s in stats])
+        return {"kl": float(kl.mean()), "perplexity": float(cross_entropy.mean().exp())}

@@ -1,0 +1,184 @@
+"""The report's plots: one function a plot, results in, matplotlib figure out."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from e3pruner.storage import replacing_file
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The report's colours. In SVG they become the page's CSS variables of these names, so plots follow its theme."""
+
+    ink: str = "#1c2330"
+    muted: str = "#667085"
+    grid: str = "#e3e7ed"
+    surface: str = "#ffffff"
+    removed: str = "#d9480f"
+    series1: str = "#1d5fbf"
+    series2: str = "#b7791f"
+    series3: str = "#6b7a90"
+    series4: str = "#2f8f6b"
+
+
+COLOURS = Palette()
+SERIES = ("series1", "series2", "series3", "series4")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
+
+
+@contextmanager
+def style(name: str) -> Iterator[None]:
+    settings: Any = {
+        "axes.edgecolor": COLOURS.muted,
+        "axes.facecolor": "none",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.labelcolor": COLOURS.muted,
+        "axes.spines.left": False,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "figure.constrained_layout.use": True,
+        "figure.facecolor": COLOURS.surface,
+        "font.size": 10,
+        "grid.color": COLOURS.grid,
+        "legend.frameon": False,
+        "legend.labelcolor": COLOURS.ink,
+        "lines.linewidth": 2,
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "text.color": COLOURS.ink,
+        "xtick.color": COLOURS.muted,
+        "ytick.color": COLOURS.muted,
+        "ytick.left": False,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def importance(results: Results) -> Figure:
+    """Mean KL of removing each layer alone, on a logarithmic axis; the layers that the search removed stand out."""
+    values = np.asarray(results["importance"], dtype=float)
+    removed = set(results.get("removed", []))
+    figure = Figure(figsize=(8.4, 3.1))
+    axes = figure.subplots()
+    positive = values[values > 0]
+    floor = positive.min() * 0.5 if positive.size else 1e-6
+    for index, value in enumerate(np.maximum(values, floor)):
+        colour = COLOURS.removed if index in removed else COLOURS.series1
+        axes.bar(index, value - floor, bottom=floor, width=0.72, color=colour)
+    axes.set(yscale="log", xlabel="layer", ylabel="KL when removed alone (nats)", xlim=(-0.7, len(values) - 0.3))
+    axes.set_xticks(range(0, len(values), max(1, len(values) // 15)))
+    axes.grid(axis="x", visible=False)
+    handles = [mpl.patches.Patch(color=c) for c in (COLOURS.series1, COLOURS.removed)]
+    axes.legend(handles, ["kept", "removed by the search"], ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def mask_path(results: Results) -> Figure:
+    """Steps x layers: the share of a step's sampled masks that leave the layer out."""
+    path = results["mask_path"]
+    share = np.asarray(path["removed"], dtype=float).T
+    layers, columns = share.shape
+    figure = Figure(figsize=(8.4, 0.9 + 0.115 * layers))
+    axes = figure.subplots()
+    for layer in range(layers):
+        out = [run for run in runs(share[layer]) if run[2] > 0]
+        bars = [(start, stop - start) for start, stop, _ in out]
+        axes.broken_barh(bars, (layer - 0.44, 0.88), facecolor=[(COLOURS.removed, value) for *_, value in out])
+    positions = np.unique(np.linspace(0, columns - 1, min(columns, 9)).round().astype(int))
+    axes.set_xticks(positions + 0.5, [str(path["steps"][i]) for i in positions])
+    axes.set(xlabel="search step", ylabel="layer", xlim=(0, columns), ylim=(layers - 0.4, -0.6))
+    axes.set_yticks(range(0, layers, max(1, layers // 10)))
+    axes.grid(axis="x", visible=False)
+    return figure
+
+
+def runs(row: np.ndarray) -> Iterator[tuple[int, int, float]]:
+    """(start, stop, value) of each stretch of equal values."""
+    edges = [0, *(np.flatnonzero(np.diff(row)) + 1), len(row)]
+    for start, stop in pairwise(edges):
+        yield int(start), int(stop), float(row[start])
+
+
+def curve(results: Results) -> Figure:
+    """Held-out KL against the number of layers removed, one line a method."""
+    figure = Figure(figsize=(8.4, 3.4))
+    axes = figure.subplots()
+    for number, (method, points) in enumerate(results["curve"].items()):
+        count, kl = zip(*points, strict=True)
+        look = {"color": getattr(COLOURS, SERIES[number % 4]), "ls": DASHES[number % 4], "marker": MARKERS[number % 4]}
+        axes.plot(count, kl, label=method, markersize=5, **look)
+    axes.set(xlabel="layers removed", ylabel="held-out KL (nats a token)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    axes.legend(loc="upper left")
+    return figure
+
+
+def recovery(results: Results) -> Figure:
+    """Training loss by step, its running mean, and the held-out KL where it was measured."""
+    history = results["recovery"]
+    figure = Figure(figsize=(8.4, 3.4))
+    axes = figure.subplots()
+    if history["train"]:
+        steps, loss = map(np.asarray, zip(*history["train"], strict=True))
+        axes.plot(steps, loss, color=COLOURS.series3, lw=1, alpha=0.6, label="training loss")
+        window = max(1, len(loss) // 8)
+        if window > 1:
+            mean = np.convolve(loss, np.ones(window) / window, mode="valid")
+            axes.plot(steps[window - 1 :], mean, color=COLOURS.series1, label=f"training loss, mean of {window} steps")
+    if history["held_out"]:
+        axes.plot(*zip(*history["held_out"], strict=True), color=COLOURS.removed, marker="o", label="held-out KL")
+    axes.set(xlabel="training step", ylabel="nats a token")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper right")
+    return figure
+
+
+PLOTS: dict[str, Callable[[Results], Figure]] = {
+    "importance": importance,
+    "mask_path": mask_path,
+    "curve": curve,
+    "recovery": recovery,
+}
+
+
+def draw_plots(results: Results, folder: Path) -> dict[str, str]:
+    """Draws every plot whose results are there: `folder`/NAME.png, and NAME -> inline SVG for the page."""
+    return {name: draw(name, results, folder) for name in PLOTS if results.get(name)}
+
+
+def draw(name: str, results: Results, folder: Path) -> str:
+    with style(name):
+        figure = PLOTS[name](results)
+        with replacing_file(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=160)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
+    return themed(buffer.getvalue())
+
+
+def themed(svg: str) -> str:
+    """The SVG element alone, its colours and font handed to the page's style sheet."""
+    svg = svg[svg.index("<svg") :]
+    for name, colour in asdict(COLOURS).items():
+        svg = svg.replace(colour, f"var(--{name})")
+    svg = re.sub(r"(font: [^;\"]*?\d+px )[^;\"]+", r"\1var(--sans)", svg)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )

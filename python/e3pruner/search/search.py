@@ -1,0 +1,144 @@
+"""`search`: check everything, run one method, return its plan."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+
+from e3pruner.models import PruningPlan, find_layers, output_head
+from e3pruner.models.stack import check_indices
+from e3pruner.models.tokens import check_token_batches
+from e3pruner.precision import autocast_dtype
+from e3pruner.search.bi import bi
+from e3pruner.search.checkpoint import Checkpoint, model_identity
+from e3pruner.search.greedy import greedy
+from e3pruner.search.gumbel_topk import gumbel_topk
+from e3pruner.search.last_n import last_n
+from e3pruner.search.leave_one_out import leave_one_out
+from e3pruner.search.problem import SearchProblem
+from e3pruner.search.protocol import Method, Search
+from e3pruner.search.random_subset import random_subset
+from e3pruner.storage import fingerprint
+
+METHODS: dict[str, Method] = {
+    "gumbel-topk": gumbel_topk,
+    "bi": bi,
+    "leave-one-out": leave_one_out,
+    "greedy": greedy,
+    "random": random_subset,
+    "last-n": last_n,
+}
+
+
+def search(
+    model: PreTrainedModel,
+    token_batches: Iterable[Any],
+    drop: int = 8,
+    method: str = "gumbel-topk",
+    seed: int = 0,
+    protect: Iterable[int] = (),
+    *,
+    precision: str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> PruningPlan:
+    """Search `drop` decoder layers whose removal changes the predictions of `model` least.
+
+    model: a Hugging Face causal language model; afterwards it is as it was, whatever happens.
+    token_batches: calibration text, (B, T) token ids each, tensors or nested lists.
+    method: one of `METHODS`; `options` are that method's keyword arguments.
+    seed: of all randomness; (seed, tokens, model) decide the plan.
+    protect: layers that stay.
+    precision: "fp32" computes in the type of the weights, "bf16" under autocast, "auto" in bf16 where the processor
+        multiplies it.
+    checkpoint: a file for what has been measured. It is written every few seconds and when the search stops, by
+        whatever cause; the same call with the same file goes on from there and ends with the same plan, bit for bit.
+    progress: show a bar on standard error.
+
+    Returns the plan. Its `history` holds one record a step (see `protocol.Search`) with "step" and "cost", the dense
+    forward passes times tokens up to there; its `metrics` the calibration "tokens", the mean "kl" of the final mask on
+    them in nats a token, and the "cost" of the search.
+
+    Raises `ValueError` or `TypeError` naming the argument before anything is computed, and `FloatingPointError` naming
+    the step if a divergence is not finite.
+    """
+    num_layers = len(find_layers(model))
+    protected = check_indices("protect", protect, num_layers)
+    _check_count("drop", drop, num_layers, len(protected))
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
+    dtype = autocast_dtype(precision, model.device)
+    run = _method(method, options)
+    batches = check_token_batches("token_batches", token_batches, output_head(model).weight.shape[0])
+    problem = SearchProblem(model, batches, drop=drop, protect=protected, seed=seed, autocast=dtype)
+    store = None
+    if checkpoint is not None:
+        identity = {"method": method, "options": options, "drop": drop, "protect": protected, "seed": seed}
+        identity |= {"dtype": str(dtype), "tokens": [fingerprint(b) for b in batches], "model": model_identity(model)}
+        store = Checkpoint(checkpoint, identity)
+        problem.measured, problem.committed = store.measured, store.save_if_due
+    try:
+        with problem, _progress(problem, method) if progress else nullcontext():
+            history, removed = _run(problem, run(problem, **options))
+            cost = problem.cost
+            (kl,) = problem.score([problem.mask(removed)])
+    finally:
+        if store is not None:
+            store.save()
+    metrics = {"kl": kl, "tokens": problem.tokens, "cost": cost}
+    return PruningPlan.of_removed(
+        removed,
+        num_layers,
+        method=method,
+        seed=seed,
+        model_type=model.config.model_type,
+        history=history,
+        metrics=metrics,
+    )
+
+
+def _run(problem: SearchProblem, running: Search) -> tuple[list[dict[str, Any]], list[int]]:
+    history: list[dict[str, Any]] = []
+    while True:
+        try:
+            record = next(running)
+        except StopIteration as stop:
+            return history, sorted(stop.value)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"search step {len(history)}: {error}") from error
+        history.append({"step": len(history), "cost": problem.cost, **record})
+
+
+def _method(name: str, options: dict[str, Any]) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"method={name!r} is not known; it is one of {', '.join(METHODS)}")
+    known = [p.name for p in inspect.signature(METHODS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"{unknown[0]} is no option of method={name!r}; it has {', '.join(known) or 'none'}")
+    return METHODS[name]
+
+
+def _check_count(name: str, drop: int, num_layers: int, num_protected: int) -> None:
+    if isinstance(drop, bool) or not isinstance(drop, int):
+        raise TypeError(f"{name} must be an integer, not {drop!r}")
+    if not 1 <= drop < num_layers:
+        raise ValueError(f"{name}={drop} must be from 1 to {num_layers - 1}: the model has {num_layers} layers")
+    if drop > num_layers - num_protected:
+        raise ValueError(f"protect names {num_protected} layers, {name}={drop} leaves only {num_layers - drop}")
+
+
+def _progress(problem: SearchProblem, method: str) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(f"search: {method}", total=None)
+    problem.expect = lambda passes: bar.update(task, total=passes)
+    problem.advance = lambda: bar.advance(task)
+    return bar

@@ -1,0 +1,92 @@
+"""Files that are either whole or absent: written under a temporary name in the same folder, then renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def cache_home() -> Path:
+    """Where recomputable files live: E3_CACHE, else e3pruner under XDG_CACHE_HOME, else under ~/.cache."""
+    if chosen := os.environ.get("E3_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "e3pruner"
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path that takes the name `path` when the block ends well and vanishes when it raises."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary folder that takes the name `path` when the block ends well and vanishes when it raises.
+
+    Raises FileExistsError at once if `path` exists, unless `force`: then the old folder goes when the new one is whole.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists and is never overwritten unasked: choose another folder, or force")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        if force:
+            shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    with replacing_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """`tensors` as one safetensors file. Raises OSError naming `path` if it cannot be written, as on a full disk."""
+    with replacing_file(path) as temporary:
+        try:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256, as 64 hexadecimal digits, of tensors (dtype, shape and bytes), mappings of them, and JSON values."""
+    digest = hashlib.sha256()
+
+    def update(part: Any) -> None:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(part, Mapping):
+            for key in sorted(part):
+                update(key)
+                update(part[key])
+        else:
+            digest.update(json.dumps(part, sort_keys=True).encode())
+
+    for part in parts:
+        update(part)
+    return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""search, prune, distill, eval, generate and report on a tiny real model, each on what the one before left."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli.conftest import Command
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from e3pruner import PruningPlan
+
+SMALL = ("--length", 32, "--sequences", 4)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("steps")
+
+
+@pytest.fixture(scope="module")
+def searched(results: Path, model_folder: Path, text_file: Path, e3: Command) -> Path:
+    out = results / "searched"
+    arguments = ("--drop", 2, "--text", text_file, *SMALL, "--option", "steps=5", "--out", out)
+    assert_done(e3("search", "--model", model_folder, *arguments))
+    return out
+
+
+@pytest.fixture(scope="module")
+def pruned(results: Path, model_folder: Path, searched: Path, e3: Command) -> Path:
+    out = results / "pruned"
+    assert_done(e3("prune", "--model", model_folder, "--plan", searched / "pruning.json", "--out", out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def recovered(results: Path, model_folder: Path, pruned: Path, text_file: Path, e3: Command) -> Path:
+    out = results / "recovered"
+    arguments = ("--steps", 6, "--length", 32, "--held-out", 4, "--text", text_file, "--option", "eval_every=2")
+    assert_done(e3("distill", "--model", pruned, "--teacher", model_folder, *arguments, "--lr", 1e-3, "--out", out))
+    return out
+
+
+def assert_done(result: object) -> None:
+    assert result.exit_code == 0, result.output
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_search_leaves_a_plan_and_its_options(searched: Path) -> None:
+    assert names(searched) == {"pruning.json", "results.json", "e3.yaml"}
+    plan = PruningPlan.load(searched / "pruning.json")
+    assert len(plan.removed) == 2
+    assert plan.method == "gumbel-topk"
+    options = yaml.safe_load((searched / "e3.yaml").read_text())
+    assert options["drop"] == 2
+    assert options["option"] == ["steps=5"]
+    assert options["batch"] == 4
+
+
+def test_the_saved_options_give_the_same_plan(searched: Path, tmp_path: Path, e3: Command) -> None:
+    assert_done(e3("search", "--config", searched / "e3.yaml", "--out", tmp_path / "again"))
+    assert (tmp_path / "again" / "pruning.json").read_bytes() == (searched / "pruning.json").read_bytes()
+
+
+def test_export_loads_without_this_package(pruned: Path, model_folder: Path, searched: Path, tmp_path: Path) -> None:
+    assert {"config.json", "model.safetensors", "tokenizer.json", "pruning.json", "e3.yaml"} <= names(pruned)
+    tokens = torch.arange(24).view(2, 12) * 5
+    save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
+    program = """
+import sys
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, work = sys.argv[1:]
+AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+tokens = load_file(f"{work}/tokens.safetensors")["tokens"]
+save_file({"logits": model(tokens).logits.detach()}, f"{work}/logits.safetensors")
+assert not [name for name in sys.modules if name.startswith(("e3pruner", "e3kernels"))]
+"""
+    subprocess.run([sys.executable, "-c", program, pruned, tmp_path], check=True, cwd=tmp_path, env={"PATH": ""})
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    kept = PruningPlan.load(searched / "pruning.json").kept
+    import e3pruner
+
+    expected = e3pruner.prune(model, kept)(tokens).logits
+    torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], expected, rtol=0, atol=0)
+
+
+def test_distill_lowers_the_divergence(recovered: Path) -> None:
+    assert {"config.json", "model.safetensors", "results.json", "e3.yaml"} <= names(recovered)
+    assert "training" not in names(recovered)
+    curve = json.loads((recovered / "results.json").read_text())["recovery"]
+    assert [step for step, _ in curve["held_out"]] == [0, 2, 4, 6]
+    assert len(curve["train"]) == 6
+    assert curve["held_out"][-1][1] < curve["held_out"][0][1]
+
+
+def test_eval_compares_with_the_teacher(
+    recovered: Path, model_folder: Path, text_file: Path, tmp_path: Path, e3: Command
+) -> None:
+    arguments = ("--length", 32, "--held-out", 4, "--text", text_file, "--no-speed", "--out", tmp_path / "figures")
+    result = e3("eval", "--model", recovered, "--teacher", model_folder, *arguments)
+    assert_done(result)
+    dense, model = json.loads((tmp_path / "figures" / "results.json").read_text())["models"]
+    assert (dense["layers"], model["layers"]) == (6, 4)
+    assert dense["kl"] == pytest.approx(0, abs=1e-6)
+    assert dense["top1_agreement"] == 1
+    assert model["kl"] > 0
+    assert f"{model['perplexity']:.2f}" in result.stdout
+
+
+def test_generate_writes_the_text_and_nothing_else_to_stdout(recovered: Path, e3: Command) -> None:
+    result = e3("generate", "--model", recovered, "--prompt", "def", "--max-new-tokens", 5)
+    assert_done(result)
+    assert "tokens/s" in result.stderr
+    assert "tokens/s" not in result.stdout
+    sampled = [
+        e3("generate", "--model", recovered, "--prompt", "a", "--temperature", 1, "--seed", s).stdout for s in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize("step", ["searched", "recovered"])
+def test_report_of_a_step(step: str, results: Path, e3: Command, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(step)
+    result = e3("report", folder)
+    assert_done(result)
+    page = Path(result.stdout.strip()).read_text(encoding="utf-8")
+    assert ("Importance of each layer" in page) == (step == "searched")
+    assert ("Distillation from the dense model" in page) == (step == "recovered")
+
+
+def test_info_is_json_when_asked(e3: Command) -> None:
+    result = e3("info", "--json")
+    assert_done(result)
+    facts = json.loads(result.stdout)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert "reference" in json.dumps(facts["e3kernels"])
+    assert torch.__version__ in e3("info").stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "info", "search", "prune", "distill", "eval", "generate", "report"])
+def test_help_teaches(command: str, e3: Command) -> None:
+    result = e3(command, "--help")
+    assert_done(result)
+    assert f"e3 {command}" in result.stdout
+    assert command in e3("--help").stdout

@@ -1,0 +1,135 @@
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import NUM_LAYERS, tiny_model, tiny_tokens
+
+import e3pruner
+from e3pruner.models import skipped
+from e3pruner.search import METHODS
+
+BATCHES = [tiny_tokens(seed=seed) for seed in range(2)]
+
+
+def run(method, model=None, **arguments):
+    arguments = {"drop": 2, "progress": False} | arguments
+    return e3pruner.search(model or tiny_model("llama"), BATCHES, method=method, **arguments)
+
+
+def plain_kl(model, removed):
+    """Mean KL by two plain forward passes, in fp64."""
+    divergences = []
+    for ids in BATCHES:
+        with torch.no_grad():
+            teacher = model(ids, use_cache=False).logits.double().log_softmax(-1)
+            with skipped(model, removed):
+                student = model(ids, use_cache=False).logits.double().log_softmax(-1)
+        divergences.append((teacher.exp() * (teacher - student)).sum(-1))
+    return torch.cat(divergences).mean().item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("drop", [1, 3, NUM_LAYERS - 2])
+def test_every_method_removes_exactly_what_it_should(method, drop):
+    plan = run(method, drop=drop, protect=[0, 4], precision="fp32")
+    assert len(plan.removed) == drop
+    assert plan.kept == sorted(set(range(NUM_LAYERS)) - set(plan.removed))
+    assert not {0, 4} & set(plan.removed)
+    assert (plan.method, plan.seed, plan.model_type) == (method, 0, "llama")
+    assert plan.metrics["tokens"] == sum(batch.numel() for batch in BATCHES)
+    assert plan.metrics["kl"] == pytest.approx(plain_kl(tiny_model("llama"), plan.removed), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_history_is_complete_and_json(method):
+    plan = run(method)
+    assert json.loads(json.dumps(plan.history)) == plan.history
+    assert [record["step"] for record in plan.history] == list(range(len(plan.history)))
+    costs = [record["cost"] for record in plan.history]
+    assert costs == sorted(costs)
+    assert costs[-1] == plan.metrics["cost"]
+    assert sorted(plan.history[-1]["removed"]) == plan.removed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seed_decides(method):
+    assert run(method, seed=3) == run(method, seed=3)
+
+
+def test_random_depends_on_the_seed():
+    assert len({tuple(run("random", seed=seed, drop=3).removed) for seed in range(8)}) > 1
+
+
+def test_last_n_takes_the_deepest_that_may_go():
+    assert run("last-n", protect=[NUM_LAYERS - 1]).removed == [NUM_LAYERS - 3, NUM_LAYERS - 2]
+
+
+def test_leave_one_out_is_the_kl_without_one_layer():
+    model = tiny_model("gpt2")
+    plan = run("leave-one-out", model, precision="fp32")
+    expected = [plain_kl(model, [layer]) for layer in range(NUM_LAYERS)]
+    assert plan.history[0]["importance"] == pytest.approx(expected, rel=1e-4)
+    assert plan.removed == sorted(sorted(range(NUM_LAYERS), key=expected.__getitem__)[:2])
+
+
+def test_bi_is_one_minus_the_cosine_of_input_and_output():
+    model = tiny_model("llama")
+    cosines = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(
+            lambda _, args, out: cosines.append(torch.cosine_similarity(args[0].double(), out.double(), dim=-1).mean())
+        )
+    with torch.no_grad():
+        for ids in BATCHES:
+            model(ids, use_cache=False)
+    influence = 1 - torch.stack(cosines).view(len(BATCHES), NUM_LAYERS).mean(0)
+    plan = run("bi", precision="fp32")
+    assert plan.history[0]["importance"] == pytest.approx(influence.tolist(), rel=1e-4)
+    assert plan.removed == sorted(influence.argsort()[:2].tolist())
+
+
+def test_greedy_is_brute_force_one_layer_at_a_time():
+    model = tiny_model("llama")
+    removed = []
+    for _ in range(3):
+        left = [layer for layer in range(NUM_LAYERS) if layer not in removed]
+        removed.append(min(left, key=lambda layer: plain_kl(model, [*removed, layer])))
+    assert run("greedy", drop=3, precision="fp32").removed == sorted(removed)
+
+
+def state(model):
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    flags = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    return forwards, flags, hooks
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("method", ["gumbel-topk", "bi"])
+def test_the_model_is_left_as_it_was(method, fails):
+    model = tiny_model("llama").train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.requires_grad_(False)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = state(model)
+    if fails:
+        model.model.norm.register_forward_pre_hook(lambda *_: exec("raise RuntimeError('from the model')"))
+        before = state(model)
+        with pytest.raises(RuntimeError, match="from the model"):
+            run(method, model)
+    else:
+        run(method, model)
+    assert state(model) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("first", ["e3pruner", "e3pruner.search", "e3pruner.search.bi", "e3pruner.search.problem"])
+def test_search_is_a_function_and_a_package_whatever_is_imported_first(first):
+    code = f"import {first}, e3pruner; from e3pruner.search.bi import bi; from e3pruner.search import METHODS\n"
+    code += "import e3pruner.search.greedy; print(callable(e3pruner.search), METHODS['bi'] is bi)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+    assert importlib.import_module("e3pruner.search.bi").bi is METHODS["bi"]

@@ -1,0 +1,95 @@
+"""Small random models of real Hugging Face classes, one a model type, every per-layer feature on.
+
+Weights are large and differ everywhere, biases and norms included, so that a wrong mask, position, window or layer
+order shows in the logits. Sliding windows are shorter than the test sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+NUM_LAYERS = 6
+VOCAB_SIZE = 99
+WINDOW = 4
+
+_MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "sliding_attention"]
+_LAYER_TYPES = [*_MIXED, "full_attention"]
+_GQA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+}
+_SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": _LAYER_TYPES}
+_GPT = {"n_embd": 32, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": 64}
+
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _GQA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "mistral": _GQA | {"sliding_window": WINDOW},
+    "qwen2": _GQA | _SLIDING | {"max_window_layers": 2},
+    "qwen3": _GQA | _SLIDING | {"head_dim": 16, "attention_bias": True, "max_window_layers": 3},
+    "qwen3_moe": _GQA
+    | {"use_sliding_window": True, "sliding_window": WINDOW, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 24, "decoder_sparse_step": 2, "mlp_only_layers": [3], "attention_bias": True},
+    "mixtral": _GQA | {"sliding_window": WINDOW, "num_local_experts": 4},
+    "gemma": _GQA | {"head_dim": 16, "attention_bias": True},
+    "gemma2": _GQA
+    | {"head_dim": 16, "sliding_window": WINDOW, "layer_types": _LAYER_TYPES, "query_pre_attn_scalar": 8}
+    | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 10.0},
+    "gemma3_text": _GQA
+    | {"head_dim": 16, "sliding_window": WINDOW, "layer_types": _LAYER_TYPES, "query_pre_attn_scalar": 8},
+    "phi": _GQA | {"hidden_act": "gelu_new", "qk_layernorm": True},
+    "phi3": _GQA | {"sliding_window": WINDOW, "original_max_position_embeddings": 64},
+    "gpt2": _GPT,
+    "gpt_neox": _GQA | {"use_parallel_residual": True, "attention_bias": True},
+    "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
+    | {"word_embed_proj_dim": 16, "max_position_embeddings": 64},
+    "bloom": {"hidden_size": 32, "n_layer": NUM_LAYERS, "n_head": 4, "apply_residual_connection_post_layernorm": True},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "num_kv_heads": 2}
+    | {"new_decoder_architecture": True, "bias": True, "alibi": True},
+    "gptj": _GPT | {"rotary_dim": 4},
+    "smollm3": _GQA | _SLIDING | {"no_rope_layers": [1, 0, 1, 1, 0, 1]},
+    "olmo2": _GQA | {"attention_bias": True},
+    "granite": _GQA
+    | {"embedding_multiplier": 2.0, "logits_scaling": 4.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3},
+    "cohere2": _GQA | {"sliding_window": WINDOW, "layer_types": _LAYER_TYPES, "logit_scale": 0.25},
+    "stablelm": _GQA | {"use_qkv_bias": True, "qk_layernorm": True},
+    "starcoder2": _GQA | {"hidden_act": "gelu_pytorch_tanh", "sliding_window": WINDOW, "use_bias": True},
+    "gpt_oss": _GQA
+    | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}
+    | {"layer_types": _LAYER_TYPES},
+    "deepseek_v3": _GQA
+    | {"num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2}
+    | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 3, "attention_bias": True},
+}
+_TOKENS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of `model_type` in evaluation mode, fp32; `changes` replace settings of its tiny configuration."""
+    config = AutoConfig.for_model(model_type, **TINY_CONFIGS[model_type] | _TOKENS | changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() >= 2:
+                gain = 1.0 if "embed" in name or "wte" in name else 1.5 * parameter.shape[-1] ** -0.5
+                parameter.copy_(gain * noise)
+            else:
+                parameter.add_(0.3 * noise)
+    model.generation_config.eos_token_id = None  # greedy generation runs to its full length
+    return model
+
+
+def tiny_tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    """Random token ids (batch, length), clear of the special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (batch, length), generator=generator)
