@@ -6,6 +6,7 @@ A graph of torch.compile keeps the backend that was chosen when it was traced.
 """
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,6 +152,7 @@ def load() -> None:
         forward, backward = getattr(module, operation), getattr(module, f"{operation}_backward")
         register("reference", operation, forward, backward, devices=None, dtypes=(*FLOATS, torch.float64))
     _load_native()
+    _load_triton()
 
 
 def _load_native() -> None:
@@ -166,3 +168,16 @@ def _load_native() -> None:
     for operation in OPERATORS:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"e3::{operation}.native", "CPU"):
             register("native", operation, None, None, devices=("cpu",), dtypes=FLOATS)
+
+
+def _load_triton() -> None:
+    """Register the Triton kernels for the devices that there are; CPU tensors only under Triton's interpreter."""
+    devices = [name for name in ("cuda", "xpu") if getattr(torch, name).is_available()]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        devices.append("cpu")
+    if importlib.util.find_spec("triton") is None:
+        unavailable["triton"] = "the package triton is not installed"
+    elif not devices:
+        unavailable["triton"] = "no CUDA, ROCm or XPU device (TRITON_INTERPRET=1 runs the kernels on CPU tensors)"
+    else:
+        importlib.import_module("e3kernels.triton").load(register, tuple(devices), FLOATS)

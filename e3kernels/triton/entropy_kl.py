@@ -36,28 +36,20 @@ from e3kernels.triton.scalars import (
     student_transform,
     teacher_transform,
 )
-from e3kernels.triton.statistics import FORWARD, JSD, LOWEST, PAIR_FIELDS, REVERSE, merge_pair
-from e3kernels.triton.sweeps import label_logit, sweep_gradient, sweep_mixture, sweep_pair, sweep_zero
+from e3kernels.triton.statistics import FORWARD, JSD, PAIR_FIELDS, merge_pair
+from e3kernels.triton.sweeps import (
+    label_logit,
+    load_pair,
+    store_pair,
+    sweep_gradient,
+    sweep_mixture,
+    sweep_pair,
+    sweep_zero,
+)
 from e3kernels.triton.tokens import ENTROPY, INVERSE, coefficients, is_valid, store_tokens, token_loss
 
 NONE = REDUCTIONS.index("none")
 ROW_FIELDS: tl.constexpr = tl.constexpr(6)  # log Z_s, log Z_t, log Z_s at T = 1, term, kd, ce
-
-
-@triton.jit
-def _load_pair(partial_ptr, index, mask):
-    """The fields of partial statistics; an absent split holds the neutral element."""
-    p = partial_ptr + index * PAIR_FIELDS
-    ms = tl.load(p, mask=mask, other=LOWEST)
-    ss = tl.load(p + 1, mask=mask, other=0.0)
-    cs = tl.load(p + 2, mask=mask, other=0.0)
-    y_label = tl.load(p + 3, mask=mask, other=0.0)
-    mt = tl.load(p + 4, mask=mask, other=LOWEST)
-    st = tl.load(p + 5, mask=mask, other=0.0)
-    a = tl.load(p + 6, mask=mask, other=0.0)
-    b = tl.load(p + 7, mask=mask, other=0.0)
-    gap = tl.load(p + 8, mask=mask, other=LOWEST)
-    return ms, ss, cs, y_label, mt, st, a, b, gap
 
 
 @triton.jit
@@ -90,20 +82,11 @@ def entropy_kl_statistics(
         student_row, teacher_row, first, last, V, temperature, scale_s, scale_t, softcap_s, softcap_t,
         DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
-    p = partial_ptr + (row * tl.num_programs(1) + split) * PAIR_FIELDS
+    y_label = 0.0
     if HAS_LABELS:
-        label = tl.load(labels_ptr + row)
-        tl.store(p + 3, label_logit(student_row, label, first, last, scale_s, softcap_s, CAP_S))
-    else:
-        tl.store(p + 3, 0.0)
-    tl.store(p, ms)
-    tl.store(p + 1, ss)
-    tl.store(p + 2, cs)
-    tl.store(p + 4, mt)
-    tl.store(p + 5, st)
-    tl.store(p + 6, a)
-    tl.store(p + 7, b)
-    tl.store(p + 8, gap)
+        y_label = label_logit(student_row, tl.load(labels_ptr + row), first, last, scale_s, softcap_s, CAP_S)
+    out = partial_ptr + (row * tl.num_programs(1) + split) * PAIR_FIELDS
+    store_pair(out, None, ms, ss, cs, y_label, mt, st, a, b, gap)
 
 
 @triton.jit
@@ -122,7 +105,7 @@ def entropy_kl_mixture(
     scale_s, softcap_s = student_transform(scalars_ptr)
     scale_t, softcap_t = teacher_transform(scalars_ptr)
     parts = tl.arange(0, SPLITS)
-    ms, ss, cs, _, mt, st, a, b, gap = _load_pair(partial_ptr, row * splits + parts, parts < splits)
+    ms, ss, cs, _, mt, st, a, b, gap = load_pair(partial_ptr, row * splits + parts, parts < splits)
     ms, ss, cs, mt, st, a, b, gap = merge_pair(ms, ss, cs, mt, st, a, b, gap, temperature, JSD, 0)
     first = split * split_size
     from_student, from_teacher = sweep_mixture(
@@ -151,7 +134,7 @@ def entropy_kl_tokens(
     parts = tl.arange(0, SPLITS)[None, :]
     present = valid[:, None] & (parts < splits)
     index = row[:, None] * splits + parts
-    ms, ss, cs, y_label, mt, st, a, b, gap = _load_pair(partial_ptr, index, present)
+    ms, ss, cs, y_label, mt, st, a, b, gap = load_pair(partial_ptr, index, present)
     ms, ss, cs, mt, st, a, b, gap = merge_pair(ms, ss, cs, mt, st, a, b, gap, temperature, DIVERGENCE, 1)
     if DIVERGENCE == JSD:
         term = tl.sum(tl.load(mixture_ptr + index * 2, mask=present, other=0.0), axis=1)

@@ -38,7 +38,13 @@ class Sweep(NamedTuple):
         return self.lanes * self.vec * self.unroll
 
     def options(self) -> dict[str, int]:
-        return {"LANES": self.lanes, "VEC": self.vec, "UNROLL": self.unroll, "num_warps": self.warps, "enable_fp_fusion": True}
+        return {
+            "LANES": self.lanes,
+            "VEC": self.vec,
+            "UNROLL": self.unroll,
+            "num_warps": self.warps,
+            "enable_fp_fusion": True,
+        }
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import triton.language as tl
 from e3kernels.triton.statistics import (
     FORWARD,
     LOWEST,
+    PAIR_FIELDS,
     REVERSE,
     fold_pair,
     fold_student,
@@ -149,3 +150,32 @@ def sweep_zero(grad_row, first, last, V, LANES: tl.constexpr, VEC: tl.constexpr)
         columns = start + lane_columns(LANES, VEC)
         zero = tl.zeros([LANES, VEC], grad_row.dtype.element_ty)
         tl.store(grad_row + columns, zero, mask=columns < V)
+
+
+@triton.jit
+def load_pair(partial_ptr, index, mask):
+    """The fields of partial statistics; an absent split holds the neutral element."""
+    p = partial_ptr + index * PAIR_FIELDS
+    ms = tl.load(p, mask=mask, other=LOWEST)
+    ss = tl.load(p + 1, mask=mask, other=0.0)
+    cs = tl.load(p + 2, mask=mask, other=0.0)
+    y_label = tl.load(p + 3, mask=mask, other=0.0)
+    mt = tl.load(p + 4, mask=mask, other=LOWEST)
+    st = tl.load(p + 5, mask=mask, other=0.0)
+    a = tl.load(p + 6, mask=mask, other=0.0)
+    b = tl.load(p + 7, mask=mask, other=0.0)
+    gap = tl.load(p + 8, mask=mask, other=LOWEST)
+    return ms, ss, cs, y_label, mt, st, a, b, gap
+
+
+@triton.jit
+def store_pair(p, mask, ms, ss, cs, y_label, mt, st, a, b, gap):
+    tl.store(p, ms, mask=mask)
+    tl.store(p + 1, ss, mask=mask)
+    tl.store(p + 2, cs, mask=mask)
+    tl.store(p + 3, y_label, mask=mask)
+    tl.store(p + 4, mt, mask=mask)
+    tl.store(p + 5, st, mask=mask)
+    tl.store(p + 6, a, mask=mask)
+    tl.store(p + 7, b, mask=mask)
+    tl.store(p + 8, gap, mask=mask)
