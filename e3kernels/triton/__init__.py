@@ -1,8 +1,9 @@
 """Every operation as Triton kernels, for CUDA, ROCm and XPU tensors; under TRITON_INTERPRET=1 for CPU tensors too.
 
-`load` registers the overloads `e3::<op>.triton` the way `torch.library.triton_op` registers a whole operator: eager calls
-launch directly, and where AOTAutograd functionalises, the launches of the four operators on given logits are traced into
-the graph, so that the compiler sees them. The linear losses stay one node: their loop over tiles would be unrolled.
+`load` registers the overloads `e3::<op>.triton` the way `torch.library.triton_op` registers a whole operator: eager
+calls launch directly, and where AOTAutograd functionalises, the launches are traced into the graph, so that the
+compiler sees them. Two kinds stay one node: the linear losses, whose loop over tiles would be unrolled, and `gumbel_topk`,
+whose bits depend on a compile option (no fused multiply-adds) that a traced launch cannot carry.
 """
 
 import importlib
@@ -17,7 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from e3kernels.ops.registration import LIBRARY, OPERATORS
 
 Kernel = Callable[..., Any]
-TRACED = ("entropy_kl", "topk_kl", "gumbel_topk", "gated_residual")
+TRACED = ("entropy_kl", "topk_kl", "gated_residual")
 
 
 def _eager(kernel: Kernel) -> Kernel:

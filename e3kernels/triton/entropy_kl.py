@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
-from e3kernels.triton.launch import contiguous, fills_device, split_of, sweep_of
+from e3kernels.triton.launch import contiguous, fills_device, split_of, sweep_of, warps
 from e3kernels.triton.reduction import SUM, reduced_loss
 from e3kernels.triton.scalars import (
     BETA,
@@ -332,7 +332,7 @@ def token_statistics(d: Dense, partial: Tensor, mixture: Tensor | None, vocabula
     wrap_triton(entropy_kl_tokens)[(triton.cdiv(N, rows),)](
         partial, mixture, d.labels, d.mask, d.scalars, *out, N, splits, math.log(vocabulary), d.ignore_index,
         HAS_LABELS=d.labels is not None, HAS_MASK=d.mask is not None, DIVERGENCE=d.divergence, WEIGHTING=d.weighting,
-        SPLITS=triton.next_power_of_2(splits), ROWS=rows, num_warps=1, enable_fp_fusion=True,
+        SPLITS=triton.next_power_of_2(splits), ROWS=rows, **warps(1),
     )  # fmt: skip
     return out
 

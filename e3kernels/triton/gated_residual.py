@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from e3kernels.triton.launch import warps
+
 BLOCK = 2048
 
 
@@ -90,7 +92,7 @@ def gated_residual(hidden: Tensor, branch_out: Tensor, gate: Tensor) -> Tensor:
     if hidden.numel():
         wrap_triton(gated_residual_forward)[grid](
             hidden.contiguous(), branch_out.contiguous(), values, out, size, gates,
-            FULL=full, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
+            FULL=full, BLOCK=BLOCK, **warps(8),
         )  # fmt: skip
     return out
 
@@ -107,7 +109,7 @@ def gated_residual_backward(
     if hidden.numel():
         wrap_triton(gated_residual_gradient)[(runs * blocks,)](
             grad.contiguous(), hidden.contiguous(), branch_out.contiguous(), values, grad_hidden, grad_branch, sums,
-            size, gates, FULL=full, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
+            size, gates, FULL=full, BLOCK=BLOCK, **warps(8),
         )  # fmt: skip
     grad_gate = sums.sum_to_size(gate.shape) if full else sums.sum((0, 2)).reshape(gate.shape)
     return grad_hidden, grad_branch, grad_gate.to(gate.dtype)

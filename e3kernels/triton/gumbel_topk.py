@@ -1,7 +1,7 @@
 """gumbel_topk as Triton kernels: one program a row, everything in fp64, the reference's bits in noise and mask.
 
-Scores s = θ + κ·g. The k-th largest is found by building its bits from the highest down, each by one count of the scores
-not below; ties go to the lower index. `threshold` solves Σσ(x − d) = k by Newton steps kept inside a bracket.
+Scores s = θ + κ·g. The k-th largest is found by building its bits from the highest down, each by one count of the
+scores not below; ties go to the lower index. `threshold` solves Σσ(x − d) = k by Newton steps kept inside a bracket.
 These kernels are compiled without fused multiply-adds: the logarithm of the noise is one fixed IEEE sequence.
 """
 
@@ -58,7 +58,7 @@ def gumbel_noise(seed, step, row, columns):
 
 @triton.jit
 def _scores(logits_ptr, scalars_ptr, seed, step, row, L, columns, inside):
-    theta = tl.load(logits_ptr + row * L + columns, mask=inside, other=0.0).to(tl.float64)
+    theta = tl.load(logits_ptr + row * L + columns, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
     scale = tl.load(scalars_ptr + 1)
     noise = gumbel_noise(tl.cast(seed, tl.int64), tl.cast(step, tl.int64), row, columns)
     return tl.where(scale == 0.0, theta, theta + noise * scale)
@@ -156,8 +156,8 @@ def gumbel_topk_sample(
     constant = (k == 0) | (k == L)
     p = tl.where(undefined, float("nan"), tl.where(constant, mask, p))
     out = row * L + columns
-    tl.store(mask_ptr + out, mask.to(mask_ptr.dtype.element_ty), mask=inside)
-    tl.store(probs_ptr + out, p.to(probs_ptr.dtype.element_ty), mask=inside)
+    tl.store(mask_ptr + out, mask.to(tl.float32).to(mask_ptr.dtype.element_ty), mask=inside)
+    tl.store(probs_ptr + out, p.to(tl.float32).to(probs_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -176,8 +176,8 @@ def gumbel_topk_gradient(
     inside = columns < L
     at = row * L + columns
     tau = tl.load(scalars_ptr)
-    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float64)
-    p = tl.load(probs_ptr + at, mask=inside, other=0.0).to(tl.float64)
+    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
+    p = tl.load(probs_ptr + at, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
     if RELAXATION == THRESHOLD:
         a = p * (1.0 - p)
         total = tl.sum(a, axis=0)
@@ -199,7 +199,7 @@ def gumbel_topk_gradient(
             through = tl.where(rest > TINY, out / rest, 0.0)
             out += _softmax_gradient(a, g - through) / tau
     out = tl.where((k == 0) | (k == L), 0.0, out)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at, out.to(tl.float32).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def _launch(L: int) -> dict[str, Any]:

@@ -7,11 +7,12 @@ first entry of the input's item size with columns ≥ V (null: any V) is taken. 
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled
 
 CONFIGS = Path(__file__).parent / "configs"
 PROCESSORS = 132  # of an H100: what a traced graph assumes of a device it cannot ask
@@ -37,14 +38,16 @@ class Sweep(NamedTuple):
     def step(self) -> int:
         return self.lanes * self.vec * self.unroll
 
-    def options(self) -> dict[str, int]:
-        return {
-            "LANES": self.lanes,
-            "VEC": self.vec,
-            "UNROLL": self.unroll,
-            "num_warps": self.warps,
-            "enable_fp_fusion": True,
-        }
+    def options(self) -> dict[str, Any]:
+        """The launch's keyword arguments."""
+        return {"LANES": self.lanes, "VEC": self.vec, "UNROLL": self.unroll, **warps(self.warps)}
+
+
+def warps(count: int, **options: Any) -> dict[str, Any]:
+    """`count` warps with fused multiply-adds, which Triton 3.10 no longer has by default. In a traced graph that is for
+    the compiler to say: the higher-order operator of a launch has no such option."""
+    fusion = {} if is_wrap_triton_enabled() else {"enable_fp_fusion": True}
+    return {"num_warps": count, **options, **fusion}
 
 
 @functools.cache
@@ -74,11 +77,10 @@ def sweep_of(kernel: str, device: torch.device, itemsize: int, columns: int) -> 
         limit = entry["columns"]
         if entry["itemsize"] == itemsize and (limit is None or columns <= limit):
             return Sweep(entry["warps"] * warp, entry["vec"], entry["unroll"], entry["warps"])
-    vec = 16 // itemsize
-    warps = 8
-    while warps > 1 and warps * warp * vec >= 2 * columns:
-        warps //= 2
-    return Sweep(warps * warp, vec, 1 if warps < 8 else 2, warps)
+    vec, count = 16 // itemsize, 8
+    while count > 1 and count * warp * vec >= 2 * columns:
+        count //= 2
+    return Sweep(count * warp, vec, 1 if count < 8 else 2, count)
 
 
 def split_of(sweep: Sweep, device: torch.device, rows: int, columns: int) -> tuple[int, int]:

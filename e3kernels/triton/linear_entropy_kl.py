@@ -25,7 +25,7 @@ from e3kernels.triton.entropy_kl import (
     rows_at_once,
     token_statistics,
 )
-from e3kernels.triton.launch import device_of
+from e3kernels.triton.launch import device_of, warps
 from e3kernels.triton.reduction import reduced_loss
 from e3kernels.triton.scalars import TEMPERATURE, scalar, student_transform, teacher_transform
 from e3kernels.triton.statistics import LOWEST, PAIR_FIELDS, fold_pair, scaled_logits
@@ -148,7 +148,7 @@ def on_chip_tokens(
         d.labels, d.scalars, partial, N, V, width, teacher_hidden.shape[1],
         student_hidden.stride(0), student_weight.stride(0), teacher_hidden.stride(0), teacher_weight.stride(0), size,
         HAS_BIAS_S=student_bias is not None, HAS_BIAS_T=teacher_bias is not None, BM=bm, BN=bn, BK=bk,
-        num_warps=8, num_stages=3, enable_fp_fusion=True, **flags,
+        **warps(8, num_stages=3), **flags,
     )  # fmt: skip
     return token_statistics(d, partial, None, V)
 

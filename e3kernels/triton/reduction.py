@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
+from e3kernels.triton.launch import warps
 
 MEAN = REDUCTIONS.index("mean")
 SUM = REDUCTIONS.index("sum")
@@ -42,6 +43,6 @@ def reduced_loss(losses: Tensor, stats: Tensor, reduction: int, num_items: Tenso
     items = None if num_items is None else num_items.to(losses.device)
     wrap_triton(reduce_tokens)[(1,)](
         losses, stats[3], items, out, losses.shape[0],
-        MEAN=reduction == MEAN, HAS_ITEMS=items is not None, BLOCK=1024, num_warps=8, enable_fp_fusion=True,
+        MEAN=reduction == MEAN, HAS_ITEMS=items is not None, BLOCK=1024, **warps(8),
     )  # fmt: skip
     return out[0], out[1]

@@ -51,7 +51,7 @@ def scaled_logits(x, scale, softcap, CAP: tl.constexpr):
 def tempered_tile(row_ptr, columns, mask, scale, softcap, temperature, CAP: tl.constexpr):
     """z of one tile of a row; −∞ outside the mask."""
     x = tl.load(row_ptr + columns, mask=mask, other=0.0)
-    y, slope = scaled_logits(x, scale, softcap, CAP)
+    y, _ = scaled_logits(x, scale, softcap, CAP)
     return tl.where(mask, y * (1.0 / temperature), float("-inf"))
 
 

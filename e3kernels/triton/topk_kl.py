@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
-from e3kernels.triton.launch import contiguous, split_of, sweep_of
+from e3kernels.triton.launch import contiguous, split_of, sweep_of, warps
 from e3kernels.triton.reduction import reduced_loss
 from e3kernels.triton.scalars import (
     BETA,
@@ -98,6 +98,14 @@ def _log_sum(x, axis: tl.constexpr):
 
 
 @triton.jit
+def _log_add(a, b):
+    """log(e^a + e^b); −∞ where both are."""
+    top = tl.maximum(a, b)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
+
+
+@triton.jit
 def _expected(p, value):
     return tl.where(p == 0.0, 0.0, p * value)
 
@@ -113,9 +121,7 @@ def _event_terms(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
         terms = _expected(q, log_q - log_p)
         return terms, terms
     else:
-        top = tl.maximum(log_p, log_q)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        log_m = top + tl.log(beta * tl.exp(log_p - top) + (1.0 - beta) * tl.exp(log_q - top))
+        log_m = _log_add(log_p + tl.log(beta), log_q + tl.log(1.0 - beta))
         terms = (1.0 - beta) * _expected(q, log_q - log_m)
         return beta * _expected(p, log_p - log_m) + terms, terms
 
@@ -160,12 +166,10 @@ def topk_kl_tokens(
     earlier = same & (tl.arange(0, K)[None, :, None] > tl.arange(0, K)[None, None, :])
     first = kept & (tl.max(earlier.to(tl.int32), axis=2) == 0)  # a repeated id counts once in the normaliser
     log_rest = ms.to(tl.float64)[:, None] + tl.log(ss.to(tl.float64))[:, None]
-    log_stored = _log_sum(tl.where(first, u, float("-inf")), 1)
-    log_z = tl.maximum(log_rest, log_stored)
-    log_z += tl.log(tl.exp(log_rest - log_z) + tl.exp(log_stored - log_z))
-    log_z1 = ms.to(tl.float64) * temperature + tl.log(cs.to(tl.float64))
-    stored1 = tl.sum(tl.where(first, tl.exp(y.to(tl.float64) - log_z1[:, None]), 0.0), axis=1)
-    log_z1 += tl.log(1.0 + stored1)
+    log_z = _log_add(log_rest, _log_sum(tl.where(first, u, float("-inf")), 1))
+    log_rest1 = ms.to(tl.float64)[:, None] * temperature + tl.log(cs.to(tl.float64))[:, None]
+    log_stored1 = _log_sum(tl.where(first, y.to(tl.float64), float("-inf")), 1)
+    log_z1 = tl.sum(_log_add(log_rest1, log_stored1), axis=1)
 
     log_total = _log_sum(log_p, 1)
     renormalised = tl.where(kept, log_p - log_total, float("-inf"))
@@ -332,7 +336,7 @@ def _token_statistics(s: Sparse) -> Tokens:
         s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial, *out,
         N, s.student.stride(0), splits, k, math.log(k), s.ignore_index,
         DIVERGENCE=s.divergence, WEIGHTING=s.weighting, TAIL=s.tail, K=s.padded,
-        SPLITS=triton.next_power_of_2(splits), ROWS=ROWS, **s.flags(), num_warps=4, enable_fp_fusion=True,
+        SPLITS=triton.next_power_of_2(splits), ROWS=ROWS, **s.flags(), **warps(4),
     )  # fmt: skip
     return out
 
@@ -351,7 +355,7 @@ def _gradient(s: Sparse, tokens: Tokens, incoming: Tensor) -> Tensor:
     wrap_triton(topk_kl_stored)[(triton.cdiv(N, ROWS),)](
         s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, tokens.rows, tokens.terms,
         incoming, grad, N, s.student.stride(0), stride, V, k, s.ignore_index,
-        K=s.padded, ROWS=ROWS, **s.flags(), num_warps=4, enable_fp_fusion=True,
+        K=s.padded, ROWS=ROWS, **s.flags(), **warps(4),
     )  # fmt: skip
     return grad
 
