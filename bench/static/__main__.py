@@ -1,8 +1,8 @@
 """Compile every kernel variant for every target and record what the binaries say; nothing is run.
 
-python -m bench.static                        all variants and the peers -> bench/results/triton_static.json
-python -m bench.static --check NAME ...       compile the named variants (none named: all) and fail on a spill or on more
-                                              bytes per element than recorded
+python -m bench.static                    all variants and the peers -> bench/results/triton_static.json
+python -m bench.static --check NAME ...   compile the named variants (none named: all) and fail on a spill or on more
+                                          bytes per element than recorded
 """
 
 import argparse
@@ -48,8 +48,10 @@ def findings(rows: Rows, recorded: Rows) -> list[str]:
                 before = recorded.get(name, {}).get(kernel, {}).get(family)
                 if before is None:
                     found.append(f"{where}: not recorded; run `python -m bench.static`")
-                elif (row["bytes_per_element"] or 0) > (before["bytes_per_element"] or 0):
-                    found.append(f"{where}: {row['bytes_per_element']} bytes an element, recorded {before['bytes_per_element']}")
+                    continue
+                moved, allowed = row["bytes_per_element"] or 0, before["bytes_per_element"] or 0
+                if moved > allowed:
+                    found.append(f"{where}: {moved} bytes an element, recorded {allowed}")
     return found
 
 

@@ -1,8 +1,8 @@
 """What a compiled kernel's binary and intermediate code say: registers, spills, shared memory, occupancy, accesses.
 
-Access widths are those of the global loads and stores inside the innermost loops of the machine code (of the whole kernel
-where it has none). Bytes per element are counted in Triton's GPU dialect, where every loop appears once and unrolling
-does not multiply its body: bytes of a loop's tile accesses over the loop's step, summed over the loops that load.
+Access widths are those of the global loads and stores inside the innermost loops of the machine code (of the whole
+kernel where it has none). Bytes per element are counted in Triton's GPU dialect, where every loop appears once and
+unrolling does not multiply its body: bytes of a loop's tile accesses over its step, summed over the loops that load.
 """
 
 import re
@@ -19,7 +19,16 @@ NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Per multiprocessor (compute unit): shared memory in bytes. Threads 2048 and registers 65536 are the same on all three.
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 _NVIDIA_WIDTHS = {"ENL2.256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
-_AMD_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8, "byte": 8}
+_AMD_WIDTHS = {
+    "dwordx4": 128,
+    "dwordx3": 96,
+    "dwordx2": 64,
+    "dword": 32,
+    "ushort": 16,
+    "short": 16,
+    "ubyte": 8,
+    "byte": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,9 @@ def _nvidia_accesses(sass: str) -> dict[str, int]:
 
 
 def _amd_accesses(assembly: str) -> dict[str, int]:
-    hot = _innermost(assembly.splitlines(), re.compile(r"(\.LBB\d+_\d+):"), re.compile(r"s_c?branch\w*\s+(\.LBB\d+_\d+)"))
+    hot = _innermost(
+        assembly.splitlines(), re.compile(r"(\.LBB\d+_\d+):"), re.compile(r"s_c?branch\w*\s+(\.LBB\d+_\d+)")
+    )
     counts: dict[str, int] = {}
     for kind, width in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+?)\b", "\n".join(hot)):
         size = width.removesuffix("_d16_hi").removesuffix("_d16")

@@ -1,7 +1,7 @@
 """Compile whatever a function launches, for a GPU that is not there.
 
-Triton's own launch path chooses signature, specialisation and options; only its driver is replaced by one that names the
-target, and the launch itself is left out. Arguments live on torch's meta device.
+Triton's own launch path chooses signature, specialisation and options; only its driver is replaced by one that names
+the target, and the launch itself is left out. Arguments live on torch's meta device.
 """
 
 import os
@@ -53,7 +53,7 @@ def _target(family: str) -> Iterator[None]:
     driver.set_active(_Driver(family))
     launch.sweep_of.cache_clear()
     try:
-        with mock.patch.object(launch, "device_of", lambda kind, index: described), set_wrap_triton_enabled(False):
+        with mock.patch.object(launch, "device_of", return_value=described), set_wrap_triton_enabled(False):
             yield
     finally:
         driver._active = None

@@ -1,6 +1,6 @@
 """Roofline estimates from datasheet figures. ESTIMATES: nothing here was measured by us.
 
-time = max over the parts that overlap is not assumed: products and passes over logits are added, each at its own roof.
+No overlap is assumed: matrix products at the peak rate and passes over logits at the peak bandwidth are added.
 """
 
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ SHAPES = {
     "Qwen3-32B": (8192, 5120, 151936),
 }
 BF16, FP32 = 2, 4
-# Reads and writes of an element's logits, in passes of one tensor each. Split path: both logits for the statistics, both
-# for the gradient, the gradient. One-kernel path: the second read of a row that fits the L2 cache costs no memory traffic.
+# Passes over one model's logits in memory. Split path: both models for the statistics, both for the gradient, and the
+# gradient written. One-kernel path: the second read of a row that fits the L2 cache costs no memory traffic.
 SPLIT_PASSES, ROW_PASSES = 5, 3
 LIGER_A100_MS, LIGER_A100_GB = 129.0, 2.0
 
@@ -51,10 +51,10 @@ def liger_comparison() -> dict[str, Any]:
     """Ours by the arithmetic that explains Liger's published fused-linear KL on an A100 (8192 x 4096 x 128256, bf16).
 
     Theirs: logits, dX, dW (3 products); logits written once by the product, read 3 times and overwritten once by the
-    kernel, read twice as a gradient by the products (7 passes), the given target read twice (2 passes). The share of that
-    roofline which the published time reaches is then applied to ours: one product more (the teacher's logits, which
-    Liger is given as probabilities), logits of both models written once (2), `entropy_kl_row` from memory (5), the
-    gradient read twice (2).
+    kernel, read twice as a gradient by the products (7 passes), the given target read twice (2 passes). The share of
+    that roofline which the published time reaches is then applied to ours: one product more (the teacher's logits,
+    which Liger is given as probabilities), logits of both models written once (2), `entropy_kl_row` from memory (5),
+    the gradient read twice (2).
     """
     gpu, shape = GPUS["A100-SXM-80GB"], SHAPES["Llama-3-8B"]
     theirs = _linear(gpu, shape, 3, 9)

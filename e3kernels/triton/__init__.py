@@ -2,8 +2,8 @@
 
 `load` registers the overloads `e3::<op>.triton` the way `torch.library.triton_op` registers a whole operator: eager
 calls launch directly, and where AOTAutograd functionalises, the launches are traced into the graph, so that the
-compiler sees them. Two kinds stay one node: the linear losses, whose loop over tiles would be unrolled, and `gumbel_topk`,
-whose bits depend on a compile option (no fused multiply-adds) that a traced launch cannot carry.
+compiler sees them. Two kinds stay one node: the linear losses, whose loop over tiles would be unrolled, and
+`gumbel_topk`, whose bits depend on a compile option (no fused multiply-adds) that a traced launch cannot carry.
 """
 
 import importlib

@@ -36,7 +36,7 @@ from e3kernels.triton.scalars import (
     student_transform,
     teacher_transform,
 )
-from e3kernels.triton.statistics import FORWARD, JSD, PAIR_FIELDS, merge_pair
+from e3kernels.triton.statistics import FORWARD, JSD, PAIR_FIELDS, merge_pair, tempered
 from e3kernels.triton.sweeps import (
     label_logit,
     load_pair,
@@ -72,21 +72,22 @@ def entropy_kl_statistics(
     if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
         return
     temperature = scalar(scalars_ptr, TEMPERATURE)
+    inverse_temperature = 1.0 / temperature
     scale_s, softcap_s = student_transform(scalars_ptr)
     scale_t, softcap_t = teacher_transform(scalars_ptr)
     student_row = student_ptr + row * student_stride
     teacher_row = teacher_ptr + row * teacher_stride
     first = split * split_size
     last = tl.minimum(first + split_size, V)
-    ms, ss, cs, mt, st, a, b, gap = sweep_pair(
-        student_row, teacher_row, first, last, V, temperature, scale_s, scale_t, softcap_s, softcap_t,
+    my, ss, cs, mt, st, a, b, gap = sweep_pair(
+        student_row, teacher_row, first, last, V, inverse_temperature, scale_s, scale_t, softcap_s, softcap_t,
         DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
     y_label = 0.0
     if HAS_LABELS:
         y_label = label_logit(student_row, tl.load(labels_ptr + row), first, last, scale_s, softcap_s, CAP_S)
     out = partial_ptr + (row * tl.num_programs(1) + split) * PAIR_FIELDS
-    store_pair(out, None, ms, ss, cs, y_label, mt, st, a, b, gap)
+    store_pair(out, None, my, ss, cs, y_label, mt, st, a, b, gap)
 
 
 @triton.jit
@@ -102,16 +103,18 @@ def entropy_kl_mixture(
     if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
         return
     temperature = scalar(scalars_ptr, TEMPERATURE)
+    inverse_temperature = 1.0 / temperature
     scale_s, softcap_s = student_transform(scalars_ptr)
     scale_t, softcap_t = teacher_transform(scalars_ptr)
     parts = tl.arange(0, SPLITS)
-    ms, ss, cs, _, mt, st, a, b, gap = load_pair(partial_ptr, row * splits + parts, parts < splits)
-    ms, ss, cs, mt, st, a, b, gap = merge_pair(ms, ss, cs, mt, st, a, b, gap, temperature, JSD, 0)
+    my, ss, cs, _, mt, st, a, b, gap = load_pair(partial_ptr, row * splits + parts, parts < splits)
+    my, ss, cs, mt, st, a, b, gap = merge_pair(my, ss, cs, mt, st, a, b, gap, inverse_temperature, JSD, 0)
     first = split * split_size
     from_student, from_teacher = sweep_mixture(
         student_ptr + row * student_stride, teacher_ptr + row * teacher_stride,
-        first, tl.minimum(first + split_size, V), V, ms + tl.log(ss), mt + tl.log(st),
-        temperature, scalar(scalars_ptr, BETA), scale_s, scale_t, softcap_s, softcap_t,
+        first, tl.minimum(first + split_size, V), V,
+        tempered(my, inverse_temperature) + tl.log(ss), mt + tl.log(st),
+        inverse_temperature, scalar(scalars_ptr, BETA), scale_s, scale_t, softcap_s, softcap_t,
         CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
     out = mixture_ptr + (row * splits + split) * 2
@@ -128,14 +131,15 @@ def entropy_kl_tokens(
 ):  # fmt: skip
     """Join the splits of ROWS tokens: statistics, losses, and the six numbers a row that its gradient needs."""
     temperature = scalar(scalars_ptr, TEMPERATURE)
+    inverse_temperature = 1.0 / temperature
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     valid = is_valid(row, inside, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK)
     parts = tl.arange(0, SPLITS)[None, :]
     present = valid[:, None] & (parts < splits)
     index = row[:, None] * splits + parts
-    ms, ss, cs, y_label, mt, st, a, b, gap = load_pair(partial_ptr, index, present)
-    ms, ss, cs, mt, st, a, b, gap = merge_pair(ms, ss, cs, mt, st, a, b, gap, temperature, DIVERGENCE, 1)
+    my, ss, cs, y_label, mt, st, a, b, gap = load_pair(partial_ptr, index, present)
+    my, ss, cs, mt, st, a, b, gap = merge_pair(my, ss, cs, mt, st, a, b, gap, inverse_temperature, DIVERGENCE, 1)
     if DIVERGENCE == JSD:
         term = tl.sum(tl.load(mixture_ptr + index * 2, mask=present, other=0.0), axis=1)
         from_teacher = tl.sum(tl.load(mixture_ptr + index * 2 + 1, mask=present, other=0.0), axis=1)
@@ -145,7 +149,7 @@ def entropy_kl_tokens(
         term = _closed_divergence(ss, st, b, gap, DIVERGENCE)
         divergence = term
     entropy = tl.log(st) - a / st
-    log_z1 = ms * temperature + tl.log(cs)
+    log_z1 = my + tl.log(cs)
     cross_entropy = log_z1 - tl.sum(y_label, axis=1) if HAS_LABELS else tl.zeros_like(entropy)
     weight, kd, ce = coefficients(
         entropy, tl.cast(log_support, tl.float32), temperature,
@@ -154,7 +158,7 @@ def entropy_kl_tokens(
     loss = token_loss(divergence, cross_entropy, kd, ce, HAS_LABELS)
     store_tokens(stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, weight, loss)
     out = rows_ptr + row * ROW_FIELDS
-    tl.store(out, ms + tl.log(ss), mask=valid)
+    tl.store(out, tempered(my, inverse_temperature) + tl.log(ss), mask=valid)
     tl.store(out + 1, mt + tl.log(st), mask=valid)
     tl.store(out + 2, log_z1, mask=valid)
     tl.store(out + 3, term, mask=valid)
@@ -186,7 +190,7 @@ def entropy_kl_gradient(
         student_ptr + row * student_stride, teacher_ptr + row * teacher_stride, grad_row, first, last, V,
         tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3),
         tl.load(fields + 4) * incoming, tl.load(fields + 5) * incoming, label,
-        scalar(scalars_ptr, TEMPERATURE), scalar(scalars_ptr, BETA), scale_s, scale_t, softcap_s, softcap_t,
+        1.0 / scalar(scalars_ptr, TEMPERATURE), scalar(scalars_ptr, BETA), scale_s, scale_t, softcap_s, softcap_t,
         DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
 
@@ -207,20 +211,21 @@ def entropy_kl_row(
         store_tokens(stats_ptr, loss_ptr, row, N, valid, 0.0, 0.0, 0.0, 0.0, 0.0)
         return
     temperature = scalar(scalars_ptr, TEMPERATURE)
+    inverse_temperature = 1.0 / temperature
     beta = scalar(scalars_ptr, BETA)
     scale_s, softcap_s = student_transform(scalars_ptr)
     scale_t, softcap_t = teacher_transform(scalars_ptr)
     student_row = student_ptr + row * student_stride
     teacher_row = teacher_ptr + row * teacher_stride
-    ms, ss, cs, mt, st, a, b, gap = sweep_pair(
-        student_row, teacher_row, 0, V, V, temperature, scale_s, scale_t, softcap_s, softcap_t,
+    my, ss, cs, mt, st, a, b, gap = sweep_pair(
+        student_row, teacher_row, 0, V, V, inverse_temperature, scale_s, scale_t, softcap_s, softcap_t,
         DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
-    log_zs = ms + tl.log(ss)
+    log_zs = tempered(my, inverse_temperature) + tl.log(ss)
     log_zt = mt + tl.log(st)
     if DIVERGENCE == JSD:
         term, from_teacher = sweep_mixture(
-            student_row, teacher_row, 0, V, V, log_zs, log_zt, temperature, beta, scale_s, scale_t,
+            student_row, teacher_row, 0, V, V, log_zs, log_zt, inverse_temperature, beta, scale_s, scale_t,
             softcap_s, softcap_t, CAP_S, CAP_T, LANES, VEC, UNROLL,
         )  # fmt: skip
         divergence = beta * from_teacher + (1.0 - beta) * term
@@ -228,7 +233,7 @@ def entropy_kl_row(
         term = _closed_divergence(ss, st, b, gap, DIVERGENCE)
         divergence = term
     entropy = tl.log(st) - a / st
-    log_z1 = ms * temperature + tl.log(cs)
+    log_z1 = my + tl.log(cs)
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
     cross_entropy = 0.0
     if HAS_LABELS:
@@ -243,7 +248,7 @@ def entropy_kl_row(
     tl.debug_barrier()  # the gradient may overwrite the logits: the label's must have been read
     sweep_gradient(
         student_row, teacher_row, grad_row, 0, V, V, log_zs, log_zt, log_z1, term, kd * incoming, ce * incoming, label,
-        temperature, beta, scale_s, scale_t, softcap_s, softcap_t,
+        inverse_temperature, beta, scale_s, scale_t, softcap_s, softcap_t,
         DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
 

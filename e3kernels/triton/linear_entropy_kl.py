@@ -77,12 +77,12 @@ def linear_entropy_kl_statistics(
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
     inside = rows < N
-    temperature = scalar(scalars_ptr, TEMPERATURE)
+    inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
     scale_s, softcap_s = student_transform(scalars_ptr)
     scale_t, softcap_t = teacher_transform(scalars_ptr)
     label = tl.load(labels_ptr + rows, mask=inside, other=-1) if HAS_LABELS else tl.full([BM], -1, tl.int64)
     y_label = tl.zeros([BM], tl.float32)
-    ms = tl.full([BM], LOWEST, tl.float32)
+    my = tl.full([BM], LOWEST, tl.float32)
     mt = tl.full([BM], LOWEST, tl.float32)
     gap = tl.full([BM], LOWEST, tl.float32)
     ss = tl.zeros([BM], tl.float32)
@@ -103,12 +103,11 @@ def linear_entropy_kl_statistics(
         )  # fmt: skip
         if HAS_LABELS:
             y_label += tl.sum(tl.where(columns[None, :] == label[:, None], y, 0.0), axis=1)
-        ms, ss, cs, mt, st, a, b, gap = fold_pair(
-            ms, ss, cs, mt, st, a, b, gap, y * (1.0 / temperature), zt * (1.0 / temperature), temperature,
-            DIVERGENCE, HAS_LABELS,
+        my, ss, cs, mt, st, a, b, gap = fold_pair(
+            my, ss, cs, mt, st, a, b, gap, y, zt * inverse_temperature, inverse_temperature, DIVERGENCE, HAS_LABELS,
         )  # fmt: skip
     out = partial_ptr + (rows * tl.num_programs(1) + split) * PAIR_FIELDS
-    store_pair(out, inside, ms, ss, cs, y_label, mt, st, a, b, gap)
+    store_pair(out, inside, my, ss, cs, y_label, mt, st, a, b, gap)
 
 
 def entropy_kl_tile(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

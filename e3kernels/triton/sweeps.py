@@ -16,10 +16,10 @@ from e3kernels.triton.statistics import (
     REVERSE,
     fold_pair,
     fold_student,
+    logits_tile,
     merge_pair,
     merge_student,
     scaled_logits,
-    tempered_tile,
 )
 
 
@@ -38,33 +38,33 @@ def label_logit(row_ptr, label, first, last, scale, softcap, CAP: tl.constexpr):
 
 @triton.jit
 def sweep_unstored(
-    student_row, ids, first, last, V, temperature, scale, softcap,
+    student_row, ids, first, last, V, inverse_temperature, scale, softcap,
     HAS_LABELS: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """(ms, S_s, C) of the columns [first, last) that are not among `ids`; an id of V is none."""
-    ms = tl.full([LANES], LOWEST, tl.float32)
+    """(my, S_s, C) of the columns [first, last) that are not among `ids`; an id of V is none."""
+    my = tl.full([LANES], LOWEST, tl.float32)
     ss = tl.zeros([LANES], tl.float32)
     cs = tl.zeros([LANES], tl.float32)
     upcoming = tl.min(ids, axis=0)
     for start in range(first, last, LANES * VEC * UNROLL):
         for part in tl.static_range(UNROLL):
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
-            zs = tempered_tile(student_row, columns, columns < V, scale, softcap, temperature, CAP)
+            ys = logits_tile(student_row, columns, columns < V, scale, softcap, CAP)
             while upcoming < tl.minimum(start + (part + 1) * LANES * VEC, V):
-                zs = tl.where(columns == upcoming, float("-inf"), zs)
+                ys = tl.where(columns == upcoming, float("-inf"), ys)
                 upcoming = tl.min(tl.where(ids > upcoming, ids, V), axis=0)
-            ms, ss, cs = fold_student(ms, ss, cs, zs, temperature, HAS_LABELS)
-    return merge_student(ms, ss, cs, temperature, 0)
+            my, ss, cs = fold_student(my, ss, cs, ys, inverse_temperature, HAS_LABELS)
+    return merge_student(my, ss, cs, inverse_temperature, 0)
 
 
 @triton.jit
 def sweep_pair(
-    student_row, teacher_row, first, last, V, temperature, scale_s, scale_t, softcap_s, softcap_t,
+    student_row, teacher_row, first, last, V, inverse_temperature, scale_s, scale_t, softcap_s, softcap_t,
     DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """(ms, S_s, C, mt, S_t, A, B, gap) of the columns [first, last)."""
-    ms = tl.full([LANES], LOWEST, tl.float32)
+    """(my, S_s, C, mt, S_t, A, B, gap) of the columns [first, last)."""
+    my = tl.full([LANES], LOWEST, tl.float32)
     mt = tl.full([LANES], LOWEST, tl.float32)
     gap = tl.full([LANES], LOWEST, tl.float32)
     ss = tl.zeros([LANES], tl.float32)
@@ -75,12 +75,12 @@ def sweep_pair(
     for start in range(first, last, LANES * VEC * UNROLL):
         for part in tl.static_range(UNROLL):
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
-            zs = tempered_tile(student_row, columns, columns < V, scale_s, softcap_s, temperature, CAP_S)
-            zt = tempered_tile(teacher_row, columns, columns < V, scale_t, softcap_t, temperature, CAP_T)
-            ms, ss, cs, mt, st, a, b, gap = fold_pair(
-                ms, ss, cs, mt, st, a, b, gap, zs, zt, temperature, DIVERGENCE, HAS_LABELS
+            ys = logits_tile(student_row, columns, columns < V, scale_s, softcap_s, CAP_S)
+            zt = logits_tile(teacher_row, columns, columns < V, scale_t, softcap_t, CAP_T) * inverse_temperature
+            my, ss, cs, mt, st, a, b, gap = fold_pair(
+                my, ss, cs, mt, st, a, b, gap, ys, zt, inverse_temperature, DIVERGENCE, HAS_LABELS
             )
-    return merge_pair(ms, ss, cs, mt, st, a, b, gap, temperature, DIVERGENCE, 0)
+    return merge_pair(my, ss, cs, mt, st, a, b, gap, inverse_temperature, DIVERGENCE, 0)
 
 
 @triton.jit
@@ -94,7 +94,8 @@ def mixture_gaps(log_q, log_p, beta):
 
 @triton.jit
 def sweep_mixture(
-    student_row, teacher_row, first, last, V, log_zs, log_zt, temperature, beta, scale_s, scale_t, softcap_s, softcap_t,
+    student_row, teacher_row, first, last, V, log_zs, log_zt, inverse_temperature, beta,
+    scale_s, scale_t, softcap_s, softcap_t,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """(Σ q(log q − log r), Σ p(log p − log r)) of the columns [first, last)."""
@@ -103,8 +104,9 @@ def sweep_mixture(
     for start in range(first, last, LANES * VEC * UNROLL):
         for part in tl.static_range(UNROLL):
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
-            zs = tempered_tile(student_row, columns, columns < V, scale_s, softcap_s, temperature, CAP_S)
-            zt = tempered_tile(teacher_row, columns, columns < V, scale_t, softcap_t, temperature, CAP_T)
+            ys = logits_tile(student_row, columns, columns < V, scale_s, softcap_s, CAP_S)
+            zt = logits_tile(teacher_row, columns, columns < V, scale_t, softcap_t, CAP_T) * inverse_temperature
+            zs = ys * inverse_temperature
             gap_q, gap_p = mixture_gaps(zs - log_zs, zt - log_zt, beta)
             from_student += tl.sum(tl.exp(zs - log_zs) * gap_q, axis=1)
             from_teacher += tl.sum(tl.exp(zt - log_zt) * gap_p, axis=1)
@@ -114,12 +116,11 @@ def sweep_mixture(
 @triton.jit
 def sweep_gradient(
     student_row, teacher_row, grad_row, first, last, V, log_zs, log_zt, log_z1, term, kd, ce, label,
-    temperature, beta, scale_s, scale_t, softcap_s, softcap_t,
+    inverse_temperature, beta, scale_s, scale_t, softcap_s, softcap_t,
     DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Write kd·∂divergence/∂x + ce·∂CE/∂x on the columns [first, last); `term` is KL(q‖p) or KL(q‖r)."""
-    inverse_temperature = 1.0 / temperature
     for start in range(first, last, LANES * VEC * UNROLL):
         for part in tl.static_range(UNROLL):
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
@@ -127,7 +128,7 @@ def sweep_gradient(
             x = tl.load(student_row + columns, mask=mask, other=0.0)
             y, slope = scaled_logits(x, scale_s, softcap_s, CAP_S)
             log_q = y * inverse_temperature - log_zs
-            log_p = tempered_tile(teacher_row, columns, mask, scale_t, softcap_t, temperature, CAP_T) - log_zt
+            log_p = logits_tile(teacher_row, columns, mask, scale_t, softcap_t, CAP_T) * inverse_temperature - log_zt
             q = tl.exp(log_q)
             if DIVERGENCE == FORWARD:
                 g = q - tl.exp(log_p)
@@ -156,7 +157,7 @@ def sweep_zero(grad_row, first, last, V, LANES: tl.constexpr, VEC: tl.constexpr)
 def load_pair(partial_ptr, index, mask):
     """The fields of partial statistics; an absent split holds the neutral element."""
     p = partial_ptr + index * PAIR_FIELDS
-    ms = tl.load(p, mask=mask, other=LOWEST)
+    my = tl.load(p, mask=mask, other=LOWEST)
     ss = tl.load(p + 1, mask=mask, other=0.0)
     cs = tl.load(p + 2, mask=mask, other=0.0)
     y_label = tl.load(p + 3, mask=mask, other=0.0)
@@ -165,12 +166,12 @@ def load_pair(partial_ptr, index, mask):
     a = tl.load(p + 6, mask=mask, other=0.0)
     b = tl.load(p + 7, mask=mask, other=0.0)
     gap = tl.load(p + 8, mask=mask, other=LOWEST)
-    return ms, ss, cs, y_label, mt, st, a, b, gap
+    return my, ss, cs, y_label, mt, st, a, b, gap
 
 
 @triton.jit
-def store_pair(p, mask, ms, ss, cs, y_label, mt, st, a, b, gap):
-    tl.store(p, ms, mask=mask)
+def store_pair(p, mask, my, ss, cs, y_label, mt, st, a, b, gap):
+    tl.store(p, my, mask=mask)
     tl.store(p + 1, ss, mask=mask)
     tl.store(p + 2, cs, mask=mask)
     tl.store(p + 3, y_label, mask=mask)

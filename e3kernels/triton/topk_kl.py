@@ -33,7 +33,7 @@ from e3kernels.triton.scalars import (
     scalar,
     student_transform,
 )
-from e3kernels.triton.statistics import FORWARD, LOWEST, REVERSE, STUDENT_FIELDS, merge_student, scaled_logits
+from e3kernels.triton.statistics import FORWARD, LOWEST, REVERSE, STUDENT_FIELDS, merge_student, scaled_logits, tempered
 from e3kernels.triton.sweeps import label_logit, lane_columns, sweep_unstored, sweep_zero
 from e3kernels.triton.tokens import coefficients, is_valid, store_tokens, token_loss
 
@@ -66,7 +66,6 @@ def topk_kl_statistics(
     split = tl.program_id(1)
     if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
         return
-    temperature = scalar(scalars_ptr, TEMPERATURE)
     scale, softcap = student_transform(scalars_ptr)
     student_row = student_ptr + row * student_stride
     first = split * split_size
@@ -75,8 +74,20 @@ def topk_kl_statistics(
     log_p = tl.load(teacher_ptr + row * k + columns, mask=columns < k, other=float("-inf"))
     ids = tl.load(ids_ptr + row * k + columns, mask=columns < k, other=0)
     ids = tl.where((log_p != float("-inf")) & (ids >= first), ids, V)
-    ms, ss, cs = sweep_unstored(
-        student_row, ids, first, last, V, temperature, scale, softcap, HAS_LABELS, CAP, LANES, VEC, UNROLL
+    my, ss, cs = sweep_unstored(
+        student_row,
+        ids,
+        first,
+        last,
+        V,
+        1.0 / scalar(scalars_ptr, TEMPERATURE),
+        scale,
+        softcap,
+        HAS_LABELS,
+        CAP,
+        LANES,
+        VEC,
+        UNROLL,
     )
     p = partial_ptr + (row * tl.num_programs(1) + split) * STUDENT_FIELDS
     if HAS_LABELS:
@@ -84,7 +95,7 @@ def topk_kl_statistics(
         tl.store(p + 3, label_logit(student_row, label, first, last, scale, softcap, CAP))
     else:
         tl.store(p + 3, 0.0)
-    tl.store(p, ms)
+    tl.store(p, my)
     tl.store(p + 1, ss)
     tl.store(p + 2, cs)
 
@@ -152,22 +163,22 @@ def topk_kl_tokens(
     parts = tl.arange(0, SPLITS)[None, :]
     present = valid[:, None] & (parts < splits)
     p = partial_ptr + (row[:, None] * splits + parts) * STUDENT_FIELDS
-    ms = tl.load(p, mask=present, other=LOWEST)
+    my = tl.load(p, mask=present, other=LOWEST)
     ss = tl.load(p + 1, mask=present, other=0.0)
     cs = tl.load(p + 2, mask=present, other=0.0)
     y_label = tl.sum(tl.load(p + 3, mask=present, other=0.0), axis=1)
-    ms, ss, cs = merge_student(ms, ss, cs, temperature, 1)
+    my, ss, cs = merge_student(my, ss, cs, 1.0 / temperature, 1)
 
     log_p, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, K)
     log_p = log_p.to(tl.float64)
     y, _ = _stored_logits(student_ptr, row, student_stride, ids, kept, scalars_ptr, CAP)
-    u = y.to(tl.float64) / temperature
+    u = (y * (1.0 / temperature)).to(tl.float64)
     same = (ids[:, :, None] == ids[:, None, :]) & kept[:, :, None] & kept[:, None, :]
     earlier = same & (tl.arange(0, K)[None, :, None] > tl.arange(0, K)[None, None, :])
     first = kept & (tl.max(earlier.to(tl.int32), axis=2) == 0)  # a repeated id counts once in the normaliser
-    log_rest = ms.to(tl.float64)[:, None] + tl.log(ss.to(tl.float64))[:, None]
+    log_rest = tempered(my, 1.0 / temperature).to(tl.float64)[:, None] + tl.log(ss.to(tl.float64))[:, None]
     log_z = _log_add(log_rest, _log_sum(tl.where(first, u, float("-inf")), 1))
-    log_rest1 = ms.to(tl.float64)[:, None] * temperature + tl.log(cs.to(tl.float64))[:, None]
+    log_rest1 = my.to(tl.float64)[:, None] + tl.log(cs.to(tl.float64))[:, None]
     log_stored1 = _log_sum(tl.where(first, y.to(tl.float64), float("-inf")), 1)
     log_z1 = tl.sum(_log_add(log_rest1, log_stored1), axis=1)
 
