@@ -8,8 +8,6 @@ ARGS   ?=
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
-# Byte code is made when a module is first imported, which most of these packages' modules never are.
-export PIP_NO_COMPILE := 1
 
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:

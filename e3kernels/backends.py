@@ -166,7 +166,8 @@ def _load_native() -> None:
         unavailable["native"] = f"{modules[0].name} cannot be loaded: {error}"
         return
     for operation in OPERATORS:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"e3::{operation}.native", "CPU"):
+        overload = f"e3::{operation}.native"
+        if torch._C._dispatch_has_kernel(overload) and torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CPU"):
             register("native", operation, None, None, devices=("cpu",), dtypes=FLOATS)
 
 

@@ -69,12 +69,31 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 3, "attention_bias": True},
 }
+# Beyond the types that every room supports: more ways in which settings speak of layers by number.
+EXTRA_CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"hidden_size": 32, "intermediate_size": 48, "num_layers": NUM_LAYERS, "num_heads": 4}
+    | {"window_size": WINDOW, "attention_types": [[["global", "local"], 3]], "max_position_embeddings": 64},
+    "ernie4_5_moe": _GQA
+    | {"moe_layer_start_index": 2, "moe_layer_end_index": 4, "moe_num_experts": 4, "moe_k": 2}
+    | {"moe_intermediate_size": 24, "moe_num_shared_experts": 1},
+    "llama4_text": _GQA
+    | {"head_dim": 16, "intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2}
+    | {"attention_chunk_size": WINDOW, "no_rope_layers": [1, 1, 0, 1, 0, 1]},
+    "qwen2_moe": _GQA
+    | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 3, "decoder_sparse_step": 2}
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
+    | {"shared_expert_intermediate_size": 24},
+    "jamba": _GQA | {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "gemma4_text": _GQA
+    | {"head_dim": 16, "layer_types": _LAYER_TYPES, "sliding_window": WINDOW, "num_kv_shared_layers": 2}
+    | {"hidden_size_per_layer_input": 0},
+}
 _TOKENS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of `model_type` in evaluation mode, fp32; `changes` replace settings of its tiny configuration."""
-    config = AutoConfig.for_model(model_type, **TINY_CONFIGS[model_type] | _TOKENS | changes)
+    config = AutoConfig.for_model(model_type, **(TINY_CONFIGS | EXTRA_CONFIGS)[model_type] | _TOKENS | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

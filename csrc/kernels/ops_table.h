@@ -6,11 +6,22 @@
 #include <string>
 
 #include "kernels/isa.h"
+#include "kernels/parallel.h"
+#include "kernels/problem.h"
 
 namespace e3 {
 
 struct OpsTable {
   Isa isa;
+  void (*entropy_kl)(const EntropyKl&, const Parallel&, const LossOutput&);
+  void (*entropy_kl_backward)(const EntropyKl&, const Parallel&, const float* grad_loss, bool stream, void* grad);
+  void (*topk_kl)(const TopkKl&, const Parallel&, const LossOutput&);
+  void (*topk_kl_backward)(const TopkKl&, const Parallel&, const float* grad_loss, bool stream, void* grad);
+  void (*gumbel_topk)(const GumbelTopk&, const Parallel&, void* mask, void* probs);
+  void (*gumbel_topk_backward)(const GumbelTopk&, const GumbelIncoming&, const Parallel&, void* grad_logits);
+  void (*gated_residual)(const GatedResidual&, const Parallel&, bool stream, void* out);
+  void (*gated_residual_backward)(const GatedResidual&, const void* grad, const Parallel&, bool stream,
+                                  void* grad_hidden, void* grad_branch, float* grad_gate);
 };
 
 // Defined by ops_table.cpp, in one object an instruction set.

@@ -27,8 +27,9 @@ def _tokens(
     divergence_code: int,
     ignore_index: int,
 ) -> TokenLoss:
-    options = LossOptions.from_arguments(scalars, weighting, divergence_code, ignore_index)
-    teacher_logits, _ = model_logits(teacher, options.teacher_scale, options.teacher_softcap)
+    options = LossOptions.from_arguments(scalars[:6], weighting, divergence_code, ignore_index)
+    teacher_softcap, teacher_scale = scalars[6:].tolist()
+    teacher_logits, _ = model_logits(teacher, teacher_scale, teacher_softcap)
     log_p = torch.log_softmax(teacher_logits / options.temperature, -1)
 
     def measure(u: Tensor) -> TeacherTerm:

@@ -18,7 +18,6 @@ from e3kernels.reference.philox import uniform
 _SOLVER_STEPS = 24
 # An infinite score counts as this many τ beyond the farthest finite one: σ and exp saturate exactly there.
 _INFINITE = 1000.0
-_TINY = torch.finfo(torch.float64).tiny
 
 
 def scores(logits: Tensor, noise_scale: float, seed: int, step: int) -> Tensor:
@@ -64,7 +63,7 @@ def _successive_steps(s: Tensor, k: int, tau: float) -> list[Tensor]:
     steps = []
     for _ in range(k):
         a = torch.softmax(s / tau, -1)
-        s = s + (1 - a).clamp(min=_TINY).log()
+        s = s + torch.log1p(-a)
         steps.append(a)
     return steps
 
@@ -109,7 +108,7 @@ def _successive_backward(steps: list[Tensor], grad: Tensor, tau: float) -> Tenso
     state = torch.zeros_like(grad)
     for a in reversed(steps):
         rest = 1 - a
-        through_rest = torch.where(rest > _TINY, state / rest, 0.0)
+        through_rest = torch.where(rest > 0, state / rest, 0.0)
         state = state + _softmax_backward(a, grad - through_rest) / tau
     return state
 

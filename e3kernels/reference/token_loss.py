@@ -22,7 +22,7 @@ from e3kernels.contract import DIVERGENCES, REDUCTIONS, WEIGHTINGS, accumulate_d
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of a loss operator by name; built from its `scalars` and codes."""
+    """The options that all losses share, by name; `scalars` are the six that they begin with."""
 
     temperature: float
     gamma: float
@@ -30,16 +30,15 @@ class LossOptions:
     beta: float
     student_softcap: float
     student_scale: float
-    teacher_softcap: float
-    teacher_scale: float
     weighting: str
     divergence: str
     ignore_index: int
 
     @classmethod
     def from_arguments(cls, scalars: Tensor, weighting: int, divergence: int, ignore_index: int) -> "LossOptions":
-        values = (*scalars.tolist(), *(0.0, 1.0)[: 8 - len(scalars)])  # a stored teacher has no soft cap and scale
-        return cls(*values, WEIGHTINGS[weighting], DIVERGENCES[divergence], ignore_index)
+        temperature, gamma, kd_ratio, beta, softcap, scale = scalars.tolist()
+        names = WEIGHTINGS[weighting], DIVERGENCES[divergence]
+        return cls(temperature, gamma, kd_ratio, beta, softcap, scale, *names, ignore_index)
 
 
 class TeacherTerm(NamedTuple):

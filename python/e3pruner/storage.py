@@ -63,11 +63,11 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1))
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """`tensors` as one safetensors file. Raises OSError naming `path` if it cannot be written, as on a full disk."""
     with replacing_file(path) as temporary:
         try:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
 

@@ -40,8 +40,8 @@ def pruned(results: Path, model_folder: Path, searched: Path, e3: Command) -> Pa
 @pytest.fixture(scope="module")
 def recovered(results: Path, model_folder: Path, pruned: Path, text_file: Path, e3: Command) -> Path:
     out = results / "recovered"
-    arguments = ("--steps", 6, "--length", 32, "--held-out", 4, "--text", text_file, "--option", "eval_every=2")
-    assert_done(e3("distill", "--model", pruned, "--teacher", model_folder, *arguments, "--lr", 1e-3, "--out", out))
+    arguments = ("--steps", 12, "--length", 32, "--held-out", 4, "--text", text_file, "--option", "eval_every=4")
+    assert_done(e3("distill", "--model", pruned, "--teacher", model_folder, *arguments, "--lr", 3e-4, "--out", out))
     return out
 
 
@@ -97,8 +97,8 @@ def test_distill_lowers_the_divergence(recovered: Path) -> None:
     assert {"config.json", "model.safetensors", "results.json", "e3.yaml"} <= names(recovered)
     assert "training" not in names(recovered)
     curve = json.loads((recovered / "results.json").read_text())["recovery"]
-    assert [step for step, _ in curve["held_out"]] == [0, 2, 4, 6]
-    assert len(curve["train"]) == 6
+    assert [step for step, _ in curve["held_out"]] == [0, 4, 8, 12]
+    assert len(curve["train"]) == 12
     assert curve["held_out"][-1][1] < curve["held_out"][0][1]
 
 
@@ -142,7 +142,7 @@ def test_info_is_json_when_asked(e3: Command) -> None:
     assert_done(result)
     facts = json.loads(result.stdout)
     assert facts["versions"]["torch"] == torch.__version__
-    assert "reference" in json.dumps(facts["e3kernels"])
+    assert facts["operations"]["entropy_kl"]["cpu"]["backend"] in ("reference", "native")
     assert torch.__version__ in e3("info").stdout
 
 

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from tiny_models import NUM_LAYERS, TINY_CONFIGS, VOCAB_SIZE, tiny_model, tiny_tokens
@@ -26,9 +28,9 @@ def naive(model, teacher):
 
 
 @pytest.mark.parametrize("tile_values", [VOCAB_SIZE, 7 * VOCAB_SIZE, 2**23])
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere2", "granite", "gptj"])
+@pytest.mark.parametrize("model_type", ["llama", "cohere2", "granite", "gptj"])
 def test_figures_equal_those_of_materialised_logits(model_type, tile_values, monkeypatch):
-    monkeypatch.setattr("e3pruner.evaluation.evaluate._TILE_VALUES", tile_values)
+    monkeypatch.setattr(importlib.import_module("e3pruner.evaluation.evaluate"), "_TILE_VALUES", tile_values)
     teacher = tiny_model(model_type)
     student = tiny_model(model_type)
     with torch.no_grad():
@@ -84,10 +86,10 @@ def test_bad_batches_are_refused(batches, message):
 
 def test_nan_names_the_batch():
     model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.embed_tokens.weight[BATCHES[1][0, 3]] = torch.nan
-    first_without = [ids for ids in BATCHES[:1] if not (ids == BATCHES[1][0, 3]).any()]
-    assert first_without, "choose another token"
+    e3pruner.evaluate(model, BATCHES, progress=False)
+    (token, *_) = set(BATCHES[1].flatten().tolist()) - set(BATCHES[0].flatten().tolist())
+    embed = model.model.embed_tokens
+    embed.register_forward_hook(lambda _, args, out: out.masked_fill((args[0] == token)[..., None], torch.nan))
     with pytest.raises(FloatingPointError, match=r"token_batches\[1\]"):
         e3pruner.evaluate(model, BATCHES, progress=False)
 

@@ -1,3 +1,6 @@
+import importlib
+from types import SimpleNamespace
+
 import pytest
 from tiny_models import tiny_model
 
@@ -7,12 +10,13 @@ from e3pruner.evaluation import latency
 def test_speeds_follow_from_the_times_generate_takes(monkeypatch):
     """With a clock that ticks once a call, each token takes one second."""
     ticks = iter(range(10**6))
-    monkeypatch.setattr("e3pruner.evaluation.latency.time.perf_counter", lambda: next(ticks))
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr(importlib.import_module("e3pruner.evaluation.latency"), "time", clock)
     model = tiny_model("llama")
     lengths = []
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    latency(model, prompt_tokens=8, new_tokens=2, repeats=1)
+    lengths.clear()
     assert latency(model, prompt_tokens=8, new_tokens=5, repeats=2) == {
         "prefill_tokens_per_s": 8.0,
         "decode_tokens_per_s": 1.0,

@@ -2,16 +2,9 @@ import pytest
 import torch
 from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
 
-import e3kernels
 from e3pruner.models import find_layers, gated, skipped
 
 REMOVED = [0, 2, 5]
-
-
-@pytest.fixture(autouse=True)
-def gated_residual(monkeypatch):
-    stand_in = lambda h, f, m: torch.where(m == 1, f, h + m * (f - h))  # noqa: E731
-    monkeypatch.setattr(e3kernels, "gated_residual", stand_in, raising=False)
 
 
 def mask_of(removed):
@@ -86,6 +79,19 @@ def test_gradients_of_masks_a_sample_add_up_to_that_of_a_shared_mask(model_type)
         gradients.append(gates.grad)
     assert gradients[0].abs().min() > 0
     torch.testing.assert_close(gradients[1].sum(1), gradients[0], rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_pass_activation_checkpointing():
+    model, ids = tiny_model("gemma2").train(), tiny_tokens()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        gates = torch.full((NUM_LAYERS,), 0.5, requires_grad=True)
+        with gated(model, gates):
+            logits(model, ids).square().mean().backward()
+        gradients.append(gates.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @torch.no_grad()

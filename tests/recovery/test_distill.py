@@ -52,19 +52,20 @@ def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "cohere2"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("model_type", "precision"), [("llama", "bf16"), ("gemma2", "fp32"), ("gpt2", "fp32"), ("cohere2", "fp32")]
+)
 def test_distillation_brings_the_student_nearer_to_its_teacher(model_type, precision):
     teacher = tiny_model(model_type)
     student = prune(teacher, [0, 1, 3, 5])
     before = weights(teacher)
     options = FP32 | {"precision": precision, "kd_ratio": 1.0, "weighting": "none"}
-    result = distill(student, teacher=teacher, data=sequences(64), held_out=sequences(8, 1), steps=40, **options)
+    result = distill(student, teacher=teacher, data=sequences(64), held_out=sequences(8, 1), steps=30, **options)
     assert result.held_out[-1]["kl"] < 0.8 * result.held_out[0]["kl"]
     losses = [point["loss"] for point in result.curve]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    assert [point["step"] for point in result.held_out] == [0, 10, 20, 30, 40]
-    assert (result.steps, len(result.curve), result.tokens) == (40, 40, 40 * 4 * 15)
+    assert [point["step"] for point in result.held_out] == [0, 10, 20, 30]
+    assert (result.steps, len(result.curve), result.tokens) == (30, 30, 30 * 4 * 15)
     assert_same(weights(teacher), before)
 
 
@@ -75,18 +76,18 @@ def test_the_loss_of_the_first_step_is_that_of_the_logits(teacher, student):
         teacher(data).logits[:, :-1].log_softmax(-1).flatten(0, 1),
         log_target=True,
         reduction="batchmean",
-    )
+    ).item()
     options = FP32 | {"kd_ratio": 1.0, "weighting": "none"}
     result = distill(student, teacher=teacher, data=data, held_out=data, **options)
     assert result.steps == 1
-    assert result.curve[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
-    assert result.held_out[0]["kl"] == pytest.approx(float(expected), rel=1e-5)
+    assert result.curve[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert result.held_out[0]["kl"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_perplexity_is_that_of_the_model(teacher, student):
     data = sequences(8)
     result = distill(student, teacher=teacher, data=data, held_out=data, steps=3, **FP32)
-    assert result.held_out[-1]["perplexity"] == pytest.approx(float(student(data, labels=data).loss.exp()), rel=1e-5)
+    assert result.held_out[-1]["perplexity"] == pytest.approx(student(data, labels=data).loss.exp().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("weighting", ["entropy", "inverse", "none"])
@@ -155,10 +156,10 @@ def test_bfloat16_models_are_trained_in_fp32_and_given_back_in_bfloat16(teacher)
     student = prune(teacher, [0, 1, 3, 5]).to(torch.bfloat16)
     before = weights(student)
     # Each of these steps is below half a bfloat16 ulp of most weights: without master weights all would be lost.
-    distill(student, teacher=teacher, data=sequences(64), steps=60, lr=3e-4, warmup=0.0, precision="fp32")
+    distill(student, teacher=teacher, data=sequences(64), steps=30, lr=3e-4, warmup=0.0, precision="fp32")
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     moved = [float((w != before[name]).float().mean()) for name, w in weights(student).items() if w.dim() == 2]
-    assert min(moved) > 0.3
+    assert min(moved) > 0.2
 
 
 def test_only_the_chosen_parameters_move_and_the_model_is_left_as_it_was(teacher, student):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import transformers
 import typer
 
@@ -28,7 +30,7 @@ def e3() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "info": info.info,
     "search": search.search,

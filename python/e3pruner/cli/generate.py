@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -48,20 +48,23 @@ def continue_prompt(
     stream: bool = False,
 ) -> list[int]:
     """The new tokens' ids, end-of-text included if the model came to it."""
-    if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    ids = model.generate(
-        **inputs.to(model.device),
+    in_chat = chat and tokenizer.chat_template
+    text = chat_text(tokenizer, prompt) if in_chat else prompt
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not in_chat).to(model.device)
+    network: Any = model
+    ids = network.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
-        streamer=streamer,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
         pad_token_id=tokenizer.eos_token_id,
-        **sampling,
     )
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The prompt as a user's message, with the opening of the answer."""
+    message = {"role": "user", "content": prompt}
+    return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))

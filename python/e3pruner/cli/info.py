@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+import yaml
 
 import e3kernels
 from e3pruner.report import describe_environment
 
 
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False) -> None:
     """Show this machine, the versions, and which backend serves each operation and why.
 
     Example: `e3 info --json > info.json`
     """
-    facts: dict[str, Any] = {**describe_environment(), "e3kernels": e3kernels.info()}
-    if as_json:
-        print(json.dumps(facts, indent=2, default=str))
-        return
-    console = Console()
-    for title, section in facts.items():
-        console.print(section_table(title, section if isinstance(section, dict) else {title: section}))
-
-
-def section_table(title: str, section: dict[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
-    for key, value in section.items():
-        text = "; ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(str(key), text)
-    return table
+    kernels = e3kernels.info()
+    facts = describe_environment() | {
+        key: kernels[key] for key in ("operations", "unavailable_backends", "native_modules")
+    }
+    print(json.dumps(facts, indent=2) if as_json else yaml.safe_dump(facts, sort_keys=False, width=120))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.cli.options import Dtype
@@ -26,8 +26,8 @@ def model_folder(name: str) -> Path:
 
 def load_model(name: str, device: str = "cpu", dtype: Dtype = Dtype.AUTO) -> PreTrainedModel:
     """The model in evaluation mode. Raises what `model_folder` and `from_pretrained` raise."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=str(dtype), local_files_only=True)
-    return model.to(torch.device(device)).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=str(dtype), local_files_only=True)
+    return model.to(device).eval()
 
 
 def has_tokenizer(name: str) -> bool:

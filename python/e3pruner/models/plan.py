@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from e3pruner.models.stack import check_indices
+from e3pruner.storage import write_json
 
 _FORMAT = "e3pruner.PruningPlan"
-_KINDS = {"kept": list, "removed": list, "method": str, "seed": int, "model_type": str}
-_KINDS |= {"history": list, "metrics": dict}
+_KINDS = {
+    "kept": list,
+    "removed": list,
+    "method": str,
+    "seed": int,
+    "model_type": str,
+    "history": list,
+    "metrics": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -59,19 +66,12 @@ class PruningPlan:
         """Layers of the dense model."""
         return len(self.kept) + len(self.removed)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to `path` as JSON, whole or not at all: to a temporary name, then renamed."""
-        text = json.dumps({"format": _FORMAT, "num_layers": self.num_layers, **asdict(self)}, indent=1)
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    def save(self, path: str | Path) -> None:
+        """Write the plan to `path` as JSON, whole or not at all."""
+        write_json(path, {"format": _FORMAT, "num_layers": self.num_layers, **asdict(self)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+    def load(cls, path: str | Path) -> PruningPlan:
         """The plan that `save` wrote to `path`. Raises `ValueError` naming the file and what is wrong with it."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -85,5 +85,5 @@ class PruningPlan:
             if plan.num_layers != num_layers:
                 raise ValueError(f"num_layers is {num_layers}, kept and removed hold {plan.num_layers} layers")
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} is not a pruning plan: {error}") from error
+            raise ValueError(f"{path} is not a pruning plan: {error}") from error
         return plan

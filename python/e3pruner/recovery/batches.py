@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from e3pruner.models.tokens import check_token_batches
 
 
 class Batch(NamedTuple):
@@ -43,3 +45,11 @@ def in_order(data: Tensor, size: int) -> Iterator[Batch]:
     """`data` (N, S) once, in batches of `size` sequences; the last may be smaller."""
     for rows in torch.arange(len(data)).split(size):
         yield Batch(data[rows], rows)
+
+
+def sequences_of(name: str, batches: Tensor | Iterable[Any], vocabulary: int) -> Tensor:
+    """All sequences of `batches`, (N, S) or many (B, S), as one (N, S) int64 tensor on the CPU.
+
+    Raises ValueError naming `name` for what is no such token ids below `vocabulary`.
+    """
+    return torch.cat(check_token_batches(name, [batches] if isinstance(batches, Tensor) else batches, vocabulary))

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from e3pruner.models import output_head
-from e3pruner.models.tokens import check_token_batches
+from e3pruner.recovery.batches import sequences_of
 from e3pruner.recovery.loop import DistillResult, Training
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions, autocast_dtype
@@ -58,8 +58,9 @@ def distill(
         source = teacher
     loss = DistillLoss(pruned, source, chosen, autocast_dtype(chosen.precision, pruned.device))
     vocabulary = output_head(pruned).weight.shape[0]
-    sequences = _sequences("data", data, vocabulary)
-    watched = None if held_out is None else _sequences("held_out", held_out, vocabulary)
+    sequences = sequences_of("data", data, vocabulary)
+    source.check(sequences, chosen.temperature)
+    watched = None if held_out is None else sequences_of("held_out", held_out, vocabulary)
     steps = chosen.steps or math.ceil(len(sequences) / (chosen.batch_size * chosen.accumulation))
     # What "one pass" and "auto" came to is part of the run: other data or another machine would change it.
     settings = asdict(chosen) | {
@@ -74,8 +75,3 @@ def distill(
         if folder is not None and resume:
             training.restore(folder)
         return training.run(folder)
-
-
-def _sequences(name: str, batches: Tensor | Iterable[Any], vocabulary: int) -> Tensor:
-    """All sequences of `batches` as one (N, S) int64 tensor on the CPU."""
-    return torch.cat(check_token_batches(name, [batches] if isinstance(batches, Tensor) else batches, vocabulary))

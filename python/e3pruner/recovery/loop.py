@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ class DistillResult:
     """What a run of `distill` did: optimizer steps, tokens trained on, seconds, and its curves.
 
     curve: one {"step", "loss", "lr", "grad_norm"} a step, the norm before clipping. held_out: {"step", "kl",
-    "perplexity"} before the first step, every `eval_every` steps and after the last.
+    "perplexity"} before the first step, every `eval_every` steps and after the last; no "kl" with a `TeacherCache`.
     """
 
     steps: int = 0
@@ -139,7 +140,7 @@ class Training:
         result = self.result
         parts = [f"loss {result.curve[-1]['loss']:.3f}"] if result.curve else []
         if result.held_out:
-            parts.append(f"held-out KL {result.held_out[-1]['kl']:.3f}")
+            parts.append(f"held-out perplexity {result.held_out[-1]['perplexity']:.1f}")
         if result.tokens:
             parts.append(f"{result.tokens / result.seconds:.0f} tokens/s")
         return ", ".join(parts)
@@ -153,4 +154,5 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
+        console=Console(stderr=True),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from e3pruner.models import last_hidden, output_head
 from e3pruner.recovery.batches import Batch, in_order
 from e3pruner.recovery.options import DistillOptions
-from e3pruner.recovery.teacher import Teacher
+from e3pruner.recovery.teacher import LiveTeacher, Teacher
 
 
 @dataclass
@@ -60,17 +60,23 @@ class DistillLoss:
 
 
 class HeldOut:
-    """Held-out text (N, S) on which a student is watched; the teacher runs over it once only."""
+    """Held-out text (N, S) on which a student is watched; a live teacher runs over it once only."""
 
     def __init__(self, loss: DistillLoss, data: Tensor, batch_size: int) -> None:
-        self.loss = loss
+        self.has_kl = loss.teacher.any_text
+        # Cross-entropy needs no teacher. Where the real one cannot serve, the student stands in; no KL is reported.
+        self.loss = loss if self.has_kl else replace(loss, teacher=LiveTeacher(loss.student))
         self.batches = [batch.to(loss.student.device) for batch in in_order(data, batch_size)]
-        self.targets = [loss.targets(batch) for batch in self.batches]
+        self.targets = [self.loss.targets(batch) for batch in self.batches]
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """{"kl": mean divergence from the teacher in nats a token, "perplexity": exp of the mean cross-entropy}."""
+        """{"kl": mean divergence from the teacher in nats a token, "perplexity": exp of the mean cross-entropy}.
+
+        Without "kl" if the teacher has no predictions for this text.
+        """
         stats = [self.loss(b, t, "sum")[1] for b, t in zip(self.batches, self.targets, strict=True)]
-        kl = torch.cat([s.kl.flatten() for s in stats])
-        cross_entropy = torch.cat([s.cross_entropy.flatten() for s in stats])
-        return {"kl": float(kl.mean()), "perplexity": float(cross_entropy.mean().exp())}
+        perplexity = float(torch.cat([s.cross_entropy.flatten() for s in stats]).mean().exp())
+        if not self.has_kl:
+            return {"perplexity": perplexity}
+        return {"kl": float(torch.cat([s.kl.flatten() for s in stats]).mean()), "perplexity": perplexity}

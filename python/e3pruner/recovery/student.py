@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from e3pruner.models import find_layers
+from e3pruner.models.stack import evaluating
 
 
 def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
@@ -29,9 +30,7 @@ def trained_parameters(model: PreTrainedModel, trainable: str) -> Iterator[dict[
     and `requires_grad` are as before.
     """
     before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
-    training = model.training
     chosen = {id(p) for p in (model if trainable == "all" else find_layers(model)).parameters()}
-    model.eval()
     parameters: dict[str, nn.Parameter] = {}
     for name, p in model.named_parameters():
         p.requires_grad_(id(p) in chosen)
@@ -39,10 +38,10 @@ def trained_parameters(model: PreTrainedModel, trainable: str) -> Iterator[dict[
             p.data = p.data.to(torch.float32)
             parameters[name] = p
     try:
-        yield parameters
+        with evaluating(model):
+            yield parameters
     finally:
         for name, p in model.named_parameters():
             p.grad = None
             p.requires_grad_(before[name][0])
             p.data = p.data.to(before[name][1])
-        model.train(training)

@@ -15,12 +15,18 @@ from e3pruner.storage import fingerprint
 
 
 class Teacher(Protocol):
-    """`vocabulary`: columns of its predictions. `identity`: a hash by which a resume knows that it is the same one."""
+    """`vocabulary`: columns of its predictions. `any_text`: whether it has predictions for text other than the training
+    data. `identity`: a hash by which a resume knows that it is the same one.
+    """
 
     vocabulary: int
+    any_text: bool
 
     @property
     def identity(self) -> str: ...
+
+    def check(self, data: Tensor, temperature: float) -> None:
+        """Raises ValueError if it cannot teach `data` (N, S) at `temperature`."""
 
     def targets(self, batch: Batch) -> Any:
         """Its predictions for `batch`, in the form that `loss` takes; no gradient."""
@@ -35,6 +41,8 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A model in memory: its targets are hidden states, and no logits are ever materialised."""
 
+    any_text = True
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
         self.head = output_head(model)
@@ -44,6 +52,9 @@ class LiveTeacher:
     def identity(self) -> str:
         # The output head stands for the weights: hashing all of a large teacher would take minutes.
         return fingerprint(self.model.config.to_dict(), self.head.weight)
+
+    def check(self, data: Tensor, temperature: float) -> None:
+        """A model can teach any text."""
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Tensor:

@@ -6,49 +6,39 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("e3kernels", "torch", "transformers", "accelerate", "numpy", "safetensors")
+import e3kernels
+
+PACKAGES = ("accelerate", "numpy", "safetensors")
 
 
 def describe_environment() -> dict[str, Any]:
-    """Commit, machine, versions and time of this process, as JSON values.
+    """Commit, machine, versions, backends and time of this process, as JSON values.
 
     `commit` is that of the source tree the package was imported from, with "+changes" when tracked files differ from
     it, and None outside a git tree. Memory is in GiB.
     """
+    kernels = e3kernels.info()
     return {
         "commit": commit(Path(__file__).parent),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
-            "processor": processor(),
+            "processor": kernels["cpu"]["name"],
+            "instructions": kernels["cpu"]["capability"],
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": torch.get_num_threads(),
+            "threads": kernels["cpu"]["threads"],
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "system": f"{platform.system()} {platform.machine()}",
         },
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
+        "versions": kernels["versions"] | {name: version(name) for name in PACKAGES},
+        "backends": {name: devices["cpu"]["backend"] for name, devices in kernels["operations"].items()},
     }
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def processor() -> str:
-    """The processor's marketing name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def commit(folder: Path) -> str | None:

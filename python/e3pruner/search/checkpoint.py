@@ -63,6 +63,6 @@ class Checkpoint:
 
 
 def model_identity(model: PreTrainedModel) -> str:
-    """A hash of the configuration and of each parameter's first values; all values of a large one would take minutes."""
+    """A hash of the configuration and of each parameter's first values: all of a large model's would take minutes."""
     parameters: dict[str, Tensor] = {name: p.detach().flatten()[:64] for name, p in model.named_parameters()}
     return fingerprint(model.config.to_dict(), parameters)

@@ -1,64 +1,100 @@
-"""Gumbel-TopK: learn one logit a layer from sampled exact-K masks (E³-Pruner, arXiv 2511.17205), forward only."""
+"""Gumbel-TopK: sample exact-K masks around the best one known, and learn from their divergences which layer to keep.
+
+The logits θ of E³-Pruner (arXiv 2511.17205) are here, in units of the median layer, what a `QuadraticModel` of all
+measurements so far says it costs to remove each layer. A straight-through gradient is not used: it needs the backward
+pass and every removed layer, and leads away from good masks under Adam (docs/method.md). Magnitudes survive: a layer
+that is fatal to remove keeps a logit far above the noise.
+"""
 
 from __future__ import annotations
 
-import math
-
 import torch
+from torch import Tensor
 
 import e3kernels as e3k
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Search, leave_one_out_scores, lowest
+from e3pruner.search.protocol import Search, leave_one_out_scores
+from e3pruner.search.quadratic import QuadraticModel
+
+_START_TOKENS = 2048  # calibration tokens that the importance start uses: more do not change what it is good for
+_LAST_NOISE = 0.4  # of the first
 
 
 def gumbel_topk(
-    problem: SearchProblem,
-    *,
-    steps: int = 40,
-    samples: int = 4,
-    lr: float = 0.05,
-    noise=(0.7, 0.2),
-    log=True,
-    start_batches=1,
-    curriculum=0.0,
+    problem: SearchProblem, *, steps: int = 16, samples: int = 8, noise: float = 0.7, finalists: int = 6
 ) -> Search:
+    """Importance start, `steps` rounds of `samples` masks on one batch each, final choice on all calibration tokens.
+
+    1. I_l, the mean KL without layer l alone, is the prior of the model.
+    2. Each step draws samples − 1 masks, the K largest of θ + κ·g, beside the model's own best mask, measures them on
+       the step's batch and fits the model again. κ falls geometrically from `noise` to 0.4 of it.
+    3. Of the masks measured so far the model's `finalists` best are measured on all batches. The best of them is final.
+    """
+    for name, value, least in (("steps", steps, 1), ("samples", samples, 2), ("finalists", finalists, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} must be an integer from {least}")
+    if not 0 < noise < float("inf"):
+        raise ValueError(f"noise={noise!r} must be finite and above 0")
+    start = _start_batches(problem)
+    problem.expect(problem.num_layers * len(start) + steps * samples + finalists * len(problem.batches))
+    importance = leave_one_out_scores(problem, start)
     free = problem.free
-    importance = leave_one_out_scores(problem, range(start_batches))
-    start = torch.tensor([math.log(max(importance[layer], 1e-12)) for layer in free], dtype=torch.float64)
-    theta = ((start - start.mean()) / start.std(correction=0)).requires_grad_()
-    adam = torch.optim.Adam([theta], lr=lr)
-    yield {"importance": importance, "removed": lowest(importance, free, problem.drop)}
+    model = QuadraticModel(torch.tensor([importance[layer] for layer in free], dtype=torch.float64))
+    best = torch.zeros(len(free), dtype=torch.float64)
+    best[model.prior.topk(problem.drop, largest=False).indices] = 1
+    yield {"importance": importance, "removed": _layers(free, best)}
+
+    masks, batches, scores = best.new_empty(0, len(free)), torch.empty(0, dtype=torch.int64), best.new_empty(0)
     for step in range(steps):
-        t = step / steps
-        drop = problem.drop if t >= curriculum else max(1, round(problem.drop * (1 - (1 - t / curriculum) ** 3)))
-        kappa = noise[0] * (noise[1] / noise[0]) ** (step / max(1, steps - 1))
-        mask, probs = e3k.gumbel_topk(
-            theta.detach().expand(samples, -1),
-            len(free) - drop,
-            tau=kappa,
+        batch = step % len(problem.batches)
+        kappa = noise * _LAST_NOISE ** (step / max(1, steps - 1))
+        logits = model.marginal(best) / model.scale
+        kept = e3k.gumbel_topk(
+            logits.expand(samples - 1, -1),
+            len(free) - problem.drop,
             noise_scale=kappa,
             seed=problem.seed,
             step=step,
-            relaxation="softmax",
-        )
-        gone = [[layer for layer, keep in zip(free, row, strict=True) if not keep] for row in mask.tolist()]
-        scores = problem.score([problem.mask(r) for r in gone], [step % len(problem.batches)])
-        value = torch.tensor(scores, dtype=torch.float64)
-        if log:
-            value = value.log()
-        adv = (value - value.mean()) * samples / (samples - 1)
-        order = probs.argsort(dim=-1, descending=True)
-        z = theta.expand(samples, -1).gather(1, order) / kappa
-        tail = z.flip(1).logcumsumexp(1).flip(1)
-        logp = (z - tail)[:, : len(free) - drop].sum(1)
-        adam.zero_grad()
-        with torch.enable_grad():
-            z = theta.expand(samples, -1).gather(1, order) / kappa
-            tail = z.flip(1).logcumsumexp(1).flip(1)
-            logp = (z - tail)[:, : len(free) - drop].sum(1)
-            ((adv * logp).mean()).backward()
-        adam.step()
-        values = theta.detach().tolist()
-        removed = sorted(sorted(free, key=lambda l: values[free.index(l)])[: problem.drop])
-        yield {"score": sum(scores) / samples, "removed": removed, "logits": values}
+        ).mask
+        drawn = torch.cat([best[None], 1 - kept]).unique(dim=0)
+        found = problem.score([problem.mask(_layers(free, mask)) for mask in drawn], [batch])
+        masks = torch.cat([masks, drawn])
+        batches = torch.cat([batches, torch.full((len(drawn),), batch)])
+        scores = torch.cat([scores, scores.new_tensor(found)])
+        model.fit(masks, batches, scores)
+        best = model.descend(best)
+        yield {
+            "score": sum(found) / len(found),
+            "removed": _layers(free, best),
+            "removed_share": _shares(problem, drawn),
+            "logits": logits.tolist(),
+            "noise_scale": kappa,
+            "drop": problem.drop,
+        }
+
+    known = torch.cat([best[None], masks.unique(dim=0)])
+    order = model.predict(known).argsort(stable=True)[:finalists]
+    last = [_layers(free, mask) for mask in known[order].unique(dim=0)]
+    found = problem.score([problem.mask(layers) for layers in last])
+    removed = last[found.index(min(found))]
+    yield {"score": min(found), "removed": removed, "finalists": last, "scores": found}
     return removed
+
+
+def _start_batches(problem: SearchProblem) -> range:
+    """The first batches, until they hold enough tokens."""
+    tokens = 0
+    for number, batch in enumerate(problem.batches, start=1):
+        tokens += batch.numel()
+        if tokens >= _START_TOKENS:
+            return range(number)
+    return range(len(problem.batches))
+
+
+def _layers(free: list[int], removed: Tensor) -> list[int]:
+    return [layer for layer, gone in zip(free, removed.tolist(), strict=True) if gone]
+
+
+def _shares(problem: SearchProblem, drawn: Tensor) -> list[float]:
+    share = dict(zip(problem.free, drawn.mean(0).tolist(), strict=True))
+    return [share.get(layer, 0.0) for layer in range(problem.num_layers)]

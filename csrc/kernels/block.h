@@ -1,0 +1,162 @@
+// Rows of logits, one block at a time: storage dtype <-> fp32 scratch that stays in the first-level cache.
+#pragma once
+
+#include <memory>
+
+#include "kernels/parallel.h"
+#include "kernels/problem.h"
+#include "kernels/simd.h"
+
+namespace e3::E3_ISA_NAMESPACE {
+
+inline constexpr int kBlock = 2048;
+inline constexpr int kStep = 2 * kLanes;  // two independent chains hide the latency of an addition
+
+// Scratch past the end of a row: e^{padding − m} is 0, and differences of paddings stay finite.
+inline constexpr float kPadding = -1e30f;
+
+inline int padded(int count) { return (count + kStep - 1) / kStep * kStep; }
+
+// Brings lines that are read later towards the core while a loop computes; two a step cover kStep fp32 values.
+class Prefetch {
+ public:
+  Prefetch(const void* first, int64_t bytes_per_value)
+      : line_(static_cast<const char*>(first)), stride_(bytes_per_value * kLanes) {}
+  void step() {
+    __builtin_prefetch(line_, 0, 2);
+    __builtin_prefetch(line_ + stride_, 0, 2);
+    line_ += 2 * stride_;
+  }
+
+ private:
+  const char* line_;
+  int64_t stride_;
+};
+
+template <bool kCapped>
+inline Vf transformed(Vf z, const Transform& transform) {
+  if constexpr (!kCapped) return z * (transform.scale / transform.temperature);
+  const Vf capped = tanh(z * (transform.scale / transform.softcap));
+  return capped * (transform.softcap / transform.temperature);
+}
+
+template <bool kCapped, class T>
+void convert(const T* source, int count, const Transform& transform, float* target) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(target + i, transformed<kCapped>(load(source + i), transform));
+  if (i == count) return;
+  T rest[kLanes] = {};
+  for (int j = 0; i + j < count; ++j) rest[j] = source[i + j];
+  store(target + i, transformed<kCapped>(load(rest), transform));
+}
+
+inline void scaled_values(const float* x, int count, float factor, float* out) {
+  for (int i = 0; i < count; i += kLanes) store(out + i, load(x + i) * factor);
+}
+
+inline void scale_values(float* g, int count, float factor) {
+  if (factor != 1.0f) scaled_values(g, count, factor, g);
+}
+
+// `g` times ∂f(z)/∂z, in place: scale, or scale·(1 − tanh²) with tanh = x·T/c of x = f(z)/T.
+inline void transform_gradient(const float* x, int count, const Transform& transform, float* g) {
+  if (transform.softcap <= 0) return scale_values(g, count, transform.scale);
+  const float inverse = transform.temperature / transform.softcap;
+  for (int i = 0; i < count; i += kLanes) {
+    const Vf tangent = load(x + i) * inverse;
+    store(g + i, load(g + i) * (transform.scale * (1.0f - tangent * tangent)));
+  }
+}
+
+template <class T>
+void store_steps(const float* source, int count, bool stream_out, T* target) {
+  constexpr int kBytes = kLanes * sizeof(T);
+  int i = 0;
+  if (stream_out) {
+    for (; i < count && reinterpret_cast<uintptr_t>(target + i) % kBytes != 0; ++i) store_one(target + i, source[i]);
+    for (; i + kLanes <= count; i += kLanes) stream(target + i, load(source + i));
+  }
+  for (; i + kLanes <= count; i += kLanes) store(target + i, load(source + i));
+  for (; i < count; ++i) store_one(target + i, source[i]);
+}
+
+// body(begin, count) for each block of a row, over the pool's threads.
+template <class Body>
+inline void for_each_block(const Parallel& pool, int64_t columns, const Body& body) {
+  const int64_t blocks = (columns + kBlock - 1) / kBlock;
+  parallel_for(pool, blocks, 1, [&](int64_t first, int64_t last) {
+    const FlushSubnormals guard;
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * kBlock;
+      body(begin, static_cast<int>(columns - begin < kBlock ? columns - begin : kBlock));
+    }
+    if (pool.threads > 1) stream_fence();
+  });
+}
+
+// Joins part(begin, count) of every block in the order of the blocks, whatever the threads.
+template <class Sums, class Part, class Join>
+inline Sums fold_blocks(const Parallel& pool, int64_t columns, const Part& part, const Join& join) {
+  Sums total{};
+  if (pool.threads <= 1) {
+    for_each_block(pool, columns, [&](int64_t begin, int count) { join(total, part(begin, count)); });
+    return total;
+  }
+  const int64_t blocks = (columns + kBlock - 1) / kBlock;
+  const std::unique_ptr<Sums[]> parts(new Sums[blocks]);
+  for_each_block(pool, columns, [&](int64_t begin, int count) { parts[begin / kBlock] = part(begin, count); });
+  for (int64_t block = 0; block < blocks; ++block) join(total, parts[block]);
+  return total;
+}
+
+// body(element of the storage type).
+template <class Body>
+inline auto with_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::bfloat16: return body(bf16{});
+    case DType::float16: return body(fp16{});
+    default: return body(float{});
+  }
+}
+
+inline const char* address(const Rows& rows, int64_t row, int64_t column) {
+  return static_cast<const char*>(rows.data) + (row * rows.stride + column) * size_of(rows.dtype);
+}
+
+inline bool is_identity(const Transform& transform) {
+  return transform.softcap <= 0 && transform.scale == transform.temperature;
+}
+
+// x = f(z)/T of the logits z in columns [begin, begin + count) of `row`, count <= kBlock, padded to a multiple of kStep:
+// the row itself where it holds just that, else `scratch`.
+inline const float* load_block(const Rows& rows, int64_t row, int64_t begin, int count, const Transform& transform,
+                               float* scratch) {
+  return with_dtype(rows.dtype, [&](auto element) -> const float* {
+    using T = decltype(element);
+    const T* source = reinterpret_cast<const T*>(address(rows, row, begin));
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (is_identity(transform) && count % kStep == 0) return source;
+    }
+    transform.softcap > 0 ? convert<true>(source, count, transform, scratch)
+                          : convert<false>(source, count, transform, scratch);
+    for (int i = count; i < padded(count); ++i) scratch[i] = kPadding;
+    return scratch;
+  });
+}
+
+// The largest of the values, −∞ among none; NaN may be missed.
+inline float block_max(const float* x, int count) {
+  Vf high = broadcast(-kInfinity);
+  for (int i = 0; i < count; i += kLanes) high = max(high, load(x + i));
+  const float largest = horizontal_max(high);
+  return largest <= kPadding ? -kInfinity : largest;
+}
+
+// Rounds `count` values to columns [begin, begin + count) of a row of `dtype`.
+inline void store_block(const float* source, int count, DType dtype, bool stream_out, void* row, int64_t begin) {
+  with_dtype(dtype, [&](auto element) {
+    store_steps(source, count, stream_out, static_cast<decltype(element)*>(row) + begin);
+  });
+}
+
+}  // namespace e3::E3_ISA_NAMESPACE

@@ -1,0 +1,474 @@
+// Divergence of a student from a dense teacher, the teacher's entropy and the cross-entropy of a label, with gradient.
+//
+// For one token, x^s and x^t the transformed logits over the temperature, q and p their softmax:
+//
+//   Z = Σ e^{x−m}                     log q = x − m − log Z
+//   H = log Z_t − A/Z_t               A = Σ e^{x^t−m_t}·(x^t−m_t)
+//   forward  KL(p‖q) = B/Z_t − log Z_t + log Z_s        B = Σ e^{x^t−m_t}·((x^t−m_t) − (x^s−m_s))
+//   reverse  KL(q‖p) = the same with the roles of s and t exchanged
+//   jsd      β·KL(p‖μ) + (1−β)·KL(q‖μ),  μ = βp + (1−β)q            (a second sweep: μ needs both Z)
+//
+//   ∂forward/∂x^s = q − p
+//   ∂reverse/∂x^s = q·(log q − log p − KL(q‖p))
+//   ∂jsd/∂x^s     = (1−β)·q·(log q − log μ − KL(q‖μ))
+//   ∂CE/∂f(z^s)   = softmax(f(z^s)) − onehot(label)
+//
+// Terms are centred: the raw Σp·z would cancel. The reference m of a row is the maximum of its first block, so that the sums
+// of all blocks add up as they are; a block for which that reference is too low (overflow), or that holds −∞, is summed anew
+// relative to its own maximum. Blocks are summed in fp32 and joined in fp64, in their order.
+//
+// The row pair is read from memory once. The gradient's sweep finds it in the cache, or, for the forward divergence, finds
+// e^{x−m} of both there; meanwhile the next rows are on their way.
+#pragma once
+
+#include "kernels/block.h"
+#include "kernels/token_loss.h"
+
+namespace e3::E3_ISA_NAMESPACE {
+
+// Sums of one or more blocks relative to references m; `cross` is B, or B with the roles exchanged.
+struct KlSums {
+  double student_reference = -INFINITY;
+  double teacher_reference = -INFINITY;
+  double student_sum = 0;
+  double teacher_sum = 0;
+  double teacher_energy = 0;  // A
+  double cross = 0;
+  double label_sum = 0;  // Σ e^{T·(x^s−m_s)}
+  bool plain = true;     // no block needed a reference of its own
+};
+
+struct JsdSums {
+  double teacher = 0;  // Σ p·(log p − log μ)
+  double student = 0;  // Σ q·(log q − log μ)
+};
+
+struct References {
+  float student;
+  float teacher;
+};
+
+struct Shift {
+  double by;      // m − m', <= 0
+  double factor;  // e^by
+};
+
+// Empty sums (every logit −∞) have no reference to move.
+inline Shift shift(double sum, double from, double to) {
+  return sum == 0 || from == to ? Shift{0.0, 1.0} : Shift{from - to, std::exp(from - to)};
+}
+
+// Moves the sums to other references; an infinite divergence stays infinite.
+template <Divergence D>
+void rebase(KlSums& sums, double student_reference, double teacher_reference, double temperature) {
+  const Shift student = shift(sums.student_sum, sums.student_reference, student_reference);
+  const Shift teacher = shift(sums.teacher_sum, sums.teacher_reference, teacher_reference);
+  if (std::isfinite(sums.cross)) {
+    sums.cross = D == Divergence::reverse
+                     ? student.factor * (sums.cross + sums.student_sum * (student.by - teacher.by))
+                     : teacher.factor * (sums.cross + sums.teacher_sum * (teacher.by - student.by));
+  }
+  sums.teacher_energy = teacher.factor * (sums.teacher_energy + sums.teacher_sum * teacher.by);
+  sums.teacher_sum *= teacher.factor;
+  sums.student_sum *= student.factor;
+  sums.label_sum *= std::exp(temperature * student.by);
+  sums.student_reference = student_reference;
+  sums.teacher_reference = teacher_reference;
+}
+
+template <Divergence D>
+void join(KlSums& total, KlSums part, double temperature) {
+  if (total.student_reference != part.student_reference || total.teacher_reference != part.teacher_reference) {
+    const double student = std::fmax(total.student_reference, part.student_reference);
+    const double teacher = std::fmax(total.teacher_reference, part.teacher_reference);
+    rebase<D>(total, student, teacher, temperature);
+    rebase<D>(part, student, teacher, temperature);
+  }
+  total.student_sum += part.student_sum;
+  total.teacher_sum += part.teacher_sum;
+  total.teacher_energy += part.teacher_energy;
+  total.cross += part.cross;
+  total.label_sum += part.label_sum;
+  total.plain &= part.plain;
+}
+
+// Running sums of one chain of lanes.
+struct Lanes {
+  Vf student{}, teacher{}, energy{}, cross{};
+};
+
+// One term of `cross` where logits may be −∞: 0 where the first distribution has no mass, +∞ where only the second has none.
+inline Vf limit_term(Vf first, Vf second, Vf term) {
+  const Vf reachable = select(Vi(second == -kInfinity), broadcast(kInfinity), term);
+  return select(Vi(first == -kInfinity), Vf{}, reachable);
+}
+
+// Adds e^{x−m} and e^{x−m}·(x−m) of the teacher to the lanes.
+template <bool kLimits>
+inline Vf add_teacher(Vf x, float reference, Lanes& lanes, Vf& delta) {
+  delta = x - reference;
+  const Vf e = exp(delta);
+  lanes.teacher += e;
+  lanes.energy = fma(e, kLimits ? max(broadcast(kPadding), delta) : delta, lanes.energy);
+  return e;
+}
+
+inline KlSums folded(const Lanes (&lanes)[2], float student_reference, float teacher_reference) {
+  KlSums sums;
+  sums.student_reference = student_reference;
+  sums.teacher_reference = teacher_reference;
+  sums.student_sum = horizontal_sum(lanes[0].student + lanes[1].student);
+  sums.teacher_sum = horizontal_sum(lanes[0].teacher + lanes[1].teacher);
+  sums.teacher_energy = horizontal_sum(lanes[0].energy + lanes[1].energy);
+  sums.cross = horizontal_sum(lanes[0].cross + lanes[1].cross);
+  return sums;
+}
+
+template <bool kLimits>
+KlSums sum_teacher(const float* xt, int count, float reference, Prefetch ahead) {
+  Lanes lanes[2];
+  for (int i = 0; i < count; i += kStep) {
+    ahead.step();
+    for (int chain = 0; chain < 2; ++chain) {
+      Vf delta;
+      add_teacher<kLimits>(load(xt + i + chain * kLanes), reference, lanes[chain], delta);
+    }
+  }
+  return folded(lanes, 0.0f, reference);
+}
+
+struct BlockPair {
+  const float* student;
+  const float* teacher;
+  int count;
+  Prefetch student_ahead;
+  Prefetch teacher_ahead;
+};
+
+// Where the exponentials of a block are kept for the gradient.
+struct Kept {
+  float* student;
+  float* teacher;
+};
+
+template <Divergence D, bool kLimits, bool kKeep>
+KlSums sum_block(BlockPair block, References m, Kept kept) {
+  Lanes lanes[2];
+  for (int i = 0; i < block.count; i += kStep) {
+    block.student_ahead.step();
+    block.teacher_ahead.step();
+    for (int chain = 0; chain < 2; ++chain) {
+      const int at = i + chain * kLanes;
+      const Vf xs = load(block.student + at), xt = load(block.teacher + at);
+      Vf dt;
+      const Vf et = add_teacher<kLimits>(xt, m.teacher, lanes[chain], dt);
+      const Vf ds = xs - m.student;
+      const Vf es = exp(ds);
+      lanes[chain].student += es;
+      if constexpr (kKeep) {
+        store(kept.student + at, es);
+        store(kept.teacher + at, et);
+      }
+      if constexpr (D != Divergence::jsd) {
+        const Vf e = D == Divergence::forward ? et : es;
+        const Vf difference = D == Divergence::forward ? dt - ds : ds - dt;
+        const Vf first = D == Divergence::forward ? xt : xs, second = D == Divergence::forward ? xs : xt;
+        lanes[chain].cross = kLimits ? lanes[chain].cross + limit_term(first, second, e * difference)
+                                     : fma(e, difference, lanes[chain].cross);
+      }
+    }
+  }
+  return folded(lanes, m.student, m.teacher);
+}
+
+// Σ e^{T·(x−m)}: the softmax without temperature that the cross-entropy needs.
+inline float sum_untempered(const float* x, int count, float reference, float temperature) {
+  Vf sum[2] = {};
+  for (int i = 0; i < count; i += kStep) {
+    for (int chain = 0; chain < 2; ++chain) {
+      sum[chain] += exp((load(x + i + chain * kLanes) - reference) * temperature);
+    }
+  }
+  return horizontal_sum(sum[0] + sum[1]);
+}
+
+// log p, log q and log μ of one vector; −∞ is held finite so that 0·log 0 = 0.
+struct Mixture {
+  Vf log_p, log_q, p, q, log_mu;
+  Mixture(Vf xs, Vf xt, float student_log_norm, float teacher_log_norm, float beta)
+      : log_p(max(broadcast(kPadding), xt - teacher_log_norm)),
+        log_q(max(broadcast(kPadding), xs - student_log_norm)),
+        p(exp(log_p)),
+        q(exp(log_q)),
+        log_mu(log(fma(broadcast(beta), p, (1.0f - beta) * q))) {}
+};
+
+inline JsdSums sum_mixture(const float* xs, const float* xt, int count, float ls, float lt, float beta) {
+  Vf teacher{}, student{};
+  for (int i = 0; i < count; i += kLanes) {
+    const Mixture m(load(xs + i), load(xt + i), ls, lt, beta);
+    teacher = fma(m.p, m.log_p - m.log_mu, teacher);
+    student = fma(m.q, m.log_q - m.log_mu, student);
+  }
+  return {horizontal_sum(teacher), horizontal_sum(student)};
+}
+
+inline bool is_finite(const KlSums& sums) {
+  return std::isfinite(sums.student_sum + sums.teacher_sum + sums.teacher_energy + sums.cross + sums.label_sum);
+}
+
+// A reference for exponents: 0 stands in where every logit is −∞.
+inline float finite_reference(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
+
+// Sums of nothing have no reference.
+inline KlSums without_empty(KlSums sums) {
+  if (sums.student_sum == 0) sums.student_reference = -INFINITY;
+  if (sums.teacher_sum == 0) sums.teacher_reference = -INFINITY;
+  return sums;
+}
+
+template <Divergence D>
+class EntropyKlRows {
+ public:
+  struct Statistics {
+    TokenStats values;
+    KlSums sums;
+    JsdSums mixture;
+    bool kept;  // the exponentials of the row are in the scratch
+    float student_log_norm() const { return static_cast<float>(sums.student_reference + std::log(sums.student_sum)); }
+    float teacher_log_norm() const { return static_cast<float>(sums.teacher_reference + std::log(sums.teacher_sum)); }
+  };
+
+  explicit EntropyKlRows(const EntropyKl& problem)
+      : problem_(problem),
+        temperature_(problem.student_transform.temperature),
+        untempered_(problem.tokens.labels != nullptr && temperature_ != 1.0f) {}
+
+  int64_t support() const { return problem_.vocabulary; }
+  int64_t row_bytes() const { return problem_.vocabulary * size_of(problem_.student.dtype); }
+
+  // Both rows' exponentials, where they fit the cache and the gradient is a sum of them.
+  int64_t scratch_floats(bool need_grad) const {
+    const bool linear = D == Divergence::forward && !untempered_ && problem_.student_transform.softcap <= 0;
+    return need_grad && linear && problem_.vocabulary <= kKeptColumns ? 2 * padded_row() : 0;
+  }
+
+  double teacher_entropy(int64_t row, const RowContext& context) const {
+    const float reference = first_max(problem_.teacher, row, problem_.teacher_transform);
+    return entropy(fold(context.pool, [&](int64_t begin, int count) {
+      alignas(64) float scratch[kBlock];
+      const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, scratch);
+      const Prefetch ahead = prefetch(problem_.teacher, row, begin + kPrefetchColumns);
+      if (std::isfinite(reference)) {
+        const KlSums sums = sum_teacher<false>(xt, padded(count), reference, ahead);
+        if (is_finite(sums)) return sums;
+      }
+      return without_empty(
+          sum_teacher<true>(xt, padded(count), finite_reference(block_max(xt, padded(count))), ahead));
+    }));
+  }
+
+  Statistics statistics(int64_t row, const RowContext& context) const {
+    const References first{first_max(problem_.student, row, problem_.student_transform),
+                           first_max(problem_.teacher, row, problem_.teacher_transform)};
+    Statistics s{};
+    s.sums = fold(context.pool,
+                  [&](int64_t begin, int count) { return block_sums(row, begin, count, first, context); });
+    if (!untempered_) s.sums.label_sum = s.sums.student_sum;
+    s.kept = context.scratch != nullptr && s.sums.plain;
+    s.values.teacher_entropy = entropy(s.sums);
+    s.values.divergence = divergence(row, context.pool, s);
+    s.values.cross_entropy = problem_.tokens.labels == nullptr ? 0.0 : cross_entropy(row, s);
+    return s;
+  }
+
+  void gradient(int64_t row, const Statistics& s, const Coefficients& c, const RowContext& context, bool stream_out,
+                void* target) const {
+    for_each_block(context.pool, problem_.vocabulary, [&](int64_t begin, int count) {
+      alignas(64) float student[kBlock], teacher[kBlock], g[kBlock];
+      const Transform& transform = problem_.student_transform;
+      if (s.kept) {
+        const float* es = context.scratch + begin;
+        kept_gradient(es, es + padded_row(), padded(count), s, c, g);
+        label_gradient(nullptr, row, begin, count, s, c, g);
+        scale_values(g, count, transform.scale);
+      } else {
+        const float* xs = load_block(problem_.student, row, begin, count, transform, student);
+        const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
+        divergence_gradient(xs, xt, padded(count), s, c, g);
+        label_gradient(xs, row, begin, count, s, c, g);
+        transform_gradient(xs, count, transform, g);
+      }
+      store_block(g, count, problem_.student.dtype, stream_out, target, begin);
+    });
+  }
+
+ private:
+  static constexpr int64_t kKeptColumns = 1 << 18;
+  static constexpr int64_t kPrefetchColumns = 4096;
+
+  int64_t padded_row() const { return (problem_.vocabulary + kStep - 1) / kStep * kStep; }
+
+  static double entropy(const KlSums& sums) {
+    return std::log(sums.teacher_sum) - sums.teacher_energy / sums.teacher_sum;
+  }
+
+  static Prefetch prefetch(const Rows& rows, int64_t row, int64_t column) {
+    return Prefetch(address(rows, row, column), size_of(rows.dtype));
+  }
+
+  template <class Part>
+  KlSums fold(const Parallel& pool, const Part& part) const {
+    return fold_blocks<KlSums>(pool, problem_.vocabulary, part, [&](KlSums& total, const KlSums& sums) {
+      join<D>(total, sums, temperature_);
+    });
+  }
+
+  float first_max(const Rows& rows, int64_t row, const Transform& transform) const {
+    alignas(64) float scratch[kBlock];
+    const int count = static_cast<int>(problem_.vocabulary < kBlock ? problem_.vocabulary : kBlock);
+    return block_max(load_block(rows, row, 0, count, transform, scratch), padded(count));
+  }
+
+  KlSums block_sums(int64_t row, int64_t begin, int count, References first, const RowContext& context) const {
+    alignas(64) float student[kBlock], teacher[kBlock];
+    const int64_t ahead = context.scratch != nullptr ? begin : begin + kPrefetchColumns;
+    const int64_t ahead_row = context.scratch != nullptr ? context.next : row;
+    const BlockPair block{load_block(problem_.student, row, begin, count, problem_.student_transform, student),
+                          load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher),
+                          padded(count), prefetch(problem_.student, ahead_row, ahead),
+                          prefetch(problem_.teacher, ahead_row, ahead)};
+    if (std::isfinite(first.student) && std::isfinite(first.teacher)) {
+      const KlSums sums = with_labels(block, first, summed(block, first, begin, context));
+      if (is_finite(sums)) return sums;
+    }
+    const References own{finite_reference(block_max(block.student, block.count)),
+                         finite_reference(block_max(block.teacher, block.count))};
+    KlSums sums = without_empty(with_labels(block, own, sum_block<D, true, false>(block, own, {})));
+    sums.plain = false;
+    return sums;
+  }
+
+  KlSums summed(const BlockPair& block, References m, int64_t begin, const RowContext& context) const {
+    if constexpr (D == Divergence::forward) {
+      float* kept = context.scratch;
+      if (kept != nullptr) return sum_block<D, false, true>(block, m, {kept + begin, kept + padded_row() + begin});
+    }
+    return sum_block<D, false, false>(block, m, {});
+  }
+
+  KlSums with_labels(const BlockPair& block, References m, KlSums sums) const {
+    if (untempered_) sums.label_sum = sum_untempered(block.student, block.count, m.student, temperature_);
+    return sums;
+  }
+
+  double divergence(int64_t row, const Parallel& pool, Statistics& s) const {
+    const double log_ratio = std::log(s.sums.student_sum) - std::log(s.sums.teacher_sum);
+    if constexpr (D == Divergence::forward) return s.sums.cross / s.sums.teacher_sum + log_ratio;
+    if constexpr (D == Divergence::reverse) return s.sums.cross / s.sums.student_sum - log_ratio;
+    const float beta = static_cast<float>(problem_.beta), ls = s.student_log_norm(), lt = s.teacher_log_norm();
+    s.mixture = fold_blocks<JsdSums>(
+        pool, problem_.vocabulary,
+        [&](int64_t begin, int count) {
+          alignas(64) float student[kBlock], teacher[kBlock];
+          const float* xs = load_block(problem_.student, row, begin, count, problem_.student_transform, student);
+          const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
+          return sum_mixture(xs, xt, padded(count), ls, lt, beta);
+        },
+        [](JsdSums& total, const JsdSums& part) {
+          total.teacher += part.teacher;
+          total.student += part.student;
+        });
+    return problem_.beta * s.mixture.teacher + (1.0 - problem_.beta) * s.mixture.student;
+  }
+
+  double cross_entropy(int64_t row, const Statistics& s) const {
+    alignas(64) float scratch[kStep];
+    const float* label =
+        load_block(problem_.student, row, problem_.tokens.labels[row], 1, problem_.student_transform, scratch);
+    return std::log(s.sums.label_sum) + (s.sums.student_reference - *label) * temperature_;
+  }
+
+  // a·q − b·p with T = 1 or without labels: the cross-entropy's softmax is q and joins in a.
+  struct Slopes {
+    float student;
+    float teacher;
+  };
+
+  Slopes slopes(const Statistics& s, const Coefficients& c) const {
+    const double a = c.divergence / temperature_;
+    const double b = problem_.tokens.labels != nullptr && !untempered_ ? c.cross_entropy : 0.0;
+    return {static_cast<float>((a + b) / s.sums.student_sum), static_cast<float>(a / s.sums.teacher_sum)};
+  }
+
+  void kept_gradient(const float* es, const float* et, int count, const Statistics& s, const Coefficients& c,
+                     float* g) const {
+    const Slopes slope = slopes(s, c);
+    for (int i = 0; i < count; i += kLanes) {
+      store(g + i, fma(load(es + i), broadcast(slope.student), load(et + i) * -slope.teacher));
+    }
+  }
+
+  void divergence_gradient(const float* xs, const float* xt, int count, const Statistics& s, const Coefficients& c,
+                           float* g) const {
+    if constexpr (D == Divergence::forward) {
+      const Slopes slope = slopes(s, c);
+      const float ms = static_cast<float>(s.sums.student_reference), mt = static_cast<float>(s.sums.teacher_reference);
+      for (int i = 0; i < count; i += kLanes) {
+        const Vf es = exp(load(xs + i) - ms), et = exp(load(xt + i) - mt);
+        store(g + i, fma(es, broadcast(slope.student), et * -slope.teacher));
+      }
+    } else {
+      const float beta = static_cast<float>(problem_.beta), ls = s.student_log_norm(), lt = s.teacher_log_norm();
+      const double a = c.divergence / temperature_ * (D == Divergence::reverse ? 1.0 : 1.0 - problem_.beta);
+      const float slope = static_cast<float>(a);
+      const float mean = static_cast<float>(D == Divergence::reverse ? s.values.divergence : s.mixture.student);
+      for (int i = 0; i < count; i += kLanes) {
+        const Mixture m(load(xs + i), load(xt + i), ls, lt, beta);
+        const Vf other = D == Divergence::reverse ? m.log_p : m.log_mu;
+        store(g + i, slope * m.q * (m.log_q - other - mean));
+      }
+    }
+  }
+
+  // Adds the cross-entropy's softmax, where it is not q already, and its −1 at the label.
+  void label_gradient(const float* xs, int64_t row, int64_t begin, int count, const Statistics& s,
+                      const Coefficients& c, float* g) const {
+    if (problem_.tokens.labels == nullptr || c.cross_entropy == 0.0) return;
+    if (untempered_ || D != Divergence::forward) {
+      const float slope = static_cast<float>(c.cross_entropy / s.sums.label_sum);
+      const float ms = static_cast<float>(s.sums.student_reference);
+      for (int i = 0; i < count; i += kLanes) {
+        store(g + i, fma(exp((load(xs + i) - ms) * temperature_), broadcast(slope), load(g + i)));
+      }
+    }
+    const int64_t column = problem_.tokens.labels[row] - begin;
+    if (column >= 0 && column < count) g[column] -= static_cast<float>(c.cross_entropy);
+  }
+
+  const EntropyKl& problem_;
+  float temperature_;
+  bool untempered_;
+};
+
+template <class Body>
+inline void with_divergence(const EntropyKl& problem, const Body& body) {
+  switch (problem.divergence) {
+    case Divergence::forward: return body(EntropyKlRows<Divergence::forward>(problem));
+    case Divergence::reverse: return body(EntropyKlRows<Divergence::reverse>(problem));
+    case Divergence::jsd: return body(EntropyKlRows<Divergence::jsd>(problem));
+  }
+}
+
+inline void entropy_kl(const EntropyKl& problem, const Parallel& pool, const LossOutput& out) {
+  with_divergence(problem, [&](const auto& rows) { forward(rows, problem.objective, problem.tokens, pool, out); });
+}
+
+inline void entropy_kl_backward(const EntropyKl& problem, const Parallel& pool, const float* grad_loss, bool stream,
+                                void* grad) {
+  with_divergence(problem, [&](const auto& rows) {
+    backward(rows, problem.objective, problem.tokens, pool, grad_loss, stream, grad);
+  });
+}
+
+}  // namespace e3::E3_ISA_NAMESPACE

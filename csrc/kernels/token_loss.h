@@ -1,0 +1,180 @@
+// What entropy_kl and topk_kl share: from the statistics of each token to the loss, and back to coefficients of a gradient.
+//
+//   loss = Σ_r (a_r·D_r + b_r·CE_r) / norm        r over the valid tokens
+//   none, entropy, inverse:  a = w·λT²,  b = w·(1−λ),  w = 1,  1 + γ·h,  1 + γ·(1 − h)
+//   mix:                     a = h·T²,   b = 1 − h,    w = 1
+//   h = H/log S, H the teacher's entropy, S its support (h = 0 where S = 1);  norm = Σw, num_items or 1
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "kernels/parallel.h"
+#include "kernels/problem.h"
+#include "kernels/simd.h"
+
+namespace e3::E3_ISA_NAMESPACE {
+
+struct TokenStats {
+  double divergence;
+  double teacher_entropy;
+  double cross_entropy;
+};
+
+struct Coefficients {
+  double weight;
+  double divergence;
+  double cross_entropy;
+};
+
+inline Coefficients coefficients(const Objective& objective, double teacher_entropy, int64_t support) {
+  const double h = support > 1 ? teacher_entropy / std::log(static_cast<double>(support)) : 0.0;
+  const double squared = objective.temperature * objective.temperature;
+  if (objective.weighting == Weighting::mix) return {1.0, h * squared, 1.0 - h};
+  double weight = 1.0;
+  if (objective.weighting == Weighting::entropy) weight = 1.0 + objective.gamma * h;
+  if (objective.weighting == Weighting::inverse) weight = 1.0 + objective.gamma * (1.0 - h);
+  return {weight, weight * objective.kd_ratio * squared, weight * (1.0 - objective.kd_ratio)};
+}
+
+// A term that is switched off is 0 even where its value is infinite.
+inline double term(double coefficient, double value) { return coefficient == 0.0 ? 0.0 : coefficient * value; }
+
+inline bool weighted_by_entropy(const Objective& objective) {
+  return objective.weighting == Weighting::entropy || objective.weighting == Weighting::inverse;
+}
+
+inline constexpr Parallel kSerial{1, nullptr};
+
+// What a pass over one row works with: the threads inside the row, the row that is read next, fp32 scratch.
+struct RowContext {
+  Parallel pool;
+  int64_t next;
+  float* scratch;
+  bool keep;  // a gradient follows: what it needs of the row is kept in the scratch
+};
+
+struct AlignedDelete {
+  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
+};
+
+using Scratch = std::unique_ptr<float[], AlignedDelete>;
+
+inline Scratch new_scratch(int64_t floats) {
+  return Scratch(floats == 0 ? nullptr : new (std::align_val_t{64}) float[floats]);
+}
+
+// Rows over the threads; where there are fewer rows than threads, one row at a time with the threads inside it. Both give
+// the same bits: a row is always cut into the same blocks and its partial sums meet in the same order.
+template <class Body>
+inline void for_each_row(int64_t rows, const Parallel& pool, int64_t scratch_floats, bool keep, const Body& body) {
+  if (rows < pool.threads) {
+    const FlushSubnormals guard;
+    const Scratch scratch = new_scratch(scratch_floats);
+    for (int64_t row = 0; row < rows; ++row) {
+      body(row, RowContext{pool, row + 1 < rows ? row + 1 : row, scratch.get(), keep});
+    }
+    return;
+  }
+  parallel_for(pool, rows, 1, [&](int64_t first, int64_t last) {
+    const FlushSubnormals guard;
+    const Scratch scratch = new_scratch(scratch_floats);
+    for (int64_t row = first; row < last; ++row) {
+      body(row, RowContext{kSerial, row + 1 < last ? row + 1 : row, scratch.get(), keep});
+    }
+    stream_fence();
+  });
+}
+
+inline double total(const double* values, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += values[i];
+  return sum;
+}
+
+// What the sum of the losses is divided by; 0 counts as 1, so that the loss without a valid token is 0.
+inline double denominator(const Objective& objective, const double* weights, int64_t count) {
+  if (objective.reduction != Reduction::mean) return 1.0;
+  const double norm = objective.num_items != nullptr ? *objective.num_items : total(weights, count);
+  return norm == 0.0 ? 1.0 : norm;
+}
+
+// The denominator before the first gradient is written. Where w depends on the teacher's entropies, they cost one more
+// read of the teacher.
+template <class Op>
+double denominator_ahead(const Op& op, const Objective& objective, const Tokens& tokens, const Parallel& pool) {
+  const std::unique_ptr<double[]> weights(new double[tokens.count]());
+  if (objective.reduction == Reduction::mean && objective.num_items == nullptr) {
+    for_each_row(tokens.count, pool, 0, false, [&](int64_t row, const RowContext& context) {
+      if (!tokens.valid(row)) return;
+      const double entropy = weighted_by_entropy(objective) ? op.teacher_entropy(row, context) : 0.0;
+      weights[row] = coefficients(objective, entropy, op.support()).weight;
+    });
+  }
+  return denominator(objective, weights.get(), tokens.count);
+}
+
+inline void reduce(const Objective& objective, const double* losses, const double* weights, int64_t count, float* loss) {
+  if (objective.reduction == Reduction::none) {
+    for (int64_t row = 0; row < count; ++row) loss[row] = static_cast<float>(losses[row]);
+    return;
+  }
+  *loss = static_cast<float>(total(losses, count) / denominator(objective, weights, count));
+}
+
+// Value, statistics and, if out.grad is set, the gradient of the reduced loss with respect to the student's logits.
+// Op has: Statistics (with TokenStats values), statistics(row, context), teacher_entropy(row, context), support(),
+// row_bytes(), scratch_floats(need_grad), gradient(row, statistics, coefficients, context, stream, target).
+template <class Op>
+void forward(const Op& op, const Objective& objective, const Tokens& tokens, const Parallel& pool,
+             const LossOutput& out) {
+  const int64_t count = tokens.count;
+  const std::unique_ptr<double[]> losses(new double[count]()), weights(new double[count]());
+  const bool need_grad = out.grad != nullptr;
+  const double norm = need_grad ? denominator_ahead(op, objective, tokens, pool) : 1.0;
+  for_each_row(count, pool, op.scratch_floats(need_grad), need_grad, [&](int64_t row, const RowContext& context) {
+    char* target = out.grad == nullptr ? nullptr : static_cast<char*>(out.grad) + row * op.row_bytes();
+    float* stats = out.stats + row;
+    if (!tokens.valid(row)) {
+      for (int i = 0; i < 4; ++i) stats[i * count] = 0.0f;
+      if (target != nullptr) std::memset(target, 0, op.row_bytes());
+      return;
+    }
+    const typename Op::Statistics statistics = op.statistics(row, context);
+    const TokenStats& values = statistics.values;
+    Coefficients c = coefficients(objective, values.teacher_entropy, op.support());
+    losses[row] = term(c.divergence, values.divergence) + term(c.cross_entropy, values.cross_entropy);
+    weights[row] = c.weight;
+    stats[0] = static_cast<float>(values.divergence);
+    stats[count] = static_cast<float>(values.teacher_entropy);
+    stats[2 * count] = static_cast<float>(values.cross_entropy);
+    stats[3 * count] = static_cast<float>(c.weight);
+    if (target == nullptr) return;
+    c.divergence /= norm;
+    c.cross_entropy /= norm;
+    op.gradient(row, statistics, c, context, out.stream, target);
+  });
+  reduce(objective, losses.get(), weights.get(), count, out.loss);
+}
+
+// The gradient for one incoming gradient a token: statistics are taken again, the row staying in cache.
+template <class Op>
+void backward(const Op& op, const Objective& objective, const Tokens& tokens, const Parallel& pool,
+              const float* grad_loss, bool stream, void* grad) {
+  for_each_row(tokens.count, pool, op.scratch_floats(true), true, [&](int64_t row, const RowContext& context) {
+    char* target = static_cast<char*>(grad) + row * op.row_bytes();
+    if (!tokens.valid(row)) {
+      std::memset(target, 0, op.row_bytes());
+      return;
+    }
+    const typename Op::Statistics statistics = op.statistics(row, context);
+    Coefficients c = coefficients(objective, statistics.values.teacher_entropy, op.support());
+    c.divergence *= grad_loss[row];
+    c.cross_entropy *= grad_loss[row];
+    op.gradient(row, statistics, c, context, stream, target);
+  });
+}
+
+}  // namespace e3::E3_ISA_NAMESPACE

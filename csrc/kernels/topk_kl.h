@@ -1,0 +1,325 @@
+// Divergence of a student from k stored log-probabilities of a teacher a token, with gradient.
+//
+// x = f(z)/T of the student, m a reference of its row, E = e^{x−m}; "stored" are the ids whose log-probability is not −∞:
+//
+//   bucket     k + 1 events: the stored ids and all others;  p_rest = 1 − Σp,  q_rest = Σ_{not stored} E / Σ E
+//   renorm     k events, both sides renormalised over the stored ids
+//   truncated  Σ p(log p − log q) over the stored ids; not a divergence
+//
+// With g_j = ∂D/∂log q_j of event j and G = Σ g_j:
+//
+//   bucket     ∂D/∂x_i = [i stored] Σ_{j: id_j = i} g_j + [i not stored] g_rest·E_i/Σ_{not stored}E − G·E_i/ΣE
+//   truncated  the same without g_rest;   renorm: ΣE over the stored ids only, 0 elsewhere
+//
+// The rest is summed over the ids that are not stored (in the scratch they are taken out of the block), since 1 − Σq
+// cancels when little is left. The row is read once and stays in the cache for the gradient.
+#pragma once
+
+#include "kernels/block.h"
+#include "kernels/token_loss.h"
+
+namespace e3::E3_ISA_NAMESPACE {
+
+struct EventTerm {
+  double value;
+  double slope;  // ∂value/∂log q, up to a multiple of q that the softmax's gradient cancels
+};
+
+// 0·(±∞) counts as 0.
+inline double expectation(double p, double value) { return p == 0.0 ? 0.0 : p * value; }
+
+inline double log_add(double a, double b) {
+  const double high = a > b ? a : b;
+  return std::isinf(high) ? high : high + std::log1p(std::exp(-std::fabs(a - b)));
+}
+
+inline EventTerm event_term(Divergence divergence, double beta, double log_p, double log_q) {
+  const double p = std::exp(log_p), q = std::exp(log_q);
+  if (divergence == Divergence::forward) return {expectation(p, log_p - log_q), -p};
+  if (divergence == Divergence::reverse) {
+    const double term = expectation(q, log_q - log_p);
+    return {term, term};
+  }
+  const double log_m = log_add(log_p + std::log(beta), log_q + std::log1p(-beta));
+  const double term = (1.0 - beta) * expectation(q, log_q - log_m);
+  return {beta * expectation(p, log_p - log_m) + term, term};
+}
+
+// Sums of E over blocks relative to a reference; `stored` counts an id once however often it is stored.
+struct TopkSums {
+  double reference = -INFINITY;
+  double rest = 0;
+  double stored = 0;
+  double label_sum = 0;  // Σ e^{T·(x−m)}
+  int64_t rest_count = 0;
+  bool plain = true;
+};
+
+inline void join(TopkSums& total, TopkSums part, double temperature) {
+  if (total.reference != part.reference) {
+    const double reference = std::fmax(total.reference, part.reference);
+    for (TopkSums* sums : {&total, &part}) {
+      const double by = sums->rest + sums->stored == 0 ? 0.0 : sums->reference - reference;
+      sums->rest *= std::exp(by);
+      sums->stored *= std::exp(by);
+      sums->label_sum *= std::exp(temperature * by);
+      sums->reference = reference;
+    }
+  }
+  total.rest += part.rest;
+  total.stored += part.stored;
+  total.label_sum += part.label_sum;
+  total.rest_count += part.rest_count;
+  total.plain &= part.plain;
+}
+
+inline float sum_exponentials(const float* x, int count, float reference, float temperature, float* kept,
+                              Prefetch ahead) {
+  Vf sum[2] = {};
+  for (int i = 0; i < count; i += kStep) {
+    ahead.step();
+    for (int chain = 0; chain < 2; ++chain) {
+      const int at = i + chain * kLanes;
+      const Vf e = exp((load(x + at) - reference) * temperature);
+      if (kept != nullptr) store(kept + at, e);
+      sum[chain] += e;
+    }
+  }
+  return horizontal_sum(sum[0] + sum[1]);
+}
+
+inline void exponential_gradient(const float* x, int count, float reference, float temperature, float slope, bool add,
+                                 float* g) {
+  for (int i = 0; i < count; i += kLanes) {
+    const Vf term = exp((load(x + i) - reference) * temperature) * slope;
+    store(g + i, add ? load(g + i) + term : term);
+  }
+}
+
+class TopkKlRows {
+ public:
+  struct Statistics {
+    TokenStats values;
+    TopkSums sums;
+    double slope_sum;   // G
+    double rest_slope;  // g_rest
+  };
+
+  explicit TopkKlRows(const TopkKl& problem)
+      : problem_(problem),
+        temperature_(problem.transform.temperature),
+        full_(problem.tail != Tail::renorm || problem.tokens.labels != nullptr),
+        keeps_(full_ && problem.transform.softcap <= 0 && problem.vocabulary <= kKeptColumns &&
+               (temperature_ == 1.0f || problem.tokens.labels == nullptr)) {}
+
+  int64_t support() const { return problem_.k; }
+  int64_t row_bytes() const { return problem_.vocabulary * size_of(problem_.student.dtype); }
+
+  // Two doubles a stored id, then, for a gradient that is a multiple of them, the row's exponentials.
+  int64_t scratch_floats(bool need_grad) const {
+    return id_floats() + (need_grad && keeps_ ? (problem_.vocabulary + kStep - 1) / kStep * kStep : 0);
+  }
+
+  double teacher_entropy(int64_t row, const RowContext&) const {
+    const float* log_p = problem_.teacher_logprobs + row * problem_.k;
+    const double log_norm = log_sum(problem_.k, [&](int64_t j) { return static_cast<double>(log_p[j]); });
+    double entropy = 0;
+    for (int64_t j = 0; j < problem_.k; ++j) {
+      if (is_stored(row, j)) entropy -= std::exp(log_p[j] - log_norm) * (log_p[j] - log_norm);
+    }
+    return entropy;
+  }
+
+  Statistics statistics(int64_t row, const RowContext& context) const {
+    Statistics s{};
+    if (full_) {
+      const float first = first_max(row);
+      s.sums = fold_blocks<TopkSums>(
+          context.pool, problem_.vocabulary,
+          [&](int64_t begin, int count) { return block_sums(row, begin, count, first, context); },
+          [&](TopkSums& total, const TopkSums& part) { join(total, part, temperature_); });
+      if (temperature_ == 1.0f) s.sums.label_sum = s.sums.rest + s.sums.stored;
+    }
+    s.values.teacher_entropy = teacher_entropy(row, context);
+    problem_.tail == Tail::renorm ? renormalised_events(row, context, s) : events(row, context, s);
+    if (problem_.tokens.labels != nullptr) {
+      const double label = value_at(row, problem_.tokens.labels[row]);
+      s.values.cross_entropy = std::log(s.sums.label_sum) + (s.sums.reference - label) * temperature_;
+    }
+    return s;
+  }
+
+  void gradient(int64_t row, const Statistics& s, const Coefficients& c, const RowContext& context, bool stream_out,
+                void* target) const {
+    const double a = c.divergence / temperature_;
+    const bool labelled = problem_.tokens.labels != nullptr && c.cross_entropy != 0.0;
+    const double b = labelled && temperature_ == 1.0f ? c.cross_entropy / s.sums.label_sum : 0.0;
+    const bool divergent = problem_.tail != Tail::renorm && a != 0.0;
+    const double slope = b - (divergent ? a * s.slope_sum / (s.sums.rest + s.sums.stored) : 0.0);
+    const double rest = divergent && s.sums.rest != 0 ? a * s.rest_slope / s.sums.rest : 0.0;
+    const float reference = static_cast<float>(s.sums.reference);
+    for_each_block(context.pool, problem_.vocabulary, [&](int64_t begin, int count) {
+      alignas(64) float scratch[kBlock], g[kBlock];
+      const bool kept = keeps_ && s.sums.plain;
+      const float* x = kept ? nullptr : load_block(problem_.student, row, begin, count, problem_.transform, scratch);
+      if (kept) {
+        scaled_values(exponentials(context) + begin, padded(count), static_cast<float>(slope + rest), g);
+      } else if (full_) {
+        exponential_gradient(x, padded(count), reference, 1.0f, static_cast<float>(slope + rest), false, g);
+      } else {
+        std::memset(g, 0, sizeof(float) * count);
+      }
+      stored_gradient(row, begin, count, a, slope, reference, context, g);
+      if (labelled && temperature_ != 1.0f) {
+        const float hard = static_cast<float>(c.cross_entropy / s.sums.label_sum);
+        exponential_gradient(x, padded(count), reference, temperature_, hard, true, g);
+      }
+      const int64_t label = labelled ? problem_.tokens.labels[row] - begin : -1;
+      if (label >= 0 && label < count) g[label] -= static_cast<float>(c.cross_entropy);
+      kept ? scale_values(g, count, problem_.transform.scale) : transform_gradient(x, count, problem_.transform, g);
+      store_block(g, count, problem_.student.dtype, stream_out, target, begin);
+    });
+  }
+
+ private:
+  static constexpr int64_t kKeptColumns = 1 << 18;
+  static constexpr int64_t kPrefetchColumns = 4096;
+
+  int64_t id_floats() const { return (4 * problem_.k + 15) / 16 * 16; }
+  double* slopes(const RowContext& context) const { return reinterpret_cast<double*>(context.scratch); }
+  double* log_student(const RowContext& context) const { return slopes(context) + problem_.k; }
+  float* exponentials(const RowContext& context) const { return context.scratch + id_floats(); }
+
+  bool is_stored(int64_t row, int64_t j) const { return problem_.teacher_logprobs[row * problem_.k + j] != -INFINITY; }
+  int64_t id(int64_t row, int64_t j) const { return problem_.teacher_ids[row * problem_.k + j]; }
+
+  // log Σ e^value(j), −∞ for none.
+  template <class Value>
+  static double log_sum(int64_t count, const Value& value) {
+    double high = -INFINITY, sum = 0;
+    for (int64_t j = 0; j < count; ++j) high = value(j) > high ? value(j) : high;
+    for (int64_t j = 0; j < count; ++j) sum += value(j) == -INFINITY ? 0.0 : std::exp(value(j) - high);
+    return sum == 0 ? -INFINITY : high + std::log(sum);
+  }
+
+  float value_at(int64_t row, int64_t column) const {
+    alignas(64) float scratch[kStep];
+    return *load_block(problem_.student, row, column, 1, problem_.transform, scratch);
+  }
+
+  float first_max(int64_t row) const {
+    alignas(64) float scratch[kBlock];
+    const int count = static_cast<int>(problem_.vocabulary < kBlock ? problem_.vocabulary : kBlock);
+    return block_max(load_block(problem_.student, row, 0, count, problem_.transform, scratch), padded(count));
+  }
+
+  TopkSums block_sums(int64_t row, int64_t begin, int count, float first, const RowContext& context) const {
+    alignas(64) float scratch[kBlock];
+    const float* x = load_block(problem_.student, row, begin, count, problem_.transform, scratch);
+    TopkSums sums;
+    if (std::isfinite(first)) sums = sums_of(row, begin, count, x, scratch, first, context);
+    if (std::isfinite(first) && std::isfinite(sums.rest + sums.stored + sums.label_sum)) return sums;
+    x = load_block(problem_.student, row, begin, count, problem_.transform, scratch);
+    const float own = block_max(x, padded(count));
+    sums = sums_of(row, begin, count, x, scratch, own == -kInfinity ? 0.0f : own, context);
+    sums.plain = false;
+    if (sums.rest + sums.stored == 0) sums.reference = -INFINITY;
+    return sums;
+  }
+
+  // `scratch` may be x itself; the stored ids are taken out of it.
+  TopkSums sums_of(int64_t row, int64_t begin, int count, const float* x, float* scratch, float reference,
+                   const RowContext& context) const {
+    TopkSums sums;
+    sums.reference = reference;
+    sums.rest_count = count;
+    const bool keep = keeps_ && context.keep;
+    const Prefetch ahead(keep ? address(problem_.student, context.next, begin)
+                              : address(problem_.student, row, begin + kPrefetchColumns),
+                         size_of(problem_.student.dtype));
+    if (problem_.tokens.labels != nullptr && temperature_ != 1.0f) {
+      sums.label_sum = sum_exponentials(x, padded(count), reference, temperature_, nullptr, ahead);
+    }
+    for (int64_t j = 0; j < problem_.k; ++j) {
+      const int64_t column = id(row, j) - begin;
+      if (column < 0 || column >= count || !is_stored(row, j)) continue;
+      if (x != scratch) std::memcpy(scratch, x, sizeof(float) * padded(count));
+      x = scratch;
+      if (scratch[column] == kPadding) continue;
+      sums.stored += std::exp(static_cast<double>(scratch[column]) - reference);
+      scratch[column] = kPadding;
+      --sums.rest_count;
+    }
+    sums.rest = sum_exponentials(x, padded(count), reference, 1.0f, keep ? exponentials(context) + begin : nullptr, ahead);
+    return sums;
+  }
+
+  // Value and slope of every event; `slopes` gets g_j.
+  void events(int64_t row, const RowContext& context, Statistics& s) const {
+    const float* log_p = problem_.teacher_logprobs + row * problem_.k;
+    const double log_norm = std::log(s.sums.rest + s.sums.stored);
+    for (int64_t j = 0; j < problem_.k; ++j) {
+      const double log_q = is_stored(row, j) ? value_at(row, id(row, j)) - s.sums.reference - log_norm : -INFINITY;
+      add_event(log_p[j], log_q, s, slopes(context)[j]);
+    }
+    if (problem_.tail == Tail::truncated) return;
+    const double stored = log_sum(problem_.k, [&](int64_t j) { return static_cast<double>(log_p[j]); });
+    const double mass = -std::expm1(stored);
+    const double log_rest = s.sums.rest_count == 0 || mass <= 0 ? -INFINITY : std::log(mass);
+    add_event(log_rest, std::log(s.sums.rest) - log_norm, s, s.rest_slope);
+  }
+
+  // The same over the stored ids alone, where `slopes` gets the whole gradient g_j − q_j·G.
+  void renormalised_events(int64_t row, const RowContext& context, Statistics& s) const {
+    const float* log_p = problem_.teacher_logprobs + row * problem_.k;
+    double* log_q = log_student(context);
+    for (int64_t j = 0; j < problem_.k; ++j) log_q[j] = is_stored(row, j) ? value_at(row, id(row, j)) : -INFINITY;
+    const double student = log_sum(problem_.k, [&](int64_t j) { return log_q[j]; });
+    const double teacher = log_sum(problem_.k, [&](int64_t j) { return static_cast<double>(log_p[j]); });
+    for (int64_t j = 0; j < problem_.k; ++j) {
+      log_q[j] = is_stored(row, j) ? log_q[j] - student : -INFINITY;
+      add_event(is_stored(row, j) ? log_p[j] - teacher : -INFINITY, log_q[j], s, slopes(context)[j]);
+    }
+    for (int64_t j = 0; j < problem_.k; ++j) slopes(context)[j] -= expectation(std::exp(log_q[j]), s.slope_sum);
+  }
+
+  void add_event(double log_p, double log_q, Statistics& s, double& slope) const {
+    const EventTerm event = event_term(problem_.divergence, problem_.beta, log_p, log_q);
+    s.values.divergence += event.value;
+    s.slope_sum += event.slope;
+    slope = event.slope;
+  }
+
+  // Sets g at the stored ids of a block, which E's slope for the others has filled wrongly.
+  void stored_gradient(int64_t row, int64_t begin, int count, double a, double slope, float reference,
+                       const RowContext& context, float* g) const {
+    for (const bool first : {true, false}) {
+      for (int64_t j = 0; j < problem_.k; ++j) {
+        const int64_t column = id(row, j) - begin;
+        if (column < 0 || column >= count || !is_stored(row, j)) continue;
+        if (first) {
+          const double e = slope == 0.0 ? 0.0 : std::exp(static_cast<double>(value_at(row, id(row, j))) - reference);
+          g[column] = static_cast<float>(slope * e);
+        } else {
+          g[column] += static_cast<float>(term(a, slopes(context)[j]));
+        }
+      }
+    }
+  }
+
+  const TopkKl& problem_;
+  float temperature_;
+  bool full_;
+  bool keeps_;
+};
+
+inline void topk_kl(const TopkKl& problem, const Parallel& pool, const LossOutput& out) {
+  forward(TopkKlRows(problem), problem.objective, problem.tokens, pool, out);
+}
+
+inline void topk_kl_backward(const TopkKl& problem, const Parallel& pool, const float* grad_loss, bool stream,
+                             void* grad) {
+  backward(TopkKlRows(problem), problem.objective, problem.tokens, pool, grad_loss, stream, grad);
+}
+
+}  // namespace e3::E3_ISA_NAMESPACE

@@ -1,0 +1,238 @@
+"""A teacher on disk: its top-k log-probabilities of a text, so that training needs no teacher in memory.
+
+A folder of safetensors shards beside a JSON manifest. A shard holds, for its sequences, `ids` (rows, S − 1, k) and
+`logprobs` (rows, S − 1, k) in fp16, likeliest first: with k = 10 and a vocabulary above 65,536 tokens 60 bytes a token,
+below it 40. Their rounding changes a probability by less than 0.05 % of |log p|; what is missing to 1 is the tail,
+which `e3kernels.linear_topk_kl` treats as one event.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import e3kernels as e3k
+from e3pruner.models import OutputHead, last_hidden, output_head
+from e3pruner.models.stack import evaluating
+from e3pruner.recovery.batches import Batch, sequences_of
+from e3pruner.recovery.options import autocast_dtype
+from e3pruner.storage import fingerprint, write_json, write_tensors
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+SHARD_TOKENS = 1 << 17
+OPEN_SHARDS = 64
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    return fingerprint(tokenizer.get_vocab(), tokenizer.special_tokens_map)
+
+
+def cache_bytes(sequences: int, length: int, vocabulary: int, k: int = 10) -> int:
+    """Bytes of the log-probabilities and ids of `sequences` · (`length` − 1) predictions."""
+    return sequences * (length - 1) * k * (torch.float16.itemsize + _id_dtype(vocabulary).itemsize)
+
+
+def _id_dtype(vocabulary: int) -> torch.dtype:
+    return torch.uint16 if vocabulary <= 1 << 16 else torch.int32
+
+
+class TeacherCache:
+    """The predictions stored in `folder`, as the teacher of `distill` on the very data that they were made of.
+
+    Raises ValueError for a folder that is damaged, unfinished or of another format, and, given one, for a `tokenizer`
+    other than the teacher's. Shards are memory-mapped: reading in any order costs no more memory than a batch.
+    """
+
+    any_text = False
+
+    def __init__(self, folder: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest = _read_manifest(self.folder)
+        self.vocabulary: int = self.manifest["vocabulary"]
+        self._open: OrderedDict[int, Any] = OrderedDict()
+        if missing := [f.name for f in _shard_files(self.folder, self.manifest) if not f.exists()]:
+            raise ValueError(
+                f"{self.folder} is unfinished: {len(missing)} shards, {missing[0]} first; resume making it"
+            )
+        if tokenizer is not None and tokenizer_identity(tokenizer) != self.manifest["tokenizer"]:
+            raise ValueError(f"{self.folder} was made with another tokenizer; make a cache with this one")
+
+    @property
+    def identity(self) -> str:
+        return fingerprint(self.manifest)
+
+    def check(self, data: Tensor, temperature: float) -> None:
+        """Raises ValueError unless the cache is of `data` (N, S) at `temperature`."""
+        if fingerprint(data) != self.manifest["data"]:
+            rows, length = self.manifest["sequences"], self.manifest["length"]
+            raise ValueError(f"data {tuple(data.shape)} is not what {self.folder}, {(rows, length)}, was made of")
+        if temperature != self.manifest["temperature"]:
+            raise ValueError(
+                f"temperature={temperature} must be that of {self.folder}, {self.manifest['temperature']}: the tail of "
+                "another temperature is not stored"
+            )
+
+    def verify(self) -> None:
+        """Reads everything. Raises ValueError naming the first shard whose content is not what was written."""
+        for index, file in enumerate(track(_shard_files(self.folder, self.manifest), description="verify")):
+            shard = self._shard(index)
+            try:
+                content = {name: shard.get_tensor(name) for name in ("ids", "logprobs")}
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged: {error}") from error
+            if (shard.metadata() or {}).get("content") != fingerprint(content):
+                raise ValueError(f"{file} is damaged: its content is not that of its checksum")
+
+    def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(log-probabilities fp32, ids int64), each (B, S − 1, k), of the batch's rows of the data."""
+        per_shard = self.manifest["shard_rows"]
+        logprobs, ids = [], []
+        for row in batch.rows.tolist():
+            shard, at = self._shard(row // per_shard), row % per_shard
+            logprobs.append(shard.get_slice("logprobs")[at : at + 1])
+            ids.append(shard.get_slice("ids")[at : at + 1])
+        device = batch.input_ids.device
+        return torch.cat(logprobs).to(device, torch.float32), torch.cat(ids).to(device, torch.int64)
+
+    def loss(
+        self, hidden: Tensor, head: OutputHead, targets: tuple[Tensor, Tensor], labels: Tensor, **options: Any
+    ) -> Any:
+        return e3k.linear_topk_kl(
+            hidden,
+            head.weight,
+            *targets,
+            labels,
+            student_bias=head.bias,
+            student_softcap=head.softcap,
+            student_scale=head.scale,
+            **options,
+        )
+
+    def _shard(self, index: int) -> Any:
+        if index not in self._open:
+            file = _shard_file(self.folder, index)
+            try:
+                self._open[index] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is missing or damaged: {error}") from error
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(index)
+        return self._open[index]
+
+
+def cache_teacher(
+    teacher: PreTrainedModel,
+    data: Tensor | Iterable[Any],
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    k: int = 10,
+    temperature: float = 1.0,
+    batch_size: int = 8,
+    precision: str = "auto",
+) -> TeacherCache:
+    """Store the `k` likeliest next tokens of every position of `data` (N, S) in `folder`.
+
+    A folder in which an earlier call was cut short, even by a kill, is completed: whole shards are kept.
+
+    Raises ValueError for k outside 1 … vocabulary, for logits that are not finite, and for a folder whose cache is of
+    another model, tokenizer, data or setting, naming which; OSError if the disk has too little room, before it starts.
+    """
+    folder = Path(folder)
+    head = output_head(teacher)
+    vocabulary = head.weight.shape[0]
+    rows = sequences_of("data", data, vocabulary)
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"k={k} must be in 1 … {vocabulary}")
+    dtype = autocast_dtype(precision, teacher.device)
+    manifest = {
+        "format": FORMAT,
+        "model": fingerprint(teacher.config.to_dict(), dict(teacher.named_parameters())),
+        "tokenizer": None if tokenizer is None else tokenizer_identity(tokenizer),
+        "data": fingerprint(rows),
+        "sequences": len(rows),
+        "length": rows.shape[1],
+        "vocabulary": vocabulary,
+        "k": k,
+        "temperature": temperature,
+        "batch_size": batch_size,
+        "precision": str(dtype or torch.float32),
+        # Whole batches, so that a resumed run computes the same ones.
+        "shard_rows": max(1, SHARD_TOKENS // (rows.shape[1] * batch_size)) * batch_size,
+    }
+    _start(folder, manifest)
+    todo = [i for i, file in enumerate(_shard_files(folder, manifest)) if not file.exists()]
+    with evaluating(teacher), torch.no_grad(), torch.autocast(teacher.device.type, dtype, enabled=dtype is not None):
+        for index in track(todo, description="cache the teacher"):
+            shard = rows.split(manifest["shard_rows"])[index]
+            parts = [_top(teacher, head, batch, k, temperature) for batch in shard.split(batch_size)]
+            logprobs, ids = (torch.cat(column) for column in zip(*parts, strict=True))
+            content = {"logprobs": logprobs, "ids": ids.to(_id_dtype(vocabulary))}
+            write_tensors(_shard_file(folder, index), content, {"content": fingerprint(content)})
+    return TeacherCache(folder, tokenizer=tokenizer)
+
+
+def _start(folder: Path, manifest: dict[str, Any]) -> None:
+    """Check `folder` and write its manifest."""
+    if (folder / MANIFEST).exists():
+        stored = _read_manifest(folder)
+        for name, value in manifest.items():
+            if stored.get(name) != value:
+                raise ValueError(
+                    f"{folder} holds a cache with {name} {stored.get(name)!r}, this one has {value!r}; choose another"
+                )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty and holds no cache; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    need = cache_bytes(manifest["sequences"], manifest["length"], manifest["vocabulary"], manifest["k"])
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise OSError(f"{folder} has room for {free:,} bytes, the cache needs {need:,}")
+    write_json(folder / MANIFEST, manifest)
+
+
+def _top(
+    teacher: PreTrainedModel, head: OutputHead, batch: Tensor, k: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    hidden = last_hidden(teacher, batch.to(teacher.device))[:, :-1]
+    logprobs, ids = [], []
+    for sequence in hidden:  # one at a time: (S − 1, V) logits are all that is ever materialised
+        logits = head.logits(sequence).float() / temperature
+        if not logits.isfinite().all():
+            raise ValueError("teacher: its logits hold NaN or infinity; nothing can be learnt from them")
+        values, indices = logits.topk(k)
+        logprobs.append((values - logits.logsumexp(-1, keepdim=True)).half().cpu())
+        ids.append(indices.cpu())
+    return torch.stack(logprobs), torch.stack(ids)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}); {folder} is no teacher cache") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{file} is not the manifest of a teacher cache of format {FORMAT}")
+    return manifest
+
+
+def _shard_file(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.safetensors"
+
+
+def _shard_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+    count = -(-manifest["sequences"] // manifest["shard_rows"])
+    return [_shard_file(folder, index) for index in range(count)]

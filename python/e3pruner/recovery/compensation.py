@@ -1,0 +1,212 @@
+"""Training-free compensation: what a cut took away, put back into weights that are there anyway.
+
+Let x be the hidden state where layers were cut and y the one that the dense model has behind them. Two corrections
+are known in closed form, and both fold into weights, so that the checkpoint stays an ordinary one:
+
+- `scale` (after Prune&Comp): the stream behind the cut becomes α·x, α = Σ‖y‖ / Σ‖x‖. Every later layer reads the
+  stream through a norm, which does not see a common factor; so instead of the stream, all that later layers *write*
+  to it is divided by α. Embeddings, tied or not, stay as they are.
+- `least-squares` (in the spirit of LinearPatch): the last projection before the cut, x = r + W·a + b, learns the best
+  linear guess at y: W ← W + M with M = argmin Σ w_t ‖y_t − x_t − M·a_t‖² + λ·‖M‖², w_t = 1/‖y_t‖². The weights make
+  it the relative error that counts, again because of the norms; else the few tokens whose hidden states are
+  hundreds of times larger than all others would decide alone.
+
+Cuts are treated from the input to the output, each with the hidden states that the corrected layers before it give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from e3pruner.models import PruningPlan, find_layers, last_hidden, output_head
+from e3pruner.models.stack import evaluating
+from e3pruner.recovery.batches import sequences_of
+from e3pruner.recovery.loss import DistillLoss, HeldOut
+from e3pruner.recovery.options import DistillOptions, autocast_dtype
+from e3pruner.recovery.teacher import LiveTeacher
+
+# Where decoder layers of transformers write to the residual stream: attention's projection and the last of the layer.
+_ATTENTION = (
+    "self_attn.o_proj self_attn.dense self_attn.out_proj attn.c_proj attn.out_proj attention.dense self_attention.dense"
+)
+_DOWN = "mlp.down_proj mlp.c_proj mlp.dense_4h_to_h mlp.fc2 mlp.fc_out fc2"
+RIDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Student layers from `layer` on follow the cut; the stream there should be the teacher's before layer `target`.
+
+    Where the last layers were cut, `layer` and `target` are the numbers of layers of student and teacher.
+    """
+
+    layer: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What `compensate` did: the method, and mean KL (nats a token) on held-back text of each method that was tried."""
+
+    method: str
+    kl: dict[str, float]
+
+
+def find_cuts(kept: Sequence[int], layers: int) -> list[Cut]:
+    """Where layers are missing between or behind the kept ones, of `layers` in all.
+
+    One at the very start is no cut: nothing precedes it that could be corrected.
+    """
+    ends = [*kept, layers]
+    return [Cut(i, ends[i]) for i in range(1, len(ends)) if ends[i] != ends[i - 1] + 1]
+
+
+def compensate(
+    pruned: PreTrainedModel,
+    teacher: PreTrainedModel,
+    plan: PruningPlan | Sequence[int],
+    data: Tensor | Iterable[Any],
+    *,
+    method: str = "auto",
+    batch_size: int = 8,
+    precision: str = "auto",
+) -> Compensation:
+    """Correct `pruned`, in place and without training, for the layers that `plan` cut out of `teacher`.
+
+    `plan`: a `PruningPlan`, or the indices of the layers kept. `data`: token ids (N, S), N ≥ 2; the last quarter is
+    held back and judges. `method`: "none", "scale", "least-squares", or "auto": the one with the least KL on what was
+    held back. A method that these layers do not allow loses there with KL ∞.
+
+    Raises ValueError for another method, a plan of other models, too little data, and for layers that a method asked
+    for by name cannot correct.
+    """
+    methods = [method] if method != "auto" else list(METHODS)
+    if methods[0] not in METHODS:
+        raise ValueError(f"method={method!r} must be 'auto' or one of {tuple(METHODS)}")
+    kept = list(plan.kept if isinstance(plan, PruningPlan) else plan)
+    layers = len(find_layers(teacher))
+    if len(kept) != len(find_layers(pruned)) or kept[-1] >= layers:
+        raise ValueError(f"plan keeps layers {kept}; the models have {len(find_layers(pruned))} and {layers}")
+    sequences = sequences_of("data", data, output_head(pruned).weight.shape[0])
+    if len(sequences) < 2:
+        raise ValueError("data has one sequence; two or more are needed, as some are held back")
+    dtype = autocast_dtype(precision, pruned.device)
+    judged = max(1, len(sequences) // 4)
+    calibration = [batch.to(pruned.device) for batch in sequences[:-judged].split(batch_size)]
+    judge = HeldOut(DistillLoss(pruned, LiveTeacher(teacher), DistillOptions(), dtype), sequences[-judged:], batch_size)
+    before = {name: p.detach().clone() for name, p in find_layers(pruned).named_parameters()}
+    kl: dict[str, float] = {}
+    best = before
+    with evaluating(pruned), evaluating(teacher), torch.autocast(pruned.device.type, dtype, enabled=dtype is not None):
+        for name in methods:
+            _restore(pruned, before)
+            try:
+                for cut in find_cuts(kept, layers):
+                    METHODS[name](pruned, teacher, cut, calibration)
+                kl[name] = judge.evaluate()["kl"]
+            except UnsupportedLayerError:
+                if method != "auto":
+                    _restore(pruned, before)
+                    raise
+                kl[name] = float("inf")
+            if kl[name] == min(kl.values()):
+                best = {n: p.detach().clone() for n, p in find_layers(pruned).named_parameters()}
+    _restore(pruned, best)
+    return Compensation(min(kl, key=lambda name: kl[name]), kl)
+
+
+class UnsupportedLayerError(ValueError):
+    """A decoder layer whose structure a compensation cannot use."""
+
+
+@torch.no_grad()
+def _restore(model: PreTrainedModel, values: dict[str, Tensor]) -> None:
+    for name, p in find_layers(model).named_parameters():
+        p.copy_(values[name])
+
+
+@contextmanager
+def _recorded(module: nn.Module, read: Callable[[tuple[Any, ...], Any], Tensor]) -> Iterator[list[Tensor]]:
+    values: list[Tensor] = []
+    hook = module.register_forward_hook(lambda _, args, output: values.append(read(args, output)))
+    try:
+        yield values
+    finally:
+        hook.remove()
+
+
+def _input(args: tuple[Any, ...], output: Any) -> Tensor:
+    return args[0]
+
+
+def _output(args: tuple[Any, ...], output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _projection(layer: nn.Module, names: str) -> nn.Linear:
+    """The linear module of `layer` that bears one of `names` and writes to the stream as it is.
+
+    Raises UnsupportedLayerError for a layer without one, as in a mixture of experts, or that normalises its writes.
+    """
+    modules = dict(layer.named_modules())
+    found = [modules[name] for name in names.split() if name in modules]
+    # Norms that follow the branch rather than precede it, as in Gemma 2 and OLMo 2.
+    follows = "post_feedforward_layernorm" in modules
+    if len(found) != 1 or not isinstance(found[0], nn.Linear) or follows:
+        raise UnsupportedLayerError(
+            f"{type(layer).__name__} does not write to its residual stream by one linear projection"
+        )
+    return found[0]
+
+
+@torch.no_grad()
+def _least_squares(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches: list[Tensor]) -> None:
+    """λ = RIDGE · the mean of the diagonal of Σ w·a·aᵀ."""
+    last, behind = find_layers(student)[cut.layer - 1], find_layers(teacher)[cut.target - 1]
+    projection = _projection(last, _DOWN)
+    multiplier = getattr(student.config, "residual_multiplier", 1.0)
+    gram = cross = torch.zeros((), dtype=torch.float64, device=student.device)
+    with _recorded(last, _output) as xs, _recorded(projection, _input) as inputs, _recorded(behind, _output) as ys:
+        for batch in batches:
+            last_hidden(student, batch)
+            last_hidden(teacher, batch)
+            x, a, y = (values.pop().flatten(0, -2).double() for values in (xs, inputs, ys))
+            weighted = a / y.square().sum(-1, keepdim=True)
+            gram = gram + weighted.T @ a
+            cross = cross + weighted.T @ ((y - x) / multiplier)
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    projection.weight += torch.linalg.solve(gram, cross).T.to(projection.weight.dtype)
+
+
+@torch.no_grad()
+def _scale(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches: list[Tensor]) -> None:
+    layers = find_layers(student)
+    writes = [_projection(layer, names) for layer in layers[cut.layer :] for names in (_ATTENTION, _DOWN)]
+    before, behind = layers[cut.layer - 1], find_layers(teacher)[cut.target - 1]
+    norms = torch.zeros(2, dtype=torch.float64, device=student.device)
+    with _recorded(before, _output) as xs, _recorded(behind, _output) as ys:
+        for batch in batches:
+            last_hidden(student, batch)
+            last_hidden(teacher, batch)
+            norms += torch.stack([values.pop().double().norm(dim=-1).sum() for values in (xs, ys)])
+    for write in writes:
+        for parameter in write.parameters():
+            parameter.mul_(norms[0] / norms[1])
+
+
+def _none(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches: list[Tensor]) -> None:
+    """Leave the cut as it is."""
+
+
+METHODS: dict[str, Callable[[PreTrainedModel, PreTrainedModel, Cut, list[Tensor]], None]] = {
+    "none": _none,
+    "scale": _scale,
+    "least-squares": _least_squares,
+}

@@ -1,0 +1,108 @@
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, tiny_model
+from transformers import AutoModelForCausalLM
+
+from e3pruner import PruningPlan, prune
+from e3pruner.models import last_hidden
+from e3pruner.recovery import compensate
+from e3pruner.recovery.compensation import Cut, find_cuts
+
+EXACT = {"precision": "fp32"}
+
+
+def sequences(count: int) -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (count, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_cuts_lie_where_layers_are_missing():
+    assert find_cuts([0, 1, 2], 3) == []
+    assert find_cuts([0, 3, 4, 6], 8) == [Cut(1, 3), Cut(3, 6), Cut(4, 8)]
+    assert find_cuts([2, 3], 4) == []
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "phi", "granite", "bloom", "gpt_neox"])
+def test_least_squares_brings_the_student_nearer_and_stays_vanilla(model_type, tmp_path):
+    teacher = tiny_model(model_type)
+    kept = [0, 2, 3, 5]
+    student = prune(teacher, kept)
+    result = compensate(student, teacher, kept, sequences(96), method="least-squares", **EXACT)
+    none = compensate(prune(teacher, kept), teacher, kept, sequences(96), method="none", **EXACT)
+    assert result.kl["least-squares"] < 0.9 * none.kl["none"]
+    student.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(reloaded(sequences(2)).logits, student(sequences(2)).logits, rtol=0, atol=0)
+
+
+def test_least_squares_is_exact_where_the_removed_layer_is_linear_in_what_is_there():
+    # A removed layer that writes nothing but a copy of what the layer before it wrote by its last projection: with
+    # this, y = x + W·a, and M = W up to the ridge.
+    teacher = tiny_model("llama", mlp_bias=False)
+    student = prune(teacher, [0, 1, 3, 4, 5])
+    before = student.model.layers[1].mlp.down_proj.weight.detach().clone()
+    written = []
+    teacher.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, output: written.append(output))
+    teacher.model.layers[2].register_forward_hook(lambda _, args, output: args[0] + written.pop())
+    compensate(student, teacher, [0, 1, 3, 4, 5], sequences(64), method="least-squares", **EXACT)
+    torch.testing.assert_close(student.model.layers[1].mlp.down_proj.weight, 2 * before, rtol=0.15, atol=0.05)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "phi", "starcoder2"])
+def test_scaling_what_is_written_is_scaling_the_stream(model_type):
+    teacher = tiny_model(model_type)
+    kept = [0, 1, 4, 5]
+    student, hooked = prune(teacher, kept), prune(teacher, kept)
+    compensate(student, teacher, kept, sequences(8), method="scale", **EXACT)
+    before, after = (dict(m.named_parameters()) for m in (hooked, student))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    ratios = torch.stack([(before[n] / after[n]).nanmedian() for n in changed])
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
+    stack = next(m for m in hooked.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
+    stack[1].register_forward_hook(
+        lambda _, args, output: (
+            (ratios[0] * output[0], *output[1:]) if isinstance(output, tuple) else ratios[0] * output
+        )
+    )
+    ids = sequences(2)
+    torch.testing.assert_close(last_hidden(student, ids), last_hidden(hooked, ids), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(last_hidden(student, ids), last_hidden(prune(teacher, kept), ids), rtol=1e-2, atol=1e-2)
+
+
+def test_auto_takes_the_best_on_held_back_text():
+    teacher = tiny_model("llama")
+    kept = PruningPlan.of_removed([2, 3], 6)
+    chosen = prune(teacher, kept)
+    result = compensate(chosen, teacher, kept, sequences(64), **EXACT)
+    assert list(result.kl) == ["none", "scale", "least-squares"]
+    assert result.kl[result.method] == min(result.kl.values())
+    alone = prune(teacher, kept)
+    assert compensate(alone, teacher, kept, sequences(64), method=result.method, **EXACT).kl[result.method] == min(
+        result.kl.values()
+    )
+    torch.testing.assert_close(chosen.state_dict(), alone.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gemma2"])
+def test_layers_that_cannot_be_corrected_are_left_alone_or_refused(model_type):
+    teacher = tiny_model(model_type)
+    student = prune(teacher, [0, 1, 4, 5])
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    for method in ("least-squares", "scale"):
+        with pytest.raises(ValueError, match="does not write to its residual stream by one linear projection"):
+            compensate(student, teacher, [0, 1, 4, 5], sequences(8), method=method, **EXACT)
+    result = compensate(student, teacher, [0, 1, 4, 5], sequences(8), **EXACT)
+    assert (result.method, result.kl["least-squares"], result.kl["scale"]) == ("none", float("inf"), float("inf"))
+    torch.testing.assert_close(dict(student.named_parameters()), before, rtol=0, atol=0)
+
+
+def test_bad_arguments_are_named():
+    teacher = tiny_model("llama")
+    student = prune(teacher, [0, 1, 4])
+    with pytest.raises(
+        ValueError, match=r"method='linear' must be 'auto' or one of \('none', 'scale', 'least-squares'"
+    ):
+        compensate(student, teacher, [0, 1, 4], sequences(8), method="linear")
+    with pytest.raises(ValueError, match=r"plan keeps layers \[0, 1\]; the models have 3 and 6"):
+        compensate(student, teacher, [0, 1], sequences(8))
+    with pytest.raises(ValueError, match="data has one sequence"):
+        compensate(student, teacher, [0, 1, 4], sequences(1))

@@ -1,0 +1,178 @@
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, tiny_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from e3pruner import prune
+from e3pruner.recovery import TeacherCache, cache_teacher, distill
+from e3pruner.recovery import cache as cache_module
+from e3pruner.recovery.batches import in_order
+from e3pruner.recovery.cache import cache_bytes
+
+LENGTH = 16
+
+
+def sequences(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer(words: str) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(words.split())}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="a")))
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 8 * LENGTH)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return tiny_model("llama")
+
+
+def make(teacher, folder, **options):
+    return cache_teacher(teacher, sequences(20), folder, **{"batch_size": 4, "precision": "fp32"} | options)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_what_is_stored_is_what_the_teacher_predicts(teacher, tmp_path):
+    cache = make(teacher, tmp_path / "cache", k=5)
+    assert len(list((tmp_path / "cache").glob("shard-*"))) == 3
+    log_p = teacher(sequences(20)).logits[:, :-1].log_softmax(-1)
+    for batch in in_order(sequences(20)[torch.arange(20)], 7):
+        logprobs, ids = cache.targets(batch)
+        expected = log_p[batch.rows].topk(5)
+        assert torch.equal(ids, expected.indices)
+        torch.testing.assert_close(logprobs, expected.values, rtol=1e-3, atol=1e-4)
+    cache.verify()
+
+
+@pytest.mark.parametrize(("vocabulary", "per_token"), [(49_152, 40), (151_936, 60)])
+def test_bytes_per_token(vocabulary, per_token):
+    assert cache_bytes(1000, 257, vocabulary) == 1000 * 256 * per_token
+
+
+def test_the_disk_holds_what_was_estimated(teacher, tmp_path):
+    make(teacher, tmp_path / "cache")
+    stored = sum(file.stat().st_size for file in (tmp_path / "cache").glob("shard-*"))
+    estimate = cache_bytes(20, LENGTH, VOCAB_SIZE)
+    assert estimate <= stored <= estimate + 3 * 400
+
+
+def test_a_cache_of_the_whole_vocabulary_teaches_as_the_live_teacher(teacher, tmp_path):
+    cache = make(teacher, tmp_path / "cache", k=VOCAB_SIZE)
+    options = {"data": sequences(20), "steps": 3, "precision": "fp32"}
+    live = distill(prune(teacher, [0, 2, 5]), teacher=teacher, **options)
+    stored = distill(prune(teacher, [0, 2, 5]), teacher=cache, **options)
+    assert [p["loss"] for p in stored.curve] == pytest.approx([p["loss"] for p in live.curve], rel=1e-3)
+
+
+def test_training_from_the_cache_lowers_loss_and_perplexity(teacher, tmp_path):
+    cache = make(teacher, tmp_path / "cache")
+    student = prune(teacher, [0, 1, 3, 5])
+    options = {"steps": 30, "precision": "fp32", "lr": 3e-3, "eval_every": 30}
+    result = distill(student, teacher=cache, data=sequences(20), held_out=sequences(20), **options)
+    assert result.curve[-1]["loss"] < 0.8 * result.curve[0]["loss"]
+    assert result.held_out[-1]["perplexity"] < 0.8 * result.held_out[0]["perplexity"]
+    assert "kl" not in result.held_out[0]
+
+
+def test_a_killed_run_is_completed_to_the_same_bytes(teacher, tmp_path):
+    make(teacher, tmp_path / "whole")
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        calls = []
+        teacher.base_model.register_forward_pre_hook(
+            lambda *_: os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 4 else calls.append(1)
+        )
+        make(teacher, tmp_path / "killed")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(contents(tmp_path / "killed")) < len(contents(tmp_path / "whole"))
+    with pytest.raises(ValueError, match=r"is unfinished: 1 shards, shard-00002"):
+        TeacherCache(tmp_path / "killed")
+    make(teacher, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"k": 3}, "k"), ({"temperature": 2.0}, "temperature"), ({"batch_size": 2}, "batch_size"), ({}, "model")],
+)
+def test_a_cache_of_other_settings_is_not_mixed(teacher, tmp_path, changes, name):
+    make(teacher, tmp_path / "cache")
+    before = contents(tmp_path / "cache")
+    other = teacher if changes else tiny_model("llama", seed=5)
+    with pytest.raises(ValueError, match=f"holds a cache with {name} "):
+        make(other, tmp_path / "cache", **changes)
+    assert contents(tmp_path / "cache") == before
+
+
+def test_other_data_temperature_tokenizer_and_vocabulary_are_refused(teacher, tmp_path):
+    cache = make(teacher, tmp_path / "cache", tokenizer=tokenizer("a b c"))
+    student = prune(teacher, [0, 1])
+    with pytest.raises(ValueError, match=r"data \(20, 16\) is not what .*cache"):
+        distill(student, teacher=cache, data=sequences(20, seed=1))
+    with pytest.raises(ValueError, match=r"temperature=2.0 must be that of .*, 1.0"):
+        distill(student, teacher=cache, data=sequences(20), temperature=2.0)
+    with pytest.raises(ValueError, match="was made with another tokenizer"):
+        TeacherCache(tmp_path / "cache", tokenizer=tokenizer("a c b"))
+    assert TeacherCache(tmp_path / "cache", tokenizer=tokenizer("a b c")).identity == cache.identity
+    with pytest.raises(ValueError, match=r"vocabulary of 99 tokens and the student one of 120"):
+        distill(prune(tiny_model("llama", vocab_size=120), [0]), teacher=cache, data=sequences(20))
+
+
+def test_damage_is_found(teacher, tmp_path):
+    folder = tmp_path / "cache"
+    make(teacher, folder)
+    file = folder / "shard-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is damaged"):
+        TeacherCache(folder).verify()
+    os.truncate(file, 100)
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing or damaged"):
+        TeacherCache(folder).verify()
+    (folder / "manifest.json").write_text(json.dumps({"format": 7}))
+    with pytest.raises(ValueError, match="not the manifest of a teacher cache"):
+        TeacherCache(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="missing or damaged"):
+        TeacherCache(folder)
+
+
+def test_a_teacher_that_knows_nothing_is_refused(tmp_path):
+    teacher = tiny_model("llama")
+    with torch.no_grad():
+        teacher.model.norm.weight[0] = float("inf")
+    with pytest.raises(ValueError, match=r"logits"):
+        make(teacher, tmp_path / "cache")
+
+
+def test_nothing_starts_without_room_or_beside_other_files(teacher, tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="is not empty and holds no cache"):
+        make(teacher, tmp_path)
+    usage = shutil._ntuple_diskusage(10**6, 10**6, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"has room for 1,000 bytes, the cache needs 12,000"):
+        make(teacher, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("k", [0, VOCAB_SIZE + 1])
+def test_k_is_checked(teacher, tmp_path, k):
+    with pytest.raises(ValueError, match=f"k={k} must be in 1 … {VOCAB_SIZE}"):
+        make(teacher, tmp_path / "cache", k=k)
