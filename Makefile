@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first call creates; a second call finds it ready.
 #   make demo [ARGS="--quick"]   search, cut, recover, export and show a real model
 #   make test                    ruff, mypy, pytest
+#   make gpu                     the Triton kernels on the GPU of this machine
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +10,7 @@ ARGS   ?=
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -23,6 +24,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On a machine with a GPU: the kernels against the oracle, then against their peers -> bench/results/gpu.json
+gpu: $(VENV)/bench
+	$(BIN)/pytest tests/ops -m gpu
+	$(BIN)/python -m bench.gpu
 
 bench: $(VENV)/bench
 	$(BIN)/pytest bench --benchmark-only $(ARGS)

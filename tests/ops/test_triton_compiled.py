@@ -1,4 +1,4 @@
-"""What Triton's compiler and torch.compile make of the kernels, in processes of their own: the interpreter is off there."""
+"""What Triton's compiler and torch.compile make of the kernels, in processes of their own without the interpreter."""
 
 import os
 import subprocess
