@@ -19,8 +19,11 @@ import torch
 
 from e3kernels.contract import BACKENDS
 from e3kernels.ops.registration import OPERATORS, define_overload
+from e3kernels.reference.linear import TileKernel, kernels
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Student, teacher and gradient tile in fp32 are 12 bytes a logit: 60 MiB.
+_NATIVE_TILE_LOGITS = 5 << 20
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def load() -> None:
-    """Register the reference kernels, and the compiled ones beside this file if they load."""
+    """Register the reference kernels, the compiled ones beside this file if they load, and the Triton kernels."""
     for operation in OPERATORS:
         module = importlib.import_module(f"e3kernels.reference.{operation}")
         forward, backward = getattr(module, operation), getattr(module, f"{operation}_backward")
@@ -169,6 +172,12 @@ def _load_native() -> None:
         overload = f"e3::{operation}.native"
         if torch._C._dispatch_has_kernel(overload) and torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CPU"):
             register("native", operation, None, None, devices=("cpu",), dtypes=FLOATS)
+    for operation, dense in (("linear_entropy_kl", "entropy_kl"), ("linear_topk_kl", "topk_kl")):
+        if ("native", dense) in services:
+            operator = OPERATORS[dense]
+            tile = TileKernel(operator.packet.native, operator.backward_packet.native, _NATIVE_TILE_LOGITS)
+            problem = importlib.import_module(f"e3kernels.reference.{operation}").problem
+            register("native", operation, *kernels(problem, tile), devices=("cpu",), dtypes=FLOATS)
 
 
 def _load_triton() -> None:

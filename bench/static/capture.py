@@ -51,13 +51,13 @@ def _target(family: str) -> Iterator[None]:
     target, processors = TARGETS[family]
     described = launch.Device(family, target.warp_size, processors)
     driver.set_active(_Driver(family))
-    launch.sweep_of.cache_clear()
+    launch.configured_sweep.cache_clear()
     try:
         with mock.patch.object(launch, "device_of", return_value=described), set_wrap_triton_enabled(False):
             yield
     finally:
         driver._active = None
-        launch.sweep_of.cache_clear()
+        launch.configured_sweep.cache_clear()
 
 
 def compiled(family: str, call: Callable[[], Any]) -> dict[str, CompiledKernel]:

@@ -20,7 +20,6 @@ THRESHOLD: tl.constexpr = tl.constexpr(RELAXATIONS.index("threshold"))
 SOFTMAX: tl.constexpr = tl.constexpr(RELAXATIONS.index("softmax"))
 SOLVER_STEPS: tl.constexpr = tl.constexpr(24)
 INFINITE: tl.constexpr = tl.constexpr(1000.0)  # an infinite score counts as this many τ beyond the farthest finite one
-TINY: tl.constexpr = tl.constexpr(2.2250738585072014e-308)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 SQRT2: tl.constexpr = tl.constexpr(1.4142135623730951)
 SERIES: tl.constexpr = tl.constexpr(10)  # terms 1/21, 1/19, …, 1/3 of artanh
@@ -125,8 +124,8 @@ def _softmax(s, inside, tau):
 
 @triton.jit
 def _exhausted(s, a):
-    """The scores that the next of the successive softmaxes sees: s + log(1 − a)."""
-    return s + tl.log(tl.maximum(1.0 - a, TINY))
+    """The scores that the next of the successive softmaxes sees: s + log(1 − a), −∞ for a certain choice."""
+    return s + tl.log(1.0 - a)
 
 
 @triton.jit(do_not_specialize=["k", "seed", "step"])
@@ -196,7 +195,7 @@ def gumbel_topk_gradient(
             # `out` is the gradient with respect to the scores after this step on entry, before it on exit.
             a = tl.load(steps + (k - 1 - j) * L, mask=inside, other=0.0)
             rest = 1.0 - a
-            through = tl.where(rest > TINY, out / rest, 0.0)
+            through = tl.where(rest > 0.0, out / rest, 0.0)
             out += _softmax_gradient(a, g - through) / tau
     out = tl.where((k == 0) | (k == L), 0.0, out)
     tl.store(out_ptr + at, out.to(tl.float32).to(out_ptr.dtype.element_ty), mask=inside)

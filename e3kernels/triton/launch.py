@@ -50,6 +50,9 @@ def warps(count: int, **options: Any) -> dict[str, Any]:
     return {"num_warps": count, **options, **fusion}
 
 
+forced: dict[str, Sweep] = {}
+
+
 @functools.cache
 def device_of(kind: str, index: int | None) -> Device:
     """The device's launch properties; CPU tensors belong to the interpreter."""
@@ -70,8 +73,8 @@ def _table(family: str) -> dict[str, list[dict[str, int | None]]]:
 
 
 @functools.cache
-def sweep_of(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
-    """The tile for rows of `columns` items of `itemsize` bytes."""
+def configured_sweep(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
+    """The tile that the family's file names, else the heuristic's: 128-bit accesses and at most eight warps."""
     family, warp, _ = device_of(device.type, device.index)
     for entry in _table(family).get(kernel, ()):
         limit = entry["columns"]
@@ -81,6 +84,11 @@ def sweep_of(kernel: str, device: torch.device, itemsize: int, columns: int) -> 
     while count > 1 and count * warp * vec >= 2 * columns:
         count //= 2
     return Sweep(count * warp, vec, 1 if count < 8 else 2, count)
+
+
+def sweep_of(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
+    """The tile for rows of `columns` items of `itemsize` bytes; `forced` while tuning."""
+    return forced.get(kernel) or configured_sweep(kernel, device, itemsize, columns)
 
 
 def split_of(sweep: Sweep, device: torch.device, rows: int, columns: int) -> tuple[int, int]:

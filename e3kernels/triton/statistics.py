@@ -87,7 +87,7 @@ def fold_pair(
     rs = tl.exp(ds)
     rt = tl.exp(dt)
     zs = ys * inverse_temperature
-    ut = tl.maximum(zt - mt_new[:, None], LOWEST)
+    ut = zt - mt_new[:, None]
     es = tl.exp(zs - ms_new[:, None])
     et = tl.exp(ut)
     if DIVERGENCE != JSD:
@@ -103,7 +103,7 @@ def fold_pair(
             b = rt * (b + st * (dt - ds)) + tl.sum(et * (d - center), axis=1)
         else:
             b = rs * (b + ss * (ds - dt)) + tl.sum(es * (d + center), axis=1)
-    a = rt * (a + st * dt) + tl.sum(et * ut, axis=1)
+    a = rt * (a + st * dt) + tl.sum(et * tl.maximum(ut, LOWEST), axis=1)
     st = st * rt + tl.sum(et, axis=1)
     ss = ss * rs + tl.sum(es, axis=1)
     if HAS_LABELS:

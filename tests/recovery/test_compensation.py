@@ -82,6 +82,16 @@ def test_auto_takes_the_best_on_held_back_text():
     torch.testing.assert_close(chosen.state_dict(), alone.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_judged_is_what_is_returned(precision):
+    teacher, kept, data = tiny_model("llama"), [0, 2, 4, 5], sequences(64)
+    student = prune(teacher, kept)
+    judged = compensate(student, teacher, kept, data, method="least-squares", precision=precision).kl["least-squares"]
+    p, q = (model(data[-16:]).logits[:, :-1].log_softmax(-1) for model in (teacher, student))
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert judged == pytest.approx(expected, rel=1e-4 if precision == "fp32" else 2e-2)
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", "gemma2"])
 def test_layers_that_cannot_be_corrected_are_left_alone_or_refused(model_type):
     teacher = tiny_model(model_type)

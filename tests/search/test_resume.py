@@ -52,16 +52,20 @@ def test_a_finished_search_is_read_back_without_computing(monkeypatch, tmp_path)
     assert not calls
 
 
-@pytest.mark.parametrize(
-    "change", [{"drop": 2}, {"seed": 6}, {"method": "greedy"}, {"protect": [1]}, {"steps": 3}, {"precision": "bf16"}]
-)
-def test_a_checkpoint_of_another_search_is_refused(change, tmp_path):
+def test_measurements_of_another_precision_are_refused(tmp_path):
     path = tmp_path / "search.json"
     search(path, precision="fp32")
     written = path.read_bytes()
-    with pytest.raises(ValueError, match=r"of another search: it differs in"):
-        search(path, **{"precision": "fp32"} | change)
+    with pytest.raises(ValueError, match=r"of another search: it differs in dtype"):
+        search(path, precision="bf16")
     assert path.read_bytes() == written
+
+
+@pytest.mark.parametrize("change", [{"drop": 2}, {"seed": 6}, {"method": "greedy"}, {"protect": [1]}])
+def test_another_search_takes_what_is_measured_and_counts_its_cost(change, tmp_path):
+    path = tmp_path / "search.json"
+    search(path)
+    assert search(path, **change) == search(**change)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', '{"format": "e3pruner.search.checkpoint"}'])

@@ -45,8 +45,9 @@ def demo(
     """
     with output_folder(ctx, out, force) as folder:
         dense, tokenizer = load_model(model, dtype=options.Dtype.FLOAT32), load_tokenizer(model)
-        tokens = token_splits(tokenizer, text, length=length, seed=seed)
-        pipeline = Pipeline(folder, dense, tokenizer, tokens, QUICK if quick else FULL, drop, seed)
+        budget = QUICK if quick else FULL
+        tokens = token_splits(tokenizer, text, length=length, seed=seed, teacher=dense, subjects=budget.subjects)
+        pipeline = Pipeline(folder, dense, tokenizer, tokens, budget, drop, seed)
         results = run_results(ctx, title(model, dense, drop)) | {"summary": SUMMARY} | pipeline.run()
         save_results(results, folder)
         build_report(folder)

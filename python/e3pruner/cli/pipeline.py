@@ -29,6 +29,7 @@ from e3pruner.search.problem import SearchProblem
 from e3pruner.storage import new_folder, write_json
 
 METHOD, RIVALS = "gumbel-topk", ("leave-one-out", "bi")
+MEASURED_FILE = "measured.json"
 PRUNED, RECOVERED = "pruned", "recovered"
 MODELS = ("dense", PRUNED, RECOVERED)
 PROMPTS = (
@@ -44,18 +45,21 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend: sequences, points of the curve, training steps and generated tokens a prompt."""
+    """What a run may spend: sequences, steps of the search, points of the curve, training steps, subjects that the
+    teacher writes about, and generated tokens a prompt."""
 
-    calibration: int = 8
+    calibration: int = 16
     held_out: int = 16
+    search_steps: int = 16
     curve_points: int = 4
     training_steps: int = 50
+    subjects: int = 32
     new_tokens: int = 48
     batch: int = 4
 
 
 FULL = Budget()
-QUICK = Budget(calibration=4, held_out=8, curve_points=2, training_steps=10, new_tokens=24)
+QUICK = Budget(calibration=8, held_out=8, search_steps=6, curve_points=1, training_steps=10, subjects=0, new_tokens=16)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Pipeline:
 
     def clean(self) -> None:
         """Deletes what only a resumed run would need."""
-        for path in (*self.folder.glob("stage-*.json"), *self.folder.glob("search-*.json")):
+        for path in (*self.folder.glob("stage-*.json"), self.folder / MEASURED_FILE):
             path.unlink()
         shutil.rmtree(self.folder / "training", ignore_errors=True)
 
@@ -126,9 +130,12 @@ class Pipeline:
         return {method: self.search_by(method) for method in (METHOD, *RIVALS)}
 
     def search_by(self, method: str) -> dict[str, Any]:
-        checkpoint = self.folder / f"search-{method}.json"
+        checkpoint = self.folder / MEASURED_FILE  # one for all: a mask measured for one method is known to the next
         began = time.perf_counter()
-        plan = e3pruner.search(self.dense, self.calibration, self.drop, method, self.seed, checkpoint=checkpoint)
+        options = {"steps": self.budget.search_steps} if method == METHOD else {}
+        plan = e3pruner.search(
+            self.dense, self.calibration, self.drop, method, self.seed, checkpoint=checkpoint, **options
+        )
         if method == METHOD:
             plan.save(self.folder / PLAN_FILE)
         seconds = round(time.perf_counter() - began, 1)

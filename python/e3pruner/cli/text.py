@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.recovery.text import SHARES, demo_tokens
 
@@ -21,14 +22,26 @@ class Tokens(NamedTuple):
     held_out: Tensor
 
 
-def token_splits(tokenizer: PreTrainedTokenizerBase, text: Path | None, *, length: int, seed: int) -> Tokens:
-    """Training, calibration and held-out sequences of `length` tokens from the file `text`, or from the built-in text.
+def token_splits(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Path | None,
+    *,
+    length: int,
+    seed: int,
+    teacher: PreTrainedModel | None = None,
+    subjects: int = 0,
+) -> Tokens:
+    """Training, calibration and held-out sequences of `length` tokens from the file `text`, or from the built-in text
+    and what `teacher` writes about `subjects` subjects. Held-out sequences of the kinds of text take turns.
 
     Raises ValueError when a split has not one whole sequence, and for a file that is not UTF-8.
     """
     if text is None:
-        built_in = demo_tokens(tokenizer, length=length, seed=seed)
-        return Tokens(built_in.training, built_in.calibration, torch.cat(list(built_in.held_out.values())))
+        writer = {"teacher": teacher, "subjects": subjects} if subjects else {}
+        built_in = demo_tokens(tokenizer, length=length, seed=seed, **writer)
+        held_out = chain.from_iterable(zip_longest(*built_in.held_out.values()))
+        turns = torch.stack([sequence for sequence in held_out if sequence is not None])
+        return Tokens(built_in.training, built_in.calibration, turns)
     parts = split_text(text.read_text(encoding="utf-8"))
     return Tokens(*(chunk(tokenizer, part, length, f"{text}, split {name}") for name, part in parts.items()))
 

@@ -105,7 +105,7 @@ def _add_tile(sums: _Sums, logits: list[Tensor], labels: Tensor) -> None:
         sums.cross_entropy += F.cross_entropy(logits[0].float(), labels, reduction="sum").item()
         return
     student, teacher = logits[0], logits[1].to(logits[0].device)
-    _, stats = e3k.entropy_kl(student, teacher, labels, weighting="none", reduction="none", return_stats=True)
+    stats: Any = e3k.entropy_kl(student, teacher, labels, weighting="none", reduction="none", return_stats=True)[1]
     sums.cross_entropy += stats.cross_entropy.double().sum().item()
     sums.kl += stats.kl.double().sum().item()
     sums.agreements += int((student.argmax(-1) == teacher.argmax(-1)).sum())

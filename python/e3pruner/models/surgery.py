@@ -21,9 +21,9 @@ from e3pruner.models.stack import check_indices, find_layers, stack_name
 def prune(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, copy_weights: bool = True) -> PreTrainedModel:
     """A vanilla model of the same class with only the layers that `plan` keeps.
 
-    `plan`: a `PruningPlan`, anything else with `.kept`, or the indices of the layers to keep, in any order. Dtype, device, mode and
-    generation settings are those of `model`, which stays as it is. `copy_weights=False` lets both models share their
-    weights, for saving or evaluating at half the memory; training one would then change the other.
+    `plan`: a `PruningPlan`, anything else with `.kept`, or the indices of the layers to keep, in any order. Dtype,
+    device, mode and generation settings are those of `model`, which stays as it is. `copy_weights=False` lets both
+    models share their weights, for saving or evaluating at half the memory; training one would then change the other.
 
     The pruned model is built from its own configuration, so `save_pretrained` writes a checkpoint that plain
     `AutoModelForCausalLM` loads. Before it is returned it is proven to be `model` without the removed layers, see

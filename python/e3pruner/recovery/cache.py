@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import e3kernels as e3k
 from e3pruner.models import OutputHead, last_hidden, output_head
 from e3pruner.models.stack import evaluating
+from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.batches import Batch, sequences_of
-from e3pruner.recovery.options import autocast_dtype
 from e3pruner.storage import fingerprint, write_json, write_tensors
 
 MANIFEST = "manifest.json"

@@ -27,9 +27,10 @@ from transformers import PreTrainedModel
 
 from e3pruner.models import PruningPlan, find_layers, last_hidden, output_head
 from e3pruner.models.stack import evaluating
+from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.batches import sequences_of
 from e3pruner.recovery.loss import DistillLoss, HeldOut
-from e3pruner.recovery.options import DistillOptions, autocast_dtype
+from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher
 
 # Where decoder layers of transformers write to the residual stream: attention's projection and the last of the layer.
@@ -37,7 +38,8 @@ _ATTENTION = (
     "self_attn.o_proj self_attn.dense self_attn.out_proj attn.c_proj attn.out_proj attention.dense self_attention.dense"
 )
 _DOWN = "mlp.down_proj mlp.c_proj mlp.dense_4h_to_h mlp.fc2 mlp.fc_out fc2"
-RIDGE = 1e-2
+# Flat between 0.05 and 0.5 on SmolLM2 with 8,000 tokens of calibration; at 0.001 it fits noise.
+RIDGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,14 @@ def compensate(
     before = {name: p.detach().clone() for name, p in find_layers(pruned).named_parameters()}
     kl: dict[str, float] = {}
     best = before
-    with evaluating(pruned), evaluating(teacher), torch.autocast(pruned.device.type, dtype, enabled=dtype is not None):
+    with evaluating(pruned), evaluating(teacher):
         for name in methods:
             _restore(pruned, before)
             try:
                 for cut in find_cuts(kept, layers):
-                    METHODS[name](pruned, teacher, cut, calibration)
+                    # One context a cut: within one, autocast would go on using its copies of weights changed since.
+                    with torch.autocast(pruned.device.type, dtype, enabled=dtype is not None):
+                        METHODS[name](pruned, teacher, cut, calibration)
                 kl[name] = judge.evaluate()["kl"]
             except UnsupportedLayerError:
                 if method != "auto":

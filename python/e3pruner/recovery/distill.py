@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from e3pruner.models import output_head
+from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.batches import sequences_of
 from e3pruner.recovery.loop import DistillResult, Training
 from e3pruner.recovery.loss import DistillLoss
-from e3pruner.recovery.options import DistillOptions, autocast_dtype
+from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.state import StateFolder
 from e3pruner.recovery.student import refuse_shared_weights, trained_parameters
 from e3pruner.recovery.teacher import LiveTeacher, Teacher

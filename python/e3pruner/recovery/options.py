@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
-import torch
-
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions:
@@ -68,17 +66,3 @@ class DistillOptions:
         if step < warm:
             return self.lr * (step + 1) / warm
         return self.lr * (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of `precision`'s autocast on `device`; None: no autocast."""
-    if precision == "auto":
-        precision = "bf16" if _multiplies_bf16(device) else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": None}[precision]
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

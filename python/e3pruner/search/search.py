@@ -61,6 +61,8 @@ def search(
         multiplies it.
     checkpoint: a file for what has been measured. It is written every few seconds and when the search stops, by
         whatever cause; the same call with the same file goes on from there and ends with the same plan, bit for bit.
+        What one method has measured, another need not measure again on the same tokens; its `cost` counts it all the
+        same.
     progress: show a bar on standard error.
 
     Returns the plan. Its `history` holds one record a step (see `protocol.Search`) with "step" and "cost", the dense
@@ -81,8 +83,8 @@ def search(
     problem = SearchProblem(model, batches, drop=drop, protect=protected, seed=seed, autocast=dtype)
     store = None
     if checkpoint is not None:
-        identity = {"method": method, "options": options, "drop": drop, "protect": protected, "seed": seed}
-        identity |= {"dtype": str(dtype), "tokens": [fingerprint(b) for b in batches], "model": model_identity(model)}
+        tokens = [fingerprint(batch) for batch in batches]
+        identity = {"dtype": str(dtype), "tokens": tokens, "model": model_identity(model)}
         store = Checkpoint(checkpoint, identity)
         problem.measured, problem.committed = store.measured, store.save_if_due
     try:
