@@ -1,7 +1,7 @@
 """What a compiled kernel's binary and intermediate code say: registers, spills, shared memory, occupancy, accesses.
 
 Access widths are those of the global loads and stores inside the innermost loops of the machine code (of the whole
-kernel where it has none). Bytes per element are counted in Triton's GPU dialect, where every loop appears once and
+kernel where it has none). Bytes per element are counted in Triton's own dialect, where every loop appears once and
 unrolling does not multiply its body: bytes of a loop's tile accesses over its step, summed over the loops that load.
 """
 
@@ -55,22 +55,27 @@ def _tool(name: str, *arguments: str, binary: bytes) -> str:
     return done.stdout
 
 
-def _innermost(lines: list[str], label: re.Pattern[str], branch: re.Pattern[str]) -> list[str]:
-    """The lines of all innermost loops: from a label to a later branch back to it, with no such pair inside."""
+def _hot(lines: list[str], label: re.Pattern[str], branch: re.Pattern[str], access: re.Pattern[str]) -> list[str]:
+    """The lines of the innermost loops that hold an access (a loop: from a label to a later branch back to it)."""
     at = {match[1]: number for number, line in enumerate(lines) if (match := label.match(line.strip()))}
     loops = [
         (at[match[1]], number)
         for number, line in enumerate(lines)
         if (match := branch.search(line)) and at.get(match[1], number) < number
     ]
+    loops = [(start, stop) for start, stop in loops if access.search("\n".join(lines[start:stop]))]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return [line for start, stop in inner for line in lines[start:stop]] or lines
 
 
+_NVIDIA_ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E([.\w]*)")
+_AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)\b")
+
+
 def _nvidia_accesses(sass: str) -> dict[str, int]:
-    hot = _innermost(sass.splitlines(), re.compile(r"(\.L_x_\d+):"), re.compile(r"BRA.*`\((\.L_x_\d+)\)"))
+    label, branch = re.compile(r"(\.L_x_\d+):"), re.compile(r"BRA.*`\((\.L_x_\d+)\)")
     counts: dict[str, int] = {}
-    for kind, modifiers in re.findall(r"\b(LDG|STG|LDGSTS)\.E([.\w]*)", "\n".join(hot)):
+    for kind, modifiers in _NVIDIA_ACCESS.findall("\n".join(_hot(sass.splitlines(), label, branch, _NVIDIA_ACCESS))):
         width = next((bits for text, bits in _NVIDIA_WIDTHS.items() if f".{text}" in modifiers), 32)
         key = f"{'store' if kind == 'STG' else 'load'}{width}"
         counts[key] = counts.get(key, 0) + 1
@@ -78,11 +83,9 @@ def _nvidia_accesses(sass: str) -> dict[str, int]:
 
 
 def _amd_accesses(assembly: str) -> dict[str, int]:
-    hot = _innermost(
-        assembly.splitlines(), re.compile(r"(\.LBB\d+_\d+):"), re.compile(r"s_c?branch\w*\s+(\.LBB\d+_\d+)")
-    )
+    label, branch = re.compile(r"(\.LBB\d+_\d+):"), re.compile(r"s_c?branch\w*\s+(\.LBB\d+_\d+)")
     counts: dict[str, int] = {}
-    for kind, width in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+?)\b", "\n".join(hot)):
+    for kind, width in _AMD_ACCESS.findall("\n".join(_hot(assembly.splitlines(), label, branch, _AMD_ACCESS))):
         size = width.removesuffix("_d16_hi").removesuffix("_d16")
         if size in _AMD_WIDTHS:
             key = f"{kind}{_AMD_WIDTHS[size]}"
@@ -98,12 +101,12 @@ def _bits(dtype: str) -> int:
     return int(re.sub(r"\D", "", dtype))
 
 
-def bytes_per_element(ttgir: str) -> float | None:
+def bytes_per_element(ttir: str) -> float | None:
     """Global bytes that the tile accesses move for one element of a row; None for a kernel without such accesses."""
     loops: list[tuple[int, int, int, int]] = []  # depth, step, loads, bytes
     stack: list[list[int]] = []
     outside, depth, total, found = 0.0, 0, 0.0, False
-    for line in ttgir.splitlines():
+    for line in ttir.splitlines():
         loop = _LOOP.search(line)
         access = _ACCESS.search(line)
         if loop:
@@ -132,7 +135,7 @@ def report(kernel: CompiledKernel) -> Report:
     """Read the binary of `kernel`."""
     metadata = kernel.metadata
     warps, shared = metadata.num_warps, metadata.shared
-    moved = bytes_per_element(kernel.asm["ttgir"])
+    moved = bytes_per_element(kernel.asm["ttir"])
     if metadata.target.backend == "hip":
         text = kernel.asm["amdgcn"]
         numbers = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", text, re.M)}

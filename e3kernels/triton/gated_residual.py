@@ -67,13 +67,12 @@ def _runs(shape: torch.Size, gate_shape: torch.Size) -> tuple[int, int] | None:
     """(gates, run size) if the gate is constant on runs of the flattened tensor and its values repeat in order."""
     aligned = (1,) * (len(shape) - len(gate_shape)) + tuple(gate_shape)
     varies = [gate > 1 for size, gate in zip(shape, aligned, strict=True) if size > 1]
-    first = varies.index(True) if True in varies else len(varies)
-    last = len(varies) - varies[::-1].index(True) if True in varies else first
+    if True not in varies:
+        return 1, math.prod(shape)
+    first, last = varies.index(True), len(varies) - varies[::-1].index(True)
     if not all(varies[first:last]):
         return None
-    gates = math.prod(aligned)
-    inner = [size for size in shape if size > 1][last:]
-    return gates, math.prod(inner)
+    return math.prod(aligned), math.prod([size for size in shape if size > 1][last:])
 
 
 def _arranged(hidden: Tensor, gate: Tensor) -> tuple[Tensor, int, int, bool]:

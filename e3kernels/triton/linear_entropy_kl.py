@@ -37,8 +37,11 @@ NONE = REDUCTIONS.index("none")
 
 
 @triton.jit
-def _dot(hidden_ptr, weight_ptr, acc, rows, columns, k, N, V, H, hidden_stride, weight_stride, BK: tl.constexpr):
-    """acc + the product of BK hidden columns from k on."""
+def _dot(
+    hidden_ptr, weight_ptr, acc, rows, columns, k, N, V, H, hidden_stride, weight_stride,
+    BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc + the product of BK hidden columns from k on; UPCAST because Triton's interpreter has no bf16 products."""
     width = k + tl.arange(0, BK)
     h = tl.load(
         hidden_ptr + rows[:, None] * hidden_stride + width[None, :],
@@ -48,18 +51,22 @@ def _dot(hidden_ptr, weight_ptr, acc, rows, columns, k, N, V, H, hidden_stride, 
         weight_ptr + columns[:, None].to(tl.int64) * weight_stride + width[None, :],
         mask=(columns[:, None] < V) & (width[None, :] < H), other=0.0,
     )  # fmt: skip
-    return tl.dot(h, tl.trans(w).to(h.dtype), acc, input_precision="ieee")
+    if UPCAST:
+        h = h.to(tl.float32)
+        w = w.to(tl.float32)
+    return tl.dot(h, tl.trans(w), acc, input_precision="ieee")
 
 
 @triton.jit
 def _logits(
     hidden_ptr, weight_ptr, bias_ptr, rows, columns, N, V, H, hidden_stride, weight_stride, scale, softcap,
     HAS_BIAS: tl.constexpr, CAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of logits at T = 1, in fp32; −∞ beyond the vocabulary."""
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, H, BK):
-        acc = _dot(hidden_ptr, weight_ptr, acc, rows, columns, k, N, V, H, hidden_stride, weight_stride, BK)
+        acc = _dot(hidden_ptr, weight_ptr, acc, rows, columns, k, N, V, H, hidden_stride, weight_stride, BK, UPCAST)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     y, _ = scaled_logits(acc, scale, softcap, CAP)
@@ -73,6 +80,7 @@ def linear_entropy_kl_statistics(
     student_stride, student_weight_stride, teacher_stride, teacher_weight_stride, split_size,
     HAS_LABELS: tl.constexpr, HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, DIVERGENCE: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
@@ -95,11 +103,11 @@ def linear_entropy_kl_statistics(
         columns = start + tl.arange(0, BN)
         zt = _logits(
             teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, rows, columns, N, V, teacher_width,
-            teacher_stride, teacher_weight_stride, scale_t, softcap_t, HAS_BIAS_T, CAP_T, BM, BN, BK,
+            teacher_stride, teacher_weight_stride, scale_t, softcap_t, HAS_BIAS_T, CAP_T, BM, BN, BK, UPCAST,
         )  # fmt: skip
         y = _logits(
             student_ptr, student_weight_ptr, student_bias_ptr, rows, columns, N, V, student_width,
-            student_stride, student_weight_stride, scale_s, softcap_s, HAS_BIAS_S, CAP_S, BM, BN, BK,
+            student_stride, student_weight_stride, scale_s, softcap_s, HAS_BIAS_S, CAP_S, BM, BN, BK, UPCAST,
         )  # fmt: skip
         if HAS_LABELS:
             y_label += tl.sum(tl.where(columns[None, :] == label[:, None], y, 0.0), axis=1)
@@ -147,6 +155,7 @@ def on_chip_tokens(
         d.labels, d.scalars, partial, N, V, width, teacher_hidden.shape[1],
         student_hidden.stride(0), student_weight.stride(0), teacher_hidden.stride(0), teacher_weight.stride(0), size,
         HAS_BIAS_S=student_bias is not None, HAS_BIAS_T=teacher_bias is not None, BM=bm, BN=bn, BK=bk,
+        UPCAST=device.type == "cpu",
         **warps(8, num_stages=3), **flags,
     )  # fmt: skip
     return token_statistics(d, partial, None, V)

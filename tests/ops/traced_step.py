@@ -35,6 +35,7 @@ def kernels(graph: torch.fx.GraphModule) -> list[str]:
 
 
 def main() -> None:
+    torch._C._ensureCUDADeviceGuardSet()  # a guard that does nothing, for a PyTorch without CUDA
     if ("triton", "entropy_kl") not in backends.services:
         e3kernels.triton.load(backends.register, ("cuda",), backends.FLOATS)
     record = AotEagerAndRecordGraphs()
