@@ -56,7 +56,7 @@ def _tool(name: str, *arguments: str, binary: bytes) -> str:
 
 
 def _hot(lines: list[str], label: re.Pattern[str], branch: re.Pattern[str], access: re.Pattern[str]) -> list[str]:
-    """The lines of the innermost loops that hold an access (a loop: from a label to a later branch back to it)."""
+    """The lines of the innermost loops that hold an access (a loop: from a label to a later conditional branch to it)."""
     at = {match[1]: number for number, line in enumerate(lines) if (match := label.match(line.strip()))}
     loops = [
         (at[match[1]], number)
@@ -73,7 +73,7 @@ _AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)\b")
 
 
 def _nvidia_accesses(sass: str) -> dict[str, int]:
-    label, branch = re.compile(r"(\.L_x_\d+):"), re.compile(r"BRA.*`\((\.L_x_\d+)\)")
+    label, branch = re.compile(r"(\.L_x_\d+):"), re.compile(r"@!?U?P\d+ BRA.*`\((\.L_x_\d+)\)")
     counts: dict[str, int] = {}
     for kind, modifiers in _NVIDIA_ACCESS.findall("\n".join(_hot(sass.splitlines(), label, branch, _NVIDIA_ACCESS))):
         width = next((bits for text, bits in _NVIDIA_WIDTHS.items() if f".{text}" in modifiers), 32)
@@ -83,7 +83,7 @@ def _nvidia_accesses(sass: str) -> dict[str, int]:
 
 
 def _amd_accesses(assembly: str) -> dict[str, int]:
-    label, branch = re.compile(r"(\.LBB\d+_\d+):"), re.compile(r"s_c?branch\w*\s+(\.LBB\d+_\d+)")
+    label, branch = re.compile(r"(\.LBB\d+_\d+):"), re.compile(r"s_cbranch\w*\s+(\.LBB\d+_\d+)")
     counts: dict[str, int] = {}
     for kind, width in _AMD_ACCESS.findall("\n".join(_hot(assembly.splitlines(), label, branch, _AMD_ACCESS))):
         size = width.removesuffix("_d16_hi").removesuffix("_d16")

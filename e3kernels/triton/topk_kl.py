@@ -41,7 +41,7 @@ BUCKET: tl.constexpr = tl.constexpr(0)
 RENORM: tl.constexpr = tl.constexpr(1)
 NONE = REDUCTIONS.index("none")
 ROW_FIELDS: tl.constexpr = tl.constexpr(5)  # log rest, log Z at T = 1, G, kd, ce
-ROWS = 16  # tokens of one program of the tokens and stored kernels
+ROWS = 8  # tokens of one program of the tokens and stored kernels
 
 
 @triton.jit
@@ -231,8 +231,9 @@ def topk_kl_gradient(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * split_size
+    last = tl.minimum(first + split_size, V)
     if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
-        sweep_zero(grad_ptr + row * V, first, tl.minimum(first + split_size, V), V, LANES, VEC)
+        sweep_zero(grad_ptr + row * V, first, last, V, LANES, VEC)
         return
     inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
     scale, softcap = student_transform(scalars_ptr)
@@ -244,19 +245,21 @@ def topk_kl_gradient(
     kd = tl.load(fields + 3) * incoming * inverse_temperature
     ce = tl.load(fields + 4) * incoming
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
-    for part in tl.static_range(UNROLL):
-        columns = first + part * LANES * VEC + lane_columns(LANES, VEC)
-        mask = columns < V
-        x = tl.load(student_ptr + row * student_stride + columns, mask=mask, other=0.0)
-        y, slope = scaled_logits(x, scale, softcap, CAP)
-        g = tl.zeros_like(y)
-        if TAIL != RENORM:
-            g = dense * tl.exp(tl.minimum(y * inverse_temperature - log_rest, 0.0))
-            g = tl.where(kd == 0.0, 0.0, g * kd)
-        if HAS_LABELS:
-            hard = tl.exp(y - log_z1) - tl.where(columns == label, 1.0, 0.0)
-            g += tl.where(ce == 0.0, 0.0, ce * hard)
-        tl.store(grad_ptr + row * V + columns, (g * slope).to(grad_ptr.dtype.element_ty), mask=mask)
+    grad_row = grad_ptr + row * V
+    for start in range(first, last, LANES * VEC * UNROLL):
+        for part in tl.static_range(UNROLL):
+            columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
+            mask = columns < V
+            x = tl.load(student_ptr + row * student_stride + columns, mask=mask, other=0.0)
+            y, slope = scaled_logits(x, scale, softcap, CAP)
+            g = tl.zeros_like(y)
+            if TAIL != RENORM:
+                g = dense * tl.exp(tl.minimum(y * inverse_temperature - log_rest, 0.0))
+                g = tl.where(kd == 0.0, 0.0, g * kd)
+            if HAS_LABELS:
+                hard = tl.exp(y - log_z1) - tl.where(columns == label, 1.0, 0.0)
+                g += tl.where(ce == 0.0, 0.0, ce * hard)
+            tl.store(grad_row + columns, (g * slope).to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -31,11 +31,15 @@ def test_no_kernel_spills_or_moves_more_than_recorded():
     assert run("-m", "bench.static", "--check").strip() == ""
 
 
-def test_a_training_step_is_one_graph_that_holds_the_kernels():
-    """Traced for CUDA with fake tensors: no break, launches visible, no graph more for a change of any scalar."""
-    graphs, forward, backward = run(str(ROOT / "tests" / "ops" / "traced_step.py")).splitlines()[-3:]
+def test_a_training_step_is_one_graph_that_holds_the_launches():
+    """No break, every launch visible, and no graph more for a change of any scalar; fake tensors, nothing is run."""
+    lines = run(str(ROOT / "tests" / "ops" / "traced_step.py")).splitlines()[-5:]
+    graphs, forward, backward, cuda_graphs, on_cuda = lines
     assert int(graphs) <= 2  # one with the first scalars as constants, one for all others
+    assert int(cuda_graphs) <= 2
     for kernel in ("entropy_kl_statistics", "entropy_kl_gradient", "topk_kl_tokens", "gated_residual_forward"):
         assert kernel in forward
+        assert kernel in on_cuda
     assert "e3.gumbel_topk.triton" in forward
     assert "gated_residual_gradient" in backward
+    assert "gated_residual_gradient" in on_cuda
