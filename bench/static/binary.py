@@ -56,7 +56,7 @@ def _tool(name: str, *arguments: str, binary: bytes) -> str:
 
 
 def _hot(lines: list[str], label: re.Pattern[str], branch: re.Pattern[str], access: re.Pattern[str]) -> list[str]:
-    """The lines of the innermost loops that hold an access (a loop: from a label to a later conditional branch to it)."""
+    """The lines of the innermost loops that hold an access; a loop ends with a conditional branch back to it."""
     at = {match[1]: number for number, line in enumerate(lines) if (match := label.match(line.strip()))}
     loops = [
         (at[match[1]], number)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from e3kernels.triton import entropy_kl, gated_residual, gumbel_topk, linear_entropy_kl, topk_kl
+from e3kernels.triton import entropy_kl, gated_residual, gumbel_topk, linear_entropy_kl, linear_topk_kl, topk_kl
 
 ROWS, VOCABULARY, WIDTH, STORED = 4096, 128256, 1024, 10
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,6 +37,13 @@ def _linear(dtype: torch.dtype, labels: bool) -> None:
     linear_entropy_kl.on_chip_tokens(hidden, weight, None, hidden, weight, None, target, None, *codes)
 
 
+def _linear_sparse(dtype: torch.dtype, labels: bool) -> None:
+    hidden, weight = torch.empty(ROWS, WIDTH, dtype=dtype), torch.empty(VOCABULARY, WIDTH, dtype=dtype)
+    stored = torch.empty(ROWS, STORED), torch.empty(ROWS, STORED, dtype=torch.int64)
+    target = torch.empty(ROWS, dtype=torch.int64) if labels else None
+    linear_topk_kl.on_chip_tokens(hidden, weight, None, *stored, target, None, _scalars()[:6], 1, 0, -100, 0)
+
+
 def _gumbel(relaxation: int) -> None:
     scalars = torch.tensor([0.5, 1.0], dtype=torch.float64, device="cpu")
     logits = torch.empty(4, 64)
@@ -64,6 +71,7 @@ def ours() -> dict[str, Callable[[], Any]]:
             calls[f"topk_kl/{name}/{tail}"] = lambda d=dtype, c=code: _sparse(d, c, False)
         calls[f"topk_kl/{name}/bucket/labels"] = lambda d=dtype: _sparse(d, 0, True)
         calls[f"linear_entropy_kl/{name}/on_chip"] = lambda d=dtype: _linear(d, False)
+        calls[f"linear_topk_kl/{name}/on_chip"] = lambda d=dtype: _linear_sparse(d, False)
         calls[f"gated_residual/{name}/scalar"] = lambda d=dtype: _gated(d, False)
         calls[f"gated_residual/{name}/sequence"] = lambda d=dtype: _gated(d, True)
     for code, relaxation in enumerate(("threshold", "softmax", "successive")):

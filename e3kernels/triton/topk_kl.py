@@ -139,7 +139,7 @@ def _event_terms(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def _stored_logits(student_ptr, row, stride, ids, kept, scalars_ptr, CAP: tl.constexpr):
-    """(z at T = 1, ∂z/∂x) of the stored ids; −∞ where none is kept."""
+    """(logit at T = 1, ∂/∂x of it) of the stored ids; −∞ where none is kept."""
     scale, softcap = student_transform(scalars_ptr)
     x = tl.load(student_ptr + row[:, None] * stride + ids, mask=kept, other=0.0)
     y, slope = scaled_logits(x, scale, softcap, CAP)
@@ -152,9 +152,13 @@ def topk_kl_tokens(
     stats_ptr, loss_ptr, rows_ptr, terms_ptr,
     N, student_stride, splits, k, log_support, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr, WEIGHTING: tl.constexpr,
-    TAIL: tl.constexpr, CAP: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    TAIL: tl.constexpr, CAP: tl.constexpr, GATHERED: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of ROWS tokens with their stored ids; terms[row, i] is ∂D/∂u of stored id i."""
+    """Join the splits of ROWS tokens with their stored ids; terms[row, i] is ∂D/∂u of stored id i.
+
+    GATHERED: student_ptr holds the stored ids' logits at T = 1, (N, k), not rows of inputs.
+    """
     temperature = scalar(scalars_ptr, TEMPERATURE)
     beta = tl.load(scalars_ptr + BETA)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -171,7 +175,11 @@ def topk_kl_tokens(
 
     log_p, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, K)
     log_p = log_p.to(tl.float64)
-    y, _ = _stored_logits(student_ptr, row, student_stride, ids, kept, scalars_ptr, CAP)
+    if GATHERED:
+        at = student_ptr + row[:, None] * student_stride + tl.arange(0, K)[None, :]
+        y = tl.load(at, mask=kept, other=float("-inf"))
+    else:
+        y, _ = _stored_logits(student_ptr, row, student_stride, ids, kept, scalars_ptr, CAP)
     u = (y * (1.0 / temperature)).to(tl.float64)
     same = (ids[:, :, None] == ids[:, None, :]) & kept[:, :, None] & kept[:, None, :]
     earlier = same & (tl.arange(0, K)[None, :, None] > tl.arange(0, K)[None, None, :])
@@ -323,7 +331,7 @@ class Tokens(NamedTuple):
     terms: Tensor
 
 
-def _prepared(
+def prepared(
     student: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, labels: Tensor | None, mask: Tensor | None,
     scalars: Tensor, *codes: int,
 ) -> Sparse:  # fmt: skip
@@ -334,22 +342,30 @@ def _prepared(
     return Sparse(student, teacher_logprobs, teacher_ids.contiguous(), labels, mask, scalars, *codes, cap)
 
 
-def _token_statistics(s: Sparse) -> Tokens:
-    (N, V), k, device = s.student.shape, s.teacher_ids.shape[1], s.student.device
+def _partial_statistics(s: Sparse) -> Tensor:
+    """(N, splits, 4): the statistics of the ids not stored in each part of each row."""
+    (N, V), device = s.student.shape, s.student.device
     sweep = sweep_of("statistics", device, s.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)
     wrap_triton(topk_kl_statistics)[(N, splits)](
         s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial,
-        s.student.stride(0), V, size, s.ignore_index, k,
+        s.student.stride(0), V, size, s.ignore_index, s.teacher_ids.shape[1],
         K=s.padded, **s.flags(), **sweep.options(),
     )  # fmt: skip
+    return partial
+
+
+def token_statistics(s: Sparse, partial: Tensor, gathered: Tensor | None) -> Tokens:
+    """Join the parts of each row; `gathered` (N, k) are the stored ids' logits at T = 1 where `s.student` is none."""
+    (N, splits, _), k = partial.shape, s.teacher_ids.shape[1]
+    student = s.student if gathered is None else gathered
     new = partial.new_empty
     out = Tokens(new(4, N), new(N), new(N, ROW_FIELDS.value), new(N, k))
     wrap_triton(topk_kl_tokens)[(triton.cdiv(N, ROWS),)](
-        s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial, *out,
-        N, s.student.stride(0), splits, k, math.log(k), s.ignore_index,
-        DIVERGENCE=s.divergence, WEIGHTING=s.weighting, TAIL=s.tail, K=s.padded,
+        student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial, *out,
+        N, student.stride(0), splits, k, math.log(k), s.ignore_index,
+        DIVERGENCE=s.divergence, WEIGHTING=s.weighting, TAIL=s.tail, GATHERED=gathered is not None, K=s.padded,
         SPLITS=triton.next_power_of_2(splits), ROWS=ROWS, **s.flags(), **warps(4),
     )  # fmt: skip
     return out
@@ -377,8 +393,8 @@ def _gradient(s: Sparse, tokens: Tokens, incoming: Tensor) -> Tensor:
 def topk_kl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's kernel: (loss, stats, ∂loss/∂student or an empty tensor)."""
     *inputs, reduction, num_items, need_student = arguments
-    s = _prepared(*inputs)
-    tokens = _token_statistics(s)
+    s = prepared(*inputs)
+    tokens = token_statistics(s, _partial_statistics(s), None)
     empty = s.student.new_empty(0)
     if reduction == NONE:
         return tokens.losses, tokens.stats, empty
@@ -388,5 +404,5 @@ def topk_kl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def topk_kl_backward(grad_loss: Tensor, *inputs: Any) -> Tensor:
     """∂/∂student of Σ grad_loss·loss, one incoming gradient a token."""
-    s = _prepared(*inputs)
-    return _gradient(s, _token_statistics(s), grad_loss.contiguous())
+    s = prepared(*inputs)
+    return _gradient(s, token_statistics(s, _partial_statistics(s), None), grad_loss.contiguous())

@@ -237,10 +237,20 @@ def test_linear_entropy_kl_with_the_logits_on_chip(monkeypatch, dtype, divergenc
         torch.testing.assert_close(mine.double(), truth.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_linear_topk_kl(with_gradients):
+@pytest.mark.parametrize("tail", ["bucket", "renorm"])
+def test_linear_topk_kl(with_gradients, tail):
     hidden, weight, teacher, _ = heads(True)
     log_p, ids = (teacher @ weight.t()).log_softmax(-1).topk(6)
-    assert_close(*both(lambda h, w: e3k.linear_topk_kl(h, w, log_p, ids), [hidden, weight], with_gradients))
+    log_p[0, -1] = -INF
+
+    def loss(h, w):
+        return e3k.linear_topk_kl(h, w, log_p, ids, LABELS, kd_ratio=0.7, tail=tail, temperature=1.7)
+
+    ours, exact = both(loss, [hidden, weight], with_gradients)
+    assert_close(ours, exact)
+    with torch.no_grad(), e3k.use_backend("triton"):
+        on_chip = loss(hidden, weight)
+    torch.testing.assert_close(on_chip.double(), exact[0].double(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_stride_beyond_the_vocabulary(with_gradients):
