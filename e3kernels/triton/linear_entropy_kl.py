@@ -105,7 +105,8 @@ def on_chip_tokens(
     wrap_triton(linear_entropy_kl_statistics)[(tiles.blocks, tiles.splits)](
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         d.labels, d.scalars, partial, N, V, width, teacher_hidden.shape[1],
-        student_hidden.stride(0), student_weight.stride(0), teacher_hidden.stride(0), teacher_weight.stride(0), tiles.split_size,
+        student_hidden.stride(0), student_weight.stride(0), teacher_hidden.stride(0), teacher_weight.stride(0),
+        tiles.split_size,
         HAS_BIAS_S=student_bias is not None, HAS_BIAS_T=teacher_bias is not None, **flags, **tiles.options(),
     )  # fmt: skip
     return token_statistics(d, partial, None, V)
