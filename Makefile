@@ -3,6 +3,7 @@
 #   make test                    ruff, mypy, pytest
 #   make bench                   every kernel against its peers and its physical floor; bench/results/kernels.*
 #   make fuzz                    the C++ kernels under the sanitizers
+#   make gpu                     the Triton kernels on the GPU of this machine
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,7 +12,7 @@ ARGS   ?=
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -25,6 +26,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On a machine with a GPU: the kernels against the oracle, then against their peers -> bench/results/gpu.json
+gpu: $(VENV)/bench
+	$(BIN)/pytest tests/ops -m gpu
+	$(BIN)/python -m bench.gpu
 
 bench: $(VENV)/bench
 	$(BIN)/pytest bench --benchmark-only --jsonl bench/results/kernels.jsonl $(ARGS)

@@ -7,6 +7,7 @@ A graph of torch.compile keeps the backend that was chosen when it was traced.
 
 import importlib
 import json
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,12 +150,13 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def load() -> None:
-    """Register the reference kernels, and the compiled ones beside this file if they load."""
+    """Register the reference kernels, the compiled ones beside this file if they load, and the Triton kernels."""
     for operation in OPERATORS:
         module = importlib.import_module(f"e3kernels.reference.{operation}")
         forward, backward = getattr(module, operation), getattr(module, f"{operation}_backward")
         register("reference", operation, forward, backward, devices=None, dtypes=(*FLOATS, torch.float64))
     _load_native()
+    _load_triton()
 
 
 def _why_not_built() -> str:
@@ -192,3 +194,16 @@ def _load_native() -> None:
             tile = TileKernel(operator.packet.native, operator.backward_packet.native, _NATIVE_TILE_LOGITS)
             problem = importlib.import_module(f"e3kernels.reference.{operation}").problem
             register("native", operation, *kernels(problem, tile), devices=("cpu",), dtypes=FLOATS)
+
+
+def _load_triton() -> None:
+    """Register the Triton kernels for the devices that there are; CPU tensors only under Triton's interpreter."""
+    devices = [name for name in ("cuda", "xpu") if getattr(torch, name).is_available()]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        devices.append("cpu")
+    if importlib.util.find_spec("triton") is None:
+        unavailable["triton"] = "the package triton is not installed"
+    elif not devices:
+        unavailable["triton"] = "no CUDA, ROCm or XPU device (TRITON_INTERPRET=1 runs the kernels on CPU tensors)"
+    else:
+        importlib.import_module("e3kernels.triton").load(register, tuple(devices), FLOATS)

@@ -6,7 +6,6 @@ Python backend passes its functions, a compiled one has already registered its k
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,11 +28,11 @@ class Operator:
     setup_context: Callable[..., None]
     make_backward: Callable[[Any], Callable[..., Any]]
 
-    @cached_property
+    @property
     def packet(self) -> Any:
         return getattr(torch.ops.e3, self.name)
 
-    @cached_property
+    @property
     def backward_packet(self) -> Any:
         return getattr(torch.ops.e3, f"{self.name}_backward")
 

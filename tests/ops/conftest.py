@@ -12,6 +12,10 @@ from torch import Tensor
 import e3kernels as e3k
 from e3kernels import backends
 
+# It runs the kernels on CPU tensors, which only Triton's interpreter offers.
+_service = backends.services.get(("triton", "entropy_kl"))
+collect_ignore = [] if _service and "cpu" in _service.devices else ["test_triton_kernels.py"]
+
 settings.register_profile(
     "e3kernels",
     deadline=None,
@@ -25,9 +29,14 @@ settings.load_profile("e3kernels")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
+def _case(backend: str, *values: object, id: str) -> object:
+    return pytest.param(backend, *values, id=id, marks=pytest.mark.slow if backend == "triton" else ())
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with a `backend` argument runs on each backend that serves the module's OPERATION on this machine's CPU;
-    with `dtype` beside it, in each dtype that the backend serves."""
+    with `dtype` beside it, in each dtype that the backend serves. Under Triton's interpreter these tests are slow; the
+    quick ones of that backend are in test_triton_kernels.py."""
     if "backend" not in metafunc.fixturenames:
         return
     serving = {
@@ -37,10 +46,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     }
     if "dtype" in metafunc.fixturenames:
         pairs = [(name, dtype) for name, dtypes in serving.items() for dtype in dtypes]
-        ids = [f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in pairs]
-        metafunc.parametrize(("backend", "dtype"), pairs, ids=ids, indirect=["backend"])
+        cases = [_case(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}") for name, dtype in pairs]
+        metafunc.parametrize(("backend", "dtype"), cases, indirect=["backend"])
     else:
-        metafunc.parametrize("backend", list(serving), indirect=True)
+        metafunc.parametrize("backend", [_case(name, id=name) for name in serving], indirect=True)
 
 
 @pytest.fixture

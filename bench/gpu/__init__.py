@@ -1,0 +1,1 @@
+"""Measurements on a real GPU: `make gpu`, or `python -m bench.gpu`."""

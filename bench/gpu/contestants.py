@@ -1,0 +1,139 @@
+"""Who computes what: our kernels, eager PyTorch, torch.compile, Liger and TRL, each forward and backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import e3kernels as e3k
+
+Step = Callable[[], Any]
+
+
+def _naive(student: Tensor, teacher: Tensor) -> Tensor:
+    log_p, log_q = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+
+
+def _training(loss: Callable[..., Tensor], *leaves: Tensor) -> Step:
+    """One forward and backward pass; the gradients are dropped each time."""
+
+    def step() -> None:
+        torch.autograd.grad(loss(*leaves), leaves)
+
+    return step
+
+
+def entropy_kl(rows: int, vocabulary: int, device: str) -> dict[str, Step]:
+    """Forward KL of bf16 logits."""
+    student, teacher = (torch.randn(rows, vocabulary, device=device, dtype=torch.bfloat16) for _ in range(2))
+    student.requires_grad_()
+
+    def liger(z: Tensor) -> Tensor:
+        from liger_kernel.ops.kl_div import LigerKLDivLossFunction
+
+        log_p, log_q = teacher.float().log_softmax(-1), z.float().log_softmax(-1)
+        return LigerKLDivLossFunction.apply(log_q, log_p, "batchmean", True, 1e-10)
+
+    compiled = torch.compile(_naive, dynamic=False)
+    return {
+        "e3kernels, weighted": _training(lambda z: e3k.entropy_kl(z, teacher), student),
+        "e3kernels, unweighted": _training(lambda z: e3k.entropy_kl(z, teacher, weighting="none"), student),
+        "eager": _training(lambda z: _naive(z, teacher), student),
+        "torch.compile": _training(lambda z: compiled(z, teacher), student),
+        "liger": _training(liger, student),
+    }
+
+
+def topk_kl(rows: int, vocabulary: int, device: str) -> dict[str, Step]:
+    """Ten stored log-probabilities a token; nobody else has the tail event."""
+    student = torch.randn(rows, vocabulary, device=device, dtype=torch.bfloat16, requires_grad=True)
+    stored, ids = torch.randn(rows, vocabulary, device=device).log_softmax(-1).topk(10)
+
+    def naive(z: Tensor) -> Tensor:
+        log_q = F.log_softmax(z.float(), -1).gather(-1, ids)
+        tail = [torch.log1p(-x.exp().sum(-1, keepdim=True)) for x in (stored, log_q)]
+        log_p, log_q = torch.cat((stored, tail[0]), -1), torch.cat((log_q, tail[1]), -1)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+
+    compiled = torch.compile(naive, dynamic=False)
+    return {
+        "e3kernels": _training(lambda z: e3k.topk_kl(z, stored, ids), student),
+        "eager": _training(naive, student),
+        "torch.compile": _training(compiled, student),
+    }
+
+
+def linear_entropy_kl(rows: int, width: int, vocabulary: int, device: str) -> dict[str, Step]:
+    """Forward KL from bf16 hidden states; gradients of hidden states and head."""
+    hidden, teacher = (torch.randn(rows, width, device=device, dtype=torch.bfloat16) for _ in range(2))
+    weight, fixed = (torch.randn(vocabulary, width, device=device, dtype=torch.bfloat16) / width**0.5 for _ in range(2))
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def trl(h: Tensor, w: Tensor) -> Tensor:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        return ChunkedDivergenceFunction.apply(h, w, None, teacher, fixed, None, 0.0)[0].mean()
+
+    def liger(h: Tensor, w: Tensor) -> Tensor:
+        from liger_kernel.ops.fused_linear_kl_div import LigerFusedLinearKLDivFunction
+
+        with torch.no_grad():
+            target = (teacher @ fixed.t()).float().softmax(-1).to(torch.bfloat16)
+        return LigerFusedLinearKLDivFunction.apply(h, w, target)
+
+    return {
+        "e3kernels": _training(lambda h, w: e3k.linear_entropy_kl(h, w, teacher, fixed), hidden, weight),
+        "eager": _training(lambda h, w: _naive(h @ w.t(), teacher @ fixed.t()), hidden, weight),
+        "trl": _training(trl, hidden, weight),
+        "liger": _training(liger, hidden, weight),
+    }
+
+
+def gated_residual(tokens: int, width: int, device: str) -> dict[str, Step]:
+    """One gate for the whole tensor."""
+    hidden, branch = (
+        torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)
+    )
+    gate = torch.rand((), device=device, requires_grad=True)
+    incoming = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+
+    def training(function: Callable[..., Tensor]) -> Step:
+        leaves = (hidden, branch, gate)
+        return lambda: torch.autograd.grad(function(*leaves), leaves, incoming)
+
+    def naive(h: Tensor, f: Tensor, m: Tensor) -> Tensor:
+        return (h + m * (f - h)).to(h.dtype)
+
+    compiled = torch.compile(naive, dynamic=False)
+    return {"e3kernels": training(e3k.gated_residual), "eager": training(naive), "torch.compile": training(compiled)}
+
+
+def gumbel_topk(layers: int, device: str) -> dict[str, Step]:
+    """One mask of a search step; eager is the reference."""
+    theta = torch.randn(layers, device=device, requires_grad=True)
+
+    def sample(z: Tensor) -> Tensor:
+        return e3k.gumbel_topk(z, layers * 3 // 4, tau=0.5, seed=1, step=2).mask.sum()
+
+    def reference(z: Tensor) -> Tensor:
+        with e3k.use_backend("reference"):
+            return sample(z)
+
+    return {"e3kernels": _training(sample, theta), "eager": _training(reference, theta)}
+
+
+def contests(device: str) -> dict[str, Callable[[], dict[str, Step]]]:
+    """Each comparison by name; calling one allocates its tensors."""
+    return {
+        "entropy_kl 4096x32000": lambda: entropy_kl(4096, 32000, device),
+        "entropy_kl 4096x128256": lambda: entropy_kl(4096, 128256, device),
+        "topk_kl 4096x128256": lambda: topk_kl(4096, 128256, device),
+        "linear_entropy_kl 4096x576x49152": lambda: linear_entropy_kl(4096, 576, 49152, device),
+        "linear_entropy_kl 8192x4096x128256": lambda: linear_entropy_kl(8192, 4096, 128256, device),
+        "gated_residual 16384x4096": lambda: gated_residual(16384, 4096, device),
+        "gumbel_topk 64": lambda: gumbel_topk(64, device),
+    }

@@ -1,0 +1,115 @@
+"""The calls whose kernels are compiled: ours at Llama-3's vocabulary, and the peers' nearest on the same rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from e3kernels.triton import entropy_kl, gated_residual, gumbel_topk, linear_entropy_kl, linear_topk_kl, topk_kl
+
+ROWS, VOCABULARY, WIDTH, STORED = 4096, 128256, 1024, 10
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MEAN, SUM = 1, 2
+
+
+def _scalars(softcap: float = 0.0) -> torch.Tensor:
+    return torch.tensor([2.0, 1.0, 0.9, 0.5, softcap, 1.0, softcap, 1.0], dtype=torch.float64, device="cpu")
+
+
+def _dense(dtype: torch.dtype, divergence: int, reduction: int, labels: bool, softcap: float = 0.0) -> None:
+    student, teacher = (torch.empty(ROWS, VOCABULARY, dtype=dtype) for _ in range(2))
+    target = torch.empty(ROWS, dtype=torch.int64) if labels else None
+    codes = (_scalars(softcap), 1, divergence, -100)
+    entropy_kl.entropy_kl(student, teacher, target, None, *codes, reduction, None, True)
+
+
+def _sparse(dtype: torch.dtype, tail: int, labels: bool) -> None:
+    student = torch.empty(ROWS, VOCABULARY, dtype=dtype)
+    stored = torch.empty(ROWS, STORED), torch.empty(ROWS, STORED, dtype=torch.int64)
+    target = torch.empty(ROWS, dtype=torch.int64) if labels else None
+    topk_kl.topk_kl(student, *stored, target, None, _scalars()[:6], 1, 0, -100, tail, MEAN, None, True)
+
+
+def _linear(dtype: torch.dtype, labels: bool) -> None:
+    hidden, weight = torch.empty(ROWS, WIDTH, dtype=dtype), torch.empty(VOCABULARY, WIDTH, dtype=dtype)
+    target = torch.empty(ROWS, dtype=torch.int64) if labels else None
+    codes = (_scalars(), 1, 0, -100)
+    linear_entropy_kl.on_chip_tokens(hidden, weight, None, hidden, weight, None, target, None, *codes)
+
+
+def _linear_sparse(dtype: torch.dtype, labels: bool) -> None:
+    hidden, weight = torch.empty(ROWS, WIDTH, dtype=dtype), torch.empty(VOCABULARY, WIDTH, dtype=dtype)
+    stored = torch.empty(ROWS, STORED), torch.empty(ROWS, STORED, dtype=torch.int64)
+    target = torch.empty(ROWS, dtype=torch.int64) if labels else None
+    linear_topk_kl.on_chip_tokens(hidden, weight, None, *stored, target, None, _scalars()[:6], 1, 0, -100, 0)
+
+
+def _gumbel(relaxation: int) -> None:
+    scalars = torch.tensor([0.5, 1.0], dtype=torch.float64, device="cpu")
+    logits = torch.empty(4, 64)
+    _, probs = gumbel_topk.gumbel_topk(logits, scalars, 48, 7, 3, relaxation)
+    gumbel_topk.gumbel_topk_backward(logits, logits, probs, scalars, 48, 7, 3, relaxation)
+
+
+def _gated(dtype: torch.dtype, per_sequence: bool) -> None:
+    hidden = torch.empty(8, 2048, 4096, dtype=dtype)
+    gate = torch.empty(8, 1, 1) if per_sequence else torch.empty(())
+    gated_residual.gated_residual(hidden, hidden, gate)
+    gated_residual.gated_residual_backward(hidden, hidden, hidden, gate)
+
+
+def ours() -> dict[str, Callable[[], Any]]:
+    """Every variant by name. The mean awaits Σw and takes the split path; `row` is the sum, in one kernel."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, dtype in DTYPES.items():
+        for code, divergence in enumerate(("forward", "reverse", "jsd")):
+            calls[f"entropy_kl/{name}/{divergence}"] = lambda d=dtype, c=code: _dense(d, c, MEAN, False)
+            calls[f"entropy_kl/{name}/{divergence}/row"] = lambda d=dtype, c=code: _dense(d, c, SUM, False)
+        calls[f"entropy_kl/{name}/forward/labels"] = lambda d=dtype: _dense(d, 0, MEAN, True)
+        calls[f"entropy_kl/{name}/forward/softcap"] = lambda d=dtype: _dense(d, 0, MEAN, False, 30.0)
+        for code, tail in enumerate(("bucket", "renorm", "truncated")):
+            calls[f"topk_kl/{name}/{tail}"] = lambda d=dtype, c=code: _sparse(d, c, False)
+        calls[f"topk_kl/{name}/bucket/labels"] = lambda d=dtype: _sparse(d, 0, True)
+        calls[f"linear_entropy_kl/{name}/on_chip"] = lambda d=dtype: _linear(d, False)
+        calls[f"linear_topk_kl/{name}/on_chip"] = lambda d=dtype: _linear_sparse(d, False)
+        calls[f"gated_residual/{name}/scalar"] = lambda d=dtype: _gated(d, False)
+        calls[f"gated_residual/{name}/sequence"] = lambda d=dtype: _gated(d, True)
+    for code, relaxation in enumerate(("threshold", "softmax", "successive")):
+        calls[f"gumbel_topk/{relaxation}"] = lambda c=code: _gumbel(c)
+    return calls
+
+
+def _liger(dtype: torch.dtype) -> None:
+    from liger_kernel.ops.fused_linear_kl_div import _kl_div_kernel
+    from liger_kernel.ops.jsd import _jsd_kernel
+    from liger_kernel.ops.kl_div import kldiv_backward_triton, kldiv_forward_triton
+
+    x, y = (torch.empty(ROWS, VOCABULARY, dtype=dtype) for _ in range(2))
+    loss, label = torch.empty(ROWS), torch.empty(1, dtype=torch.int64)
+    kldiv_forward_triton(x, y, log_target=True, reduction="batchmean", eps=1e-10)
+    kldiv_backward_triton(y, torch.tensor(2.0, device="cpu"), x, True)
+    rows = (x, x.stride(0), y, y.stride(0))
+    _kl_div_kernel[(ROWS,)](
+        *rows, loss, 1, label, -100, VOCABULARY, 1.0, 1e-10, 1.0, BLOCK_SIZE=32768, HAS_LABEL=False, num_warps=32
+    )
+    _jsd_kernel[(ROWS,)](
+        *rows, x, x.stride(0), x, x.stride(0), label, beta=0.5, n_non_ignore=ROWS, ignore_index=-100,
+        n_cols=VOCABULARY, BLOCK_SIZE=65536, HAS_LABEL=False,
+    )  # fmt: skip
+
+
+def _trl(dtype: torch.dtype) -> None:
+    from trl.kernels.chunked_divergence import _backward_kernel, _stats_kernel
+
+    s, t = (torch.empty(ROWS, 32768, dtype=dtype) for _ in range(2))
+    n = [torch.empty(ROWS) for _ in range(7)]
+    scales = (1.0, 1.0, 1.0, 1.0, 1.0)
+    flags = {"S_HAS_SOFTCAP": False, "T_HAS_SOFTCAP": False, "BLOCK_SIZE": 1024}
+    _stats_kernel[(ROWS,)](s, s.stride(0), t, t.stride(0), *n, 32768, *scales, **flags)
+    _backward_kernel[(ROWS, 32)](s, s.stride(0), t, t.stride(0), *n[:4], 32768, 0.0, *scales, MODE=0, **flags)
+
+
+def peers() -> dict[str, Callable[[], Any]]:
+    """Liger 0.8.5 and TRL 1.16; TRL's tiles are fp32 whatever the model's dtype."""
+    calls: dict[str, Callable[[], Any]] = {f"liger/{name}": lambda d=dtype: _liger(d) for name, dtype in DTYPES.items()}
+    return calls | {"trl/fp32": lambda: _trl(torch.float32)}

@@ -1,0 +1,109 @@
+"""Launch configurations: by kernel and shape from one JSON file a device family, else by a heuristic.
+
+A file `configs/<family>.json` maps a kernel class to a list of {"columns", "itemsize", "warps", "vec", "unroll"}; the
+first entry of the input's item size with columns ≥ V (null: any V) is taken. `source` says where the figures are from.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled
+
+CONFIGS = Path(__file__).parent / "configs"
+PROCESSORS = 132  # of an H100: what a traced graph assumes of a device it cannot ask
+
+
+class Device(NamedTuple):
+    """What a launch depends on: the family's name, lanes in a warp (wavefront), and multiprocessors."""
+
+    family: str
+    warp: int
+    processors: int
+
+
+class Sweep(NamedTuple):
+    """The tile of one program: LANES lanes of VEC columns, UNROLL times a step."""
+
+    lanes: int
+    vec: int
+    unroll: int
+    warps: int
+
+    @property
+    def step(self) -> int:
+        return self.lanes * self.vec * self.unroll
+
+    def options(self) -> dict[str, Any]:
+        """The launch's keyword arguments."""
+        return {"LANES": self.lanes, "VEC": self.vec, "UNROLL": self.unroll, **warps(self.warps)}
+
+
+def warps(count: int, **options: Any) -> dict[str, Any]:
+    """`count` warps with fused multiply-adds, which Triton 3.10 no longer has by default. In a traced graph that is for
+    the compiler to say: the higher-order operator of a launch has no such option."""
+    fusion = {} if is_wrap_triton_enabled() else {"enable_fp_fusion": True}
+    return {"num_warps": count, **options, **fusion}
+
+
+forced: dict[str, Sweep] = {}
+
+
+@functools.cache
+def device_of(kind: str, index: int | None) -> Device:
+    """The device's launch properties; CPU tensors belong to the interpreter."""
+    if kind == "cpu":
+        return Device("interpreter", 4, 2)
+    if kind == "cuda" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(index or 0)
+        if torch.version.hip:
+            return Device(properties.gcnArchName.split(":")[0], 64, properties.multi_processor_count)
+        return Device(f"sm_{properties.major}{properties.minor}", 32, properties.multi_processor_count)
+    return Device("generic", 32, PROCESSORS)
+
+
+@functools.cache
+def _table(family: str) -> dict[str, list[dict[str, int | None]]]:
+    path = CONFIGS / f"{family}.json"
+    return json.loads(path.read_text())["kernels"] if path.exists() else {}
+
+
+@functools.cache
+def configured_sweep(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
+    """The tile that the family's file names, else the heuristic's: 128-bit accesses and at most eight warps."""
+    family, warp, _ = device_of(device.type, device.index)
+    for entry in _table(family).get(kernel, ()):
+        limit = entry["columns"]
+        if entry["itemsize"] == itemsize and (limit is None or columns <= limit):
+            return Sweep(entry["warps"] * warp, entry["vec"], entry["unroll"], entry["warps"])
+    vec, count = 16 // itemsize, 8
+    while count > 1 and count * warp * vec >= 2 * columns:
+        count //= 2
+    return Sweep(count * warp, vec, 1 if count < 8 else 2, count)
+
+
+def sweep_of(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
+    """The tile for rows of `columns` items of `itemsize` bytes; `forced` while tuning."""
+    return forced.get(kernel) or configured_sweep(kernel, device, itemsize, columns)
+
+
+def split_of(sweep: Sweep, device: torch.device, rows: int, columns: int) -> tuple[int, int]:
+    """(number, size) of a row's parts: one where the rows alone fill the device, at most 32, whole steps each."""
+    wanted = 4 * device_of(device.type, device.index).processors
+    steps = triton.cdiv(columns, sweep.step)
+    splits = max(1, min(steps, 32, triton.cdiv(wanted, max(rows, 1))))
+    size = triton.cdiv(steps, splits) * sweep.step
+    return triton.cdiv(columns, size), size
+
+
+def fills_device(rows: Tensor) -> bool:
+    """Whether one program a row keeps every multiprocessor busy."""
+    return rows.shape[0] >= 2 * device_of(rows.device.type, rows.device.index).processors
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

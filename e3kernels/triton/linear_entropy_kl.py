@@ -1,0 +1,127 @@
+"""`linear_entropy_kl`: by the shared tile loop, or, where no gradient is asked for, with the logits on chip.
+
+The tile loop takes logits from the vendor's matrix product and overwrites them by their gradient (`entropy_kl_row`).
+The kernel here multiplies and folds in one: a program takes BM tokens through a part of the vocabulary, BN columns of
+both models at a time.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from e3kernels.contract import DIVERGENCES, REDUCTIONS
+from e3kernels.reference.linear import TileKernel, kernels
+from e3kernels.reference.linear_entropy_kl import problem
+from e3kernels.triton.entropy_kl import (
+    Tokens,
+    entropy_kl,
+    entropy_kl_backward,
+    prepared,
+    rows_at_once,
+    token_statistics,
+)
+from e3kernels.triton.on_chip import TILE_LOGITS, projected_tile, suits_chip, tiling
+from e3kernels.triton.reduction import reduced_loss
+from e3kernels.triton.scalars import TEMPERATURE, scalar, student_transform, teacher_transform
+from e3kernels.triton.statistics import LOWEST, PAIR_FIELDS, fold_pair
+from e3kernels.triton.sweeps import store_pair
+
+NONE = REDUCTIONS.index("none")
+
+
+@triton.jit
+def linear_entropy_kl_statistics(
+    student_ptr, student_weight_ptr, student_bias_ptr, teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
+    labels_ptr, scalars_ptr, partial_ptr, N, V, student_width, teacher_width,
+    student_stride, student_weight_stride, teacher_stride, teacher_weight_stride, split_size,
+    HAS_LABELS: tl.constexpr, HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, DIVERGENCE: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    split = tl.program_id(1)
+    inside = rows < N
+    inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
+    scale_s, softcap_s = student_transform(scalars_ptr)
+    scale_t, softcap_t = teacher_transform(scalars_ptr)
+    label = tl.load(labels_ptr + rows, mask=inside, other=-1) if HAS_LABELS else tl.full([BM], -1, tl.int64)
+    y_label = tl.zeros([BM], tl.float32)
+    my = tl.full([BM], LOWEST, tl.float32)
+    mt = tl.full([BM], LOWEST, tl.float32)
+    gap = tl.full([BM], LOWEST, tl.float32)
+    ss = tl.zeros([BM], tl.float32)
+    cs = tl.zeros([BM], tl.float32)
+    st = tl.zeros([BM], tl.float32)
+    a = tl.zeros([BM], tl.float32)
+    b = tl.zeros([BM], tl.float32)
+    first = split * split_size
+    for start in range(first, tl.minimum(first + split_size, V), BN):
+        columns = start + tl.arange(0, BN)
+        zt = projected_tile(
+            teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, rows, columns, N, V, teacher_width,
+            teacher_stride, teacher_weight_stride, scale_t, softcap_t, HAS_BIAS_T, CAP_T, BM, BN, BK, UPCAST,
+        )  # fmt: skip
+        y = projected_tile(
+            student_ptr, student_weight_ptr, student_bias_ptr, rows, columns, N, V, student_width,
+            student_stride, student_weight_stride, scale_s, softcap_s, HAS_BIAS_S, CAP_S, BM, BN, BK, UPCAST,
+        )  # fmt: skip
+        if HAS_LABELS:
+            y_label += tl.sum(tl.where(columns[None, :] == label[:, None], y, 0.0), axis=1)
+        my, ss, cs, mt, st, a, b, gap = fold_pair(
+            my, ss, cs, mt, st, a, b, gap, y, zt * inverse_temperature, inverse_temperature, DIVERGENCE, HAS_LABELS,
+        )  # fmt: skip
+    out = partial_ptr + (rows * tl.num_programs(1) + split) * PAIR_FIELDS
+    store_pair(out, inside, my, ss, cs, y_label, mt, st, a, b, gap)
+
+
+def entropy_kl_tile(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """entropy_kl's kernel for a tile of logits that nobody else needs: their gradient takes their place."""
+    student, *_, need_student = arguments
+    if not need_student:
+        return entropy_kl(*arguments)
+    d = prepared(*arguments[:8])
+    tokens = rows_at_once(d, student.new_ones((), dtype=torch.float32), student)
+    return tokens.losses.sum(), tokens.stats, student
+
+
+_tiled, linear_entropy_kl_backward = kernels(problem, TileKernel(entropy_kl_tile, entropy_kl_backward, TILE_LOGITS))
+
+
+def on_chip_tokens(
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher_hidden: Tensor,
+    teacher_weight: Tensor, teacher_bias: Tensor | None, labels: Tensor | None, mask: Tensor | None, *codes: Any,
+) -> Tokens:  # fmt: skip
+    """Per-token results with no logit in memory; forward and reverse divergence, one dtype."""
+    d = prepared(student_hidden, teacher_hidden, labels, mask, *codes)
+    (N, width), V, device = student_hidden.shape, student_weight.shape[0], student_hidden.device
+    tiles = tiling(N, V, device)
+    partial = torch.empty(N, tiles.splits, PAIR_FIELDS.value, dtype=torch.float32, device=device)
+    flags = d.flags()
+    del flags["HAS_MASK"]
+    wrap_triton(linear_entropy_kl_statistics)[(tiles.blocks, tiles.splits)](
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        d.labels, d.scalars, partial, N, V, width, teacher_hidden.shape[1],
+        student_hidden.stride(0), student_weight.stride(0), teacher_hidden.stride(0), teacher_weight.stride(0),
+        tiles.split_size,
+        HAS_BIAS_S=student_bias is not None, HAS_BIAS_T=teacher_bias is not None, **flags, **tiles.options(),
+    )  # fmt: skip
+    return token_statistics(d, partial, None, V)
+
+
+def linear_entropy_kl(*arguments: Any) -> tuple[Tensor, ...]:
+    """The operator's kernel: (loss, stats, gradients or empty tensors of hidden, weight, bias)."""
+    *inputs, compute_dtype, reduction, num_items, need_hidden, need_weight, need_bias = arguments
+    student, weight, _, teacher, teacher_weight = inputs[:5]
+    gradient = (need_hidden or need_weight or need_bias) and reduction != NONE
+    matrices = student, weight, teacher, teacher_weight
+    if gradient or DIVERGENCES[inputs[10]] == "jsd" or not suits_chip(compute_dtype or student.dtype, *matrices):
+        return _tiled(*arguments)
+    tokens = on_chip_tokens(*inputs)
+    empty = [student.new_empty(0, dtype=kind) for kind in (student.dtype, torch.float32, torch.float32)]
+    if reduction == NONE:
+        return tokens.losses, tokens.stats, *empty
+    return reduced_loss(tokens.losses, tokens.stats, reduction, num_items)[0], tokens.stats, *empty

@@ -1,0 +1,66 @@
+"""The losses' scalars as kernels see them: a device vector of float64, so that no change of value compiles anything."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TEMPERATURE: tl.constexpr = tl.constexpr(0)
+GAMMA: tl.constexpr = tl.constexpr(1)
+KD_RATIO: tl.constexpr = tl.constexpr(2)
+BETA: tl.constexpr = tl.constexpr(3)
+STUDENT_SOFTCAP: tl.constexpr = tl.constexpr(4)
+STUDENT_SCALE: tl.constexpr = tl.constexpr(5)
+TEACHER_SOFTCAP: tl.constexpr = tl.constexpr(6)
+TEACHER_SCALE: tl.constexpr = tl.constexpr(7)
+
+
+@triton.jit
+def scalar(scalars_ptr, INDEX: tl.constexpr):
+    return tl.load(scalars_ptr + INDEX).to(tl.float32)
+
+
+@triton.jit
+def student_transform(scalars_ptr):
+    """(scale, soft cap) of the student's logits."""
+    return scalar(scalars_ptr, STUDENT_SCALE), scalar(scalars_ptr, STUDENT_SOFTCAP)
+
+
+@triton.jit
+def teacher_transform(scalars_ptr):
+    """(scale, soft cap) of the teacher's logits."""
+    return scalar(scalars_ptr, TEACHER_SCALE), scalar(scalars_ptr, TEACHER_SOFTCAP)
+
+
+@triton.jit
+def pack_scalars(
+    out_ptr, a: tl.float64, b: tl.float64, c: tl.float64, d: tl.float64, e: tl.float64, f: tl.float64, g: tl.float64,
+    h: tl.float64,
+):  # fmt: skip
+    tl.store(out_ptr, a)
+    tl.store(out_ptr + 1, b)
+    tl.store(out_ptr + 2, c)
+    tl.store(out_ptr + 3, d)
+    tl.store(out_ptr + 4, e)
+    tl.store(out_ptr + 5, f)
+    tl.store(out_ptr + 6, g)
+    tl.store(out_ptr + 7, h)
+
+
+def on_device(scalars: Tensor, device: torch.device) -> Tensor:
+    """`scalars` on `device`. Eagerly a kernel writes them from its arguments: no synchronisation, and a CUDA graph
+    may capture it, which a copy from host memory is not."""
+    if scalars.device == device:
+        return scalars
+    if type(scalars) is not Tensor:
+        return scalars.to(device, non_blocking=True)
+    out = torch.empty(8, dtype=torch.float64, device=device)
+    pack_scalars[(1,)](out, *scalars.tolist(), *[0.0] * (8 - scalars.numel()))
+    return out
+
+
+def cap_code(scalars: Tensor, index: int) -> int:
+    """Whether a soft cap applies: 0 no, 1 yes, 2 only the kernel will know, for a graph traced for any value."""
+    if type(scalars) is not Tensor or scalars.device.type != "cpu":
+        return 2
+    return int(scalars[index].item() > 0)

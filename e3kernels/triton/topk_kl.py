@@ -1,0 +1,408 @@
+"""topk_kl as Triton kernels: statistics of the ids not stored, tokens, dense gradient, stored gradient.
+
+    statistics (row, split)   Σ e^u over the ids that are not stored (a difference of sums would cancel) and their C
+    tokens     (rows)         the k + 1 (or k) events in fp64: divergence, entropy, loss, what the gradient needs
+    gradient   (row, block)   ∂loss/∂x as if no id were stored: softmax(rest)·G, and the cross-entropy
+    stored     (rows)         overwrites the gradient of the stored ids
+
+With u = z/T, g = ∂D/∂log q over the events and q their student probabilities, a stored id i has ∂D/∂u = g_i − q_i·Σg,
+any other G·e^{u − log rest} with G = g_tail − q_rest·Σg. `truncated` has no tail event; `renorm` has q over the k ids
+and G = 0.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from e3kernels.contract import REDUCTIONS
+from e3kernels.triton.launch import contiguous, split_of, sweep_of, warps
+from e3kernels.triton.reduction import reduced_loss
+from e3kernels.triton.scalars import (
+    BETA,
+    GAMMA,
+    KD_RATIO,
+    STUDENT_SOFTCAP,
+    TEMPERATURE,
+    cap_code,
+    on_device,
+    scalar,
+    student_transform,
+)
+from e3kernels.triton.statistics import FORWARD, LOWEST, REVERSE, STUDENT_FIELDS, merge_student, scaled_logits, tempered
+from e3kernels.triton.sweeps import label_logit, lane_columns, sweep_unstored, sweep_zero
+from e3kernels.triton.tokens import coefficients, is_valid, store_tokens, token_loss
+
+BUCKET: tl.constexpr = tl.constexpr(0)
+RENORM: tl.constexpr = tl.constexpr(1)
+NONE = REDUCTIONS.index("none")
+ROW_FIELDS: tl.constexpr = tl.constexpr(5)  # log rest, log Z at T = 1, G, kd, ce
+ROWS = 8  # tokens of one program of the tokens and stored kernels
+
+
+@triton.jit
+def stored_ids(teacher_ptr, ids_ptr, row, valid, k, K: tl.constexpr):
+    """(log p, ids, kept) of the stored entries, (rows, K): padding and invalid tokens keep none."""
+    columns = tl.arange(0, K)[None, :]
+    inside = valid[:, None] & (columns < k)
+    log_p = tl.load(teacher_ptr + row[:, None] * k + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    ids = tl.load(ids_ptr + row[:, None] * k + columns, mask=inside, other=0)
+    kept = inside & (log_p != float("-inf"))
+    return log_p, tl.where(kept, ids, 0), kept
+
+
+@triton.jit
+def topk_kl_statistics(
+    student_ptr, teacher_ptr, ids_ptr, labels_ptr, mask_ptr, scalars_ptr, partial_ptr,
+    student_stride, V, split_size, ignore_index, k,
+    HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, CAP: tl.constexpr, K: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
+        return
+    scale, softcap = student_transform(scalars_ptr)
+    student_row = student_ptr + row * student_stride
+    first = split * split_size
+    last = tl.minimum(first + split_size, V)
+    columns = tl.arange(0, K)
+    log_p = tl.load(teacher_ptr + row * k + columns, mask=columns < k, other=float("-inf"))
+    ids = tl.load(ids_ptr + row * k + columns, mask=columns < k, other=0)
+    ids = tl.where((log_p != float("-inf")) & (ids >= first), ids, V)
+    my, ss, cs = sweep_unstored(
+        student_row,
+        ids,
+        first,
+        last,
+        V,
+        1.0 / scalar(scalars_ptr, TEMPERATURE),
+        scale,
+        softcap,
+        HAS_LABELS,
+        CAP,
+        LANES,
+        VEC,
+        UNROLL,
+    )
+    p = partial_ptr + (row * tl.num_programs(1) + split) * STUDENT_FIELDS
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + row)
+        tl.store(p + 3, label_logit(student_row, label, first, last, scale, softcap, CAP))
+    else:
+        tl.store(p + 3, 0.0)
+    tl.store(p, my)
+    tl.store(p + 1, ss)
+    tl.store(p + 2, cs)
+
+
+@triton.jit
+def _log_sum(x, axis: tl.constexpr):
+    """log Σ e^x in fp64 along `axis`, kept; −∞ where all are, NaN where one is."""
+    top = tl.max(x, axis=axis, keep_dims=True)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    return top + tl.log(tl.sum(tl.exp(x - top), axis=axis, keep_dims=True))
+
+
+@triton.jit
+def _log_add(a, b):
+    """log(e^a + e^b); −∞ where both are."""
+    top = tl.maximum(a, b)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
+
+
+@triton.jit
+def _expected(p, value):
+    return tl.where(p == 0.0, 0.0, p * value)
+
+
+@triton.jit
+def _event_terms(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
+    """(an event's share of D, its g) as in divergence.py of the reference."""
+    p = tl.exp(log_p)
+    q = tl.exp(log_q)
+    if DIVERGENCE == FORWARD:
+        return _expected(p, log_p - log_q), -p
+    elif DIVERGENCE == REVERSE:
+        terms = _expected(q, log_q - log_p)
+        return terms, terms
+    else:
+        log_m = _log_add(log_p + tl.log(beta), log_q + tl.log(1.0 - beta))
+        terms = (1.0 - beta) * _expected(q, log_q - log_m)
+        return beta * _expected(p, log_p - log_m) + terms, terms
+
+
+@triton.jit
+def _stored_logits(student_ptr, row, stride, ids, kept, scalars_ptr, CAP: tl.constexpr):
+    """(logit at T = 1, ∂/∂x of it) of the stored ids; −∞ where none is kept."""
+    scale, softcap = student_transform(scalars_ptr)
+    x = tl.load(student_ptr + row[:, None] * stride + ids, mask=kept, other=0.0)
+    y, slope = scaled_logits(x, scale, softcap, CAP)
+    return tl.where(kept, y, float("-inf")), slope
+
+
+@triton.jit
+def topk_kl_tokens(
+    student_ptr, teacher_ptr, ids_ptr, labels_ptr, mask_ptr, scalars_ptr, partial_ptr,
+    stats_ptr, loss_ptr, rows_ptr, terms_ptr,
+    N, student_stride, splits, k, log_support, ignore_index,
+    HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr, WEIGHTING: tl.constexpr,
+    TAIL: tl.constexpr, CAP: tl.constexpr, GATHERED: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Join the splits of ROWS tokens with their stored ids; terms[row, i] is ∂D/∂u of stored id i.
+
+    GATHERED: student_ptr holds the stored ids' logits at T = 1, (N, k), not rows of inputs.
+    """
+    temperature = scalar(scalars_ptr, TEMPERATURE)
+    beta = tl.load(scalars_ptr + BETA)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < N
+    valid = is_valid(row, inside, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK)
+    parts = tl.arange(0, SPLITS)[None, :]
+    present = valid[:, None] & (parts < splits)
+    p = partial_ptr + (row[:, None] * splits + parts) * STUDENT_FIELDS
+    my = tl.load(p, mask=present, other=LOWEST)
+    ss = tl.load(p + 1, mask=present, other=0.0)
+    cs = tl.load(p + 2, mask=present, other=0.0)
+    y_label = tl.sum(tl.load(p + 3, mask=present, other=0.0), axis=1)
+    my, ss, cs = merge_student(my, ss, cs, 1.0 / temperature, 1)
+
+    log_p, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, K)
+    log_p = log_p.to(tl.float64)
+    if GATHERED:
+        at = student_ptr + row[:, None] * student_stride + tl.arange(0, K)[None, :]
+        y = tl.load(at, mask=kept, other=float("-inf"))
+    else:
+        y, _ = _stored_logits(student_ptr, row, student_stride, ids, kept, scalars_ptr, CAP)
+    u = (y * (1.0 / temperature)).to(tl.float64)
+    same = (ids[:, :, None] == ids[:, None, :]) & kept[:, :, None] & kept[:, None, :]
+    earlier = same & (tl.arange(0, K)[None, :, None] > tl.arange(0, K)[None, None, :])
+    first = kept & (tl.max(earlier.to(tl.int32), axis=2) == 0)  # a repeated id counts once in the normaliser
+    log_rest = tempered(my, 1.0 / temperature).to(tl.float64)[:, None] + tl.log(ss.to(tl.float64))[:, None]
+    log_z = _log_add(log_rest, _log_sum(tl.where(first, u, float("-inf")), 1))
+    log_rest1 = my.to(tl.float64)[:, None] + tl.log(cs.to(tl.float64))[:, None]
+    log_stored1 = _log_sum(tl.where(first, y.to(tl.float64), float("-inf")), 1)
+    log_z1 = tl.sum(_log_add(log_rest1, log_stored1), axis=1)
+
+    log_total = _log_sum(log_p, 1)
+    renormalised = tl.where(kept, log_p - log_total, float("-inf"))
+    entropy = -tl.sum(_expected(tl.exp(renormalised), renormalised), axis=1)
+    if TAIL == RENORM:
+        log_q = tl.where(kept, u - _log_sum(u, 1), float("-inf"))
+        shares, g = _event_terms(renormalised, log_q, beta, DIVERGENCE)
+    else:
+        log_q = tl.where(kept, u - log_z, float("-inf"))
+        shares, g = _event_terms(log_p, log_q, beta, DIVERGENCE)
+    divergence = tl.sum(shares, axis=1)
+    total = tl.sum(g, axis=1)
+    dense = tl.zeros([ROWS], tl.float64)
+    if TAIL == BUCKET:
+        mass = tl.where(log_rest == float("-inf"), 0.0, tl.maximum(1.0 - tl.exp(log_total), 0.0))
+        share, dense_g = _event_terms(tl.log(mass), log_rest - log_z, beta, DIVERGENCE)
+        divergence += tl.sum(share, axis=1)
+        dense = tl.sum(dense_g, axis=1)
+        total += dense
+    if TAIL != RENORM:
+        dense -= tl.sum(tl.exp(log_rest - log_z), axis=1) * total
+    terms = tl.sum(tl.where(same, g[:, None, :], 0.0), axis=2) - tl.exp(log_q) * total[:, None]
+    entropy = entropy.to(tl.float32)
+    divergence = divergence.to(tl.float32)
+    cross_entropy = log_z1.to(tl.float32) - y_label if HAS_LABELS else tl.zeros_like(entropy)
+    weight, kd, ce = coefficients(
+        entropy, tl.cast(log_support, tl.float32), temperature,
+        scalar(scalars_ptr, GAMMA), scalar(scalars_ptr, KD_RATIO), WEIGHTING,
+    )  # fmt: skip
+    loss = token_loss(divergence, cross_entropy, kd, ce, HAS_LABELS)
+    store_tokens(stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, weight, loss)
+    out = rows_ptr + row * ROW_FIELDS
+    tl.store(out, tl.sum(log_rest, axis=1).to(tl.float32), mask=valid)
+    tl.store(out + 1, log_z1.to(tl.float32), mask=valid)
+    tl.store(out + 2, dense.to(tl.float32), mask=valid)
+    tl.store(out + 3, kd, mask=valid)
+    tl.store(out + 4, ce, mask=valid)
+    columns = tl.arange(0, K)[None, :]
+    tl.store(terms_ptr + row[:, None] * k + columns, terms.to(tl.float32), mask=valid[:, None] & (columns < k))
+
+
+@triton.jit
+def topk_kl_gradient(
+    student_ptr, labels_ptr, mask_ptr, scalars_ptr, rows_ptr, incoming_ptr, grad_ptr,
+    student_stride, incoming_stride, V, split_size, ignore_index,
+    HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, TAIL: tl.constexpr, CAP: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * split_size
+    last = tl.minimum(first + split_size, V)
+    if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
+        sweep_zero(grad_ptr + row * V, first, last, V, LANES, VEC)
+        return
+    inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
+    scale, softcap = student_transform(scalars_ptr)
+    fields = rows_ptr + row * ROW_FIELDS
+    log_rest = tl.load(fields)
+    log_z1 = tl.load(fields + 1)
+    dense = tl.load(fields + 2)
+    incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
+    kd = tl.load(fields + 3) * incoming * inverse_temperature
+    ce = tl.load(fields + 4) * incoming
+    label = tl.load(labels_ptr + row) if HAS_LABELS else 0
+    grad_row = grad_ptr + row * V
+    for start in range(first, last, LANES * VEC * UNROLL):
+        for part in tl.static_range(UNROLL):
+            columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
+            mask = columns < V
+            x = tl.load(student_ptr + row * student_stride + columns, mask=mask, other=0.0)
+            y, slope = scaled_logits(x, scale, softcap, CAP)
+            g = tl.zeros_like(y)
+            if TAIL != RENORM:
+                g = dense * tl.exp(tl.minimum(y * inverse_temperature - log_rest, 0.0))
+                g = tl.where(kd == 0.0, 0.0, g * kd)
+            if HAS_LABELS:
+                hard = tl.exp(y - log_z1) - tl.where(columns == label, 1.0, 0.0)
+                g += tl.where(ce == 0.0, 0.0, ce * hard)
+            tl.store(grad_row + columns, (g * slope).to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def topk_kl_stored(
+    student_ptr, teacher_ptr, ids_ptr, labels_ptr, mask_ptr, scalars_ptr, rows_ptr, terms_ptr, incoming_ptr, grad_ptr,
+    N, student_stride, incoming_stride, V, k, ignore_index,
+    HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, CAP: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Overwrite the gradient of the stored ids; equal ids write the same number."""
+    temperature = scalar(scalars_ptr, TEMPERATURE)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < N
+    valid = is_valid(row, inside, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK)
+    _, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, K)
+    y, slope = _stored_logits(student_ptr, row, student_stride, ids, kept, scalars_ptr, CAP)
+    fields = rows_ptr + row * ROW_FIELDS
+    log_z1 = tl.load(fields + 1, mask=valid, other=0.0)[:, None]
+    incoming = tl.load(incoming_ptr + row * incoming_stride, mask=inside, other=0.0).to(tl.float32)[:, None]
+    kd = tl.load(fields + 3, mask=valid, other=0.0)[:, None] * incoming / temperature
+    ce = tl.load(fields + 4, mask=valid, other=0.0)[:, None] * incoming
+    g = tl.load(terms_ptr + row[:, None] * k + tl.arange(0, K)[None, :], mask=kept, other=0.0)
+    g = tl.where(kd == 0.0, 0.0, kd * g)
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + row, mask=valid, other=0)[:, None]
+        hard = tl.exp(y - log_z1) - tl.where(ids == label, 1.0, 0.0)
+        g += tl.where(ce == 0.0, 0.0, ce * hard)
+    tl.store(grad_ptr + row[:, None] * V + ids, (g * slope).to(grad_ptr.dtype.element_ty), mask=kept)
+
+
+class Sparse(NamedTuple):
+    """A call's tensors and codes; `scalars` on the device."""
+
+    student: Tensor
+    teacher_logprobs: Tensor
+    teacher_ids: Tensor
+    labels: Tensor | None
+    mask: Tensor | None
+    scalars: Tensor
+    weighting: int
+    divergence: int
+    ignore_index: int
+    tail: int
+    cap: int
+
+    def flags(self) -> dict[str, Any]:
+        """The compile-time arguments that every kernel takes."""
+        return {"HAS_LABELS": self.labels is not None, "HAS_MASK": self.mask is not None, "CAP": self.cap}
+
+    @property
+    def padded(self) -> int:
+        """k rounded up to the power of two that a tile needs."""
+        return triton.next_power_of_2(self.teacher_ids.shape[1])
+
+
+class Tokens(NamedTuple):
+    """Per-token results: stats (4, N), weighted losses (N,), the rows' fields and the stored ids' terms."""
+
+    stats: Tensor
+    losses: Tensor
+    rows: Tensor
+    terms: Tensor
+
+
+def prepared(
+    student: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, labels: Tensor | None, mask: Tensor | None,
+    scalars: Tensor, *codes: int,
+) -> Sparse:  # fmt: skip
+    cap = cap_code(scalars, STUDENT_SOFTCAP.value)
+    scalars = on_device(scalars, student.device)
+    teacher_logprobs = teacher_logprobs.contiguous()
+    labels, mask = contiguous(labels), contiguous(mask)
+    return Sparse(student, teacher_logprobs, teacher_ids.contiguous(), labels, mask, scalars, *codes, cap)
+
+
+def _partial_statistics(s: Sparse) -> Tensor:
+    """(N, splits, 4): the statistics of the ids not stored in each part of each row."""
+    (N, V), device = s.student.shape, s.student.device
+    sweep = sweep_of("statistics", device, s.student.element_size(), V)
+    splits, size = split_of(sweep, device, N, V)
+    partial = torch.empty(N, splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)
+    wrap_triton(topk_kl_statistics)[(N, splits)](
+        s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial,
+        s.student.stride(0), V, size, s.ignore_index, s.teacher_ids.shape[1],
+        K=s.padded, **s.flags(), **sweep.options(),
+    )  # fmt: skip
+    return partial
+
+
+def token_statistics(s: Sparse, partial: Tensor, gathered: Tensor | None) -> Tokens:
+    """Join the parts of each row; `gathered` (N, k) are the stored ids' logits at T = 1 where `s.student` is none."""
+    (N, splits, _), k = partial.shape, s.teacher_ids.shape[1]
+    student = s.student if gathered is None else gathered
+    new = partial.new_empty
+    out = Tokens(new(4, N), new(N), new(N, ROW_FIELDS.value), new(N, k))
+    wrap_triton(topk_kl_tokens)[(triton.cdiv(N, ROWS),)](
+        student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial, *out,
+        N, student.stride(0), splits, k, math.log(k), s.ignore_index,
+        DIVERGENCE=s.divergence, WEIGHTING=s.weighting, TAIL=s.tail, GATHERED=gathered is not None, K=s.padded,
+        SPLITS=triton.next_power_of_2(splits), ROWS=ROWS, **s.flags(), **warps(4),
+    )  # fmt: skip
+    return out
+
+
+def _gradient(s: Sparse, tokens: Tokens, incoming: Tensor) -> Tensor:
+    """∂/∂student of Σ incoming·loss, `incoming` one number a token or one for all, in the student's dtype."""
+    (N, V), k, device = s.student.shape, s.teacher_ids.shape[1], s.student.device
+    sweep = sweep_of("gradient", device, s.student.element_size(), V)
+    grad = torch.empty(N, V, dtype=s.student.dtype, device=device)
+    stride = int(incoming.dim() > 0)
+    wrap_triton(topk_kl_gradient)[(N, triton.cdiv(V, sweep.step))](
+        s.student, s.labels, s.mask, s.scalars, tokens.rows, incoming, grad,
+        s.student.stride(0), stride, V, sweep.step, s.ignore_index,
+        TAIL=s.tail, **s.flags(), **sweep.options(),
+    )  # fmt: skip
+    wrap_triton(topk_kl_stored)[(triton.cdiv(N, ROWS),)](
+        s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, tokens.rows, tokens.terms,
+        incoming, grad, N, s.student.stride(0), stride, V, k, s.ignore_index,
+        K=s.padded, ROWS=ROWS, **s.flags(), **warps(4),
+    )  # fmt: skip
+    return grad
+
+
+def topk_kl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's kernel: (loss, stats, ∂loss/∂student or an empty tensor)."""
+    *inputs, reduction, num_items, need_student = arguments
+    s = prepared(*inputs)
+    tokens = token_statistics(s, _partial_statistics(s), None)
+    empty = s.student.new_empty(0)
+    if reduction == NONE:
+        return tokens.losses, tokens.stats, empty
+    loss, inverse = reduced_loss(tokens.losses, tokens.stats, reduction, num_items)
+    return loss, tokens.stats, _gradient(s, tokens, inverse) if need_student else empty
+
+
+def topk_kl_backward(grad_loss: Tensor, *inputs: Any) -> Tensor:
+    """∂/∂student of Σ grad_loss·loss, one incoming gradient a token."""
+    s = prepared(*inputs)
+    return _gradient(s, token_statistics(s, _partial_statistics(s), None), grad_loss.contiguous())
