@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.protocol import Search, lowest
 
 
 def bi(problem: SearchProblem) -> Search:
     """BI_l = 1 − E cos(h_l, h_{l+1}), the lowest go (ShortGPT, arXiv 2403.03853). One dense pass a batch, no head."""
-    batches = problem.batches
-    problem.expect(len(batches))
-    influence = [0.0] * problem.num_layers
-    for number, batch in enumerate(batches):
-        weight = batch.numel() / problem.tokens
-        influence = [a + weight * b for a, b in zip(influence, problem.block_influence(number), strict=True)]
+    influence = problem.state_distance(1, cosine_distance)
     removed = lowest(influence, problem.free, problem.drop)
     yield {"importance": influence, "removed": removed}
     return removed
+
+
+def cosine_distance(cosine: Tensor) -> Tensor:
+    return 1 - cosine

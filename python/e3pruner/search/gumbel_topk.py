@@ -9,11 +9,17 @@ that is fatal to remove keeps a logit far above the noise.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 import e3kernels as e3k
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Search, leave_one_out_scores
+from e3pruner.search.protocol import (
+    Search,
+    check_integer,
+    check_positive,
+    layers_of,
+    leave_one_out_scores,
+    removed_share,
+)
 from e3pruner.search.quadratic import QuadraticModel
 
 _START_TOKENS = 1024  # calibration tokens of the importance start, which is corrected by all that follows
@@ -30,11 +36,10 @@ def gumbel_topk(
        the step's batch and fits the model again. κ falls geometrically from `noise` to 0.4 of it.
     3. Of the masks measured so far the model's `finalists` best are measured on all batches. The best of them is final.
     """
-    for name, value, least in (("steps", steps, 1), ("samples", samples, 2), ("finalists", finalists, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be an integer from {least}")
-    if not 0 < noise < float("inf"):
-        raise ValueError(f"noise={noise!r} must be finite and above 0")
+    check_integer("steps", steps, 1)
+    check_integer("samples", samples, 2)
+    check_integer("finalists", finalists, 1)
+    check_positive("noise", noise)
     start = _start_batches(problem)
     problem.expect(problem.num_layers * len(start) + steps * samples + finalists * len(problem.batches))
     importance = leave_one_out_scores(problem, start)
@@ -42,7 +47,7 @@ def gumbel_topk(
     model = QuadraticModel(torch.tensor([importance[layer] for layer in free], dtype=torch.float64))
     best = torch.zeros(len(free), dtype=torch.float64)
     best[model.prior.topk(problem.drop, largest=False).indices] = 1
-    yield {"importance": importance, "removed": _layers(free, best)}
+    yield {"importance": importance, "removed": layers_of(problem, best)}
 
     masks, batches, scores = best.new_empty(0, len(free)), torch.empty(0, dtype=torch.int64), best.new_empty(0)
     for step in range(steps):
@@ -57,7 +62,7 @@ def gumbel_topk(
             step=step,
         ).mask
         drawn = torch.cat([best[None], 1 - kept]).unique(dim=0)
-        found = problem.score([problem.mask(_layers(free, mask)) for mask in drawn], [batch])
+        found = problem.score([problem.mask(layers_of(problem, mask)) for mask in drawn], [batch])
         masks = torch.cat([masks, drawn])
         batches = torch.cat([batches, torch.full((len(drawn),), batch)])
         scores = torch.cat([scores, scores.new_tensor(found)])
@@ -65,8 +70,8 @@ def gumbel_topk(
         best = model.descend(best)
         yield {
             "score": sum(found) / len(found),
-            "removed": _layers(free, best),
-            "removed_share": _shares(problem, drawn),
+            "removed": layers_of(problem, best),
+            "removed_share": removed_share(problem, drawn),
             "logits": logits.tolist(),
             "noise_scale": kappa,
             "drop": problem.drop,
@@ -74,7 +79,7 @@ def gumbel_topk(
 
     known = torch.cat([best[None], masks.unique(dim=0)])
     order = model.predict(known).argsort(stable=True)[:finalists]
-    last = [_layers(free, mask) for mask in known[order].unique(dim=0)]
+    last = [layers_of(problem, mask) for mask in known[order].unique(dim=0)]
     found = problem.score([problem.mask(layers) for layers in last])
     removed = last[found.index(min(found))]
     yield {"score": min(found), "removed": removed, "finalists": last, "scores": found}
@@ -89,12 +94,3 @@ def _start_batches(problem: SearchProblem) -> range:
         if tokens >= _START_TOKENS:
             return range(number)
     return range(len(problem.batches))
-
-
-def _layers(free: list[int], removed: Tensor) -> list[int]:
-    return [layer for layer, gone in zip(free, removed.tolist(), strict=True) if gone]
-
-
-def _shares(problem: SearchProblem, drawn: Tensor) -> list[float]:
-    share = dict(zip(problem.free, drawn.mean(0).tolist(), strict=True))
-    return [share.get(layer, 0.0) for layer in range(problem.num_layers)]

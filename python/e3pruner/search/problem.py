@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -96,20 +95,23 @@ class SearchProblem:
         """
         chosen = range(len(self.batches)) if batches is None else batches
         table = [self._scores(masks, batch) for batch in chosen]
-        sizes = [self.batches[batch].numel() for batch in chosen]
-        shares = [size / sum(sizes) for size in sizes]
-        return [sum(a * b for a, b in zip(shares, column, strict=True)) for column in zip(*table, strict=True)]
+        return self._mean(table, chosen)
 
-    def block_influence(self, batch: int) -> list[float]:
-        """1 − cos(input, output) of each layer, mean over the tokens of a batch, in fp32."""
-        key = f"influence {batch}"
+    def state_distance(self, span: int, measure: Callable[[Tensor], Tensor]) -> list[float]:
+        """Mean of `measure`(cos) over the calibration tokens, for each of the L − span + 1 runs of `span` layers.
+
+        cos, in fp32, is that of the angle between what enters the run and what leaves it.
+        """
+        self.expect(len(self.batches))
+        table = [self._distances(span, measure, batch) for batch in range(len(self.batches))]
+        return self._mean(table, range(len(self.batches)))
+
+    def _distances(self, span: int, measure: Callable[[Tensor], Tensor], batch: int) -> list[float]:
+        key = f"{measure.__name__} {span} {batch}"
         if key not in self.measured:
-            states = self.forward.states(self._input_ids(batch))
-            values = [
-                1 - torch.cosine_similarity(before.float(), after.float(), dim=-1).mean().item()
-                for before, after in pairwise(states)
-            ]
-            self._keep({key: values})
+            states = [state.float() for state in self.forward.states(self._input_ids(batch))]
+            cosines = [torch.cosine_similarity(a, b, dim=-1) for a, b in zip(states, states[span:], strict=False)]
+            self._keep({key: [measure(cosine).mean().item() for cosine in cosines]})
             self.advance()
         self._pay(key, batch, self.num_layers)
         return self.measured[key]
@@ -135,6 +137,12 @@ class SearchProblem:
                 raise FloatingPointError(f"the KL is {value} on batch {batch} without layers {removed}")
             yield mask, value
             self.advance()
+
+    def _mean(self, table: list[list[float]], batches: Sequence[int]) -> list[float]:
+        """The mean of the rows of `table`, one a batch, weighted by their tokens."""
+        sizes = [self.batches[batch].numel() for batch in batches]
+        shares = [size / sum(sizes) for size in sizes]
+        return [sum(a * b for a, b in zip(shares, column, strict=True)) for column in zip(*table, strict=True)]
 
     def _kl(self, student: Tensor, teacher: Tensor) -> float:
         head = self._head

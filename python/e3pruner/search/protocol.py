@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from e3pruner.search.problem import SearchProblem
 
 Search = Generator[dict[str, Any], None, list[int]]
@@ -27,3 +29,26 @@ def leave_one_out_scores(problem: SearchProblem, batches: Sequence[int]) -> list
     """I_l: the mean KL without layer l alone, for every layer, over the batches with these numbers."""
     masks = [problem.mask([layer]) for layer in range(problem.num_layers)]
     return problem.score(masks, batches)
+
+
+def check_integer(name: str, value: int, least: int) -> None:
+    """Raises `ValueError` unless `value` is an integer from `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer from {least}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises `ValueError` unless `value` is finite and above 0."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}={value!r} must be finite and above 0")
+
+
+def layers_of(problem: SearchProblem, removed: Tensor) -> list[int]:
+    """The layers whose entry in `removed`, one for each layer that may go, is not 0."""
+    return [layer for layer, gone in zip(problem.free, removed.tolist(), strict=True) if gone]
+
+
+def removed_share(problem: SearchProblem, removed: Tensor) -> list[float]:
+    """For every layer of the model the share of the masks `removed` (N, F) that lack it."""
+    share = dict(zip(problem.free, removed.mean(0).tolist(), strict=True))
+    return [share.get(layer, 0.0) for layer in range(problem.num_layers)]

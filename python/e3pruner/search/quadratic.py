@@ -20,6 +20,7 @@ from torch import Tensor
 _LINEAR_SPREAD = 0.5
 _PAIR_SPREAD = 0.3
 _NOISE = 0.05  # of the mean divergence: what the model cannot explain
+_LEAST_SCALE = 1e-9  # nats: keeps a model whose layers do nothing from dividing by zero
 _OFFSET_SPREAD = 10.0  # in units of the mean divergence: free
 
 
@@ -28,7 +29,7 @@ class QuadraticModel:
 
     def __init__(self, prior: Tensor) -> None:
         self.prior = prior
-        self.scale = prior.median().clamp(min=torch.finfo(prior.dtype).tiny)
+        self.scale = prior.median().clamp(min=_LEAST_SCALE)
         self.linear = prior
         self.pairs = prior.new_zeros(len(prior), len(prior))
         self._linear_variance = (_LINEAR_SPREAD * prior + _PAIR_SPREAD * self.scale).square()
@@ -36,7 +37,7 @@ class QuadraticModel:
 
     def fit(self, removed: Tensor, batches: Tensor, divergences: Tensor) -> None:
         """The posterior mean given N measurements: `removed` (N, F) of 0 and 1, `batches` (N,), `divergences` (N,)."""
-        level = divergences.mean()
+        level = divergences.mean().clamp(min=_LEAST_SCALE)
         common = removed @ removed.T
         covariance = (removed * self._linear_variance) @ removed.T + self._pair_variance * common * (common - 1) / 2
         covariance += (_OFFSET_SPREAD * level).square() * (batches[:, None] == batches)

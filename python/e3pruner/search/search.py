@@ -16,12 +16,16 @@ from e3pruner.models import PruningPlan, find_layers, output_head
 from e3pruner.models.stack import check_indices
 from e3pruner.models.tokens import check_token_batches
 from e3pruner.precision import autocast_dtype
+from e3pruner.search.angular import angular
 from e3pruner.search.bi import bi
 from e3pruner.search.checkpoint import Checkpoint, model_identity
+from e3pruner.search.evolution import evolution
+from e3pruner.search.first_n import first_n
 from e3pruner.search.greedy import greedy
 from e3pruner.search.gumbel_topk import gumbel_topk
 from e3pruner.search.last_n import last_n
 from e3pruner.search.leave_one_out import leave_one_out
+from e3pruner.search.policy_gradient import policy_gradient
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.protocol import Method, Search
 from e3pruner.search.random_subset import random_subset
@@ -30,9 +34,13 @@ from e3pruner.storage import fingerprint
 METHODS: dict[str, Method] = {
     "gumbel-topk": gumbel_topk,
     "bi": bi,
+    "angular": angular,
     "leave-one-out": leave_one_out,
     "greedy": greedy,
+    "evolution": evolution,
+    "policy-gradient": policy_gradient,
     "random": random_subset,
+    "first-n": first_n,
     "last-n": last_n,
 }
 
