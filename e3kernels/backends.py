@@ -6,8 +6,8 @@ A graph of torch.compile keeps the backend that was chosen when it was traced.
 """
 
 import importlib
-import json
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
