@@ -67,7 +67,7 @@ def device_of(kind: str, index: int | None) -> Device:
 
 
 @functools.cache
-def _table(family: str) -> dict[str, list[dict[str, int | None]]]:
+def _table(family: str) -> dict[str, list[dict[str, Any]]]:
     path = CONFIGS / f"{family}.json"
     return json.loads(path.read_text())["kernels"] if path.exists() else {}
 

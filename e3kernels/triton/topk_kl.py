@@ -339,7 +339,8 @@ def prepared(
     scalars = on_device(scalars, student.device)
     teacher_logprobs = teacher_logprobs.contiguous()
     labels, mask = contiguous(labels), contiguous(mask)
-    return Sparse(student, teacher_logprobs, teacher_ids.contiguous(), labels, mask, scalars, *codes, cap)
+    tensors = (student, teacher_logprobs, teacher_ids.contiguous(), labels, mask, scalars)
+    return Sparse._make((*tensors, *codes, cap))
 
 
 def _partial_statistics(s: Sparse) -> Tensor:

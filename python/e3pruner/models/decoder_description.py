@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import e3kernels._runtime as _runtime
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-from e3kernels import _runtime
 
 # config.model_type → the class whose arithmetic the runtime reproduces; a subclass may compute something else.
 SUPPORTED = {
@@ -75,9 +74,7 @@ def _weight(name: str, parameter: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
-def _linear(
-    name: str, module: nn.Module, kind: type = nn.Linear, first: int = 0, rows: int | None = None
-) -> _runtime.Linear:
+def _linear(name: str, module: Any, kind: type = nn.Linear, first: int = 0, rows: int | None = None) -> _runtime.Linear:
     scaled_embedding = kind is nn.Embedding and type(module).__name__.endswith("TextScaledWordEmbedding")
     if type(module) is not kind and not scaled_embedding:
         raise TypeError(
@@ -91,7 +88,7 @@ def _linear(
     return _runtime.Linear(name, weight, bias, first, weight.shape[0] if rows is None else rows)
 
 
-def _norm(name: str, module: nn.Module) -> _runtime.Norm:
+def _norm(name: str, module: Any) -> _runtime.Norm:
     if not type(module).__name__.endswith("RMSNorm"):
         raise TypeError(f"{name} is a {type(module).__name__}; the runtime computes RMSNorm")
     eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
@@ -99,7 +96,7 @@ def _norm(name: str, module: nn.Module) -> _runtime.Norm:
     return _runtime.Norm(name, _weight(f"{name}.weight", module.weight), eps, offset)
 
 
-def _embedding_scale(config: Any, embedding: nn.Module) -> float:
+def _embedding_scale(config: Any, embedding: Any) -> float:
     if hasattr(embedding, "embed_scale"):  # Gemma rounds the scale to the weights' dtype
         return embedding.embed_scale.to(embedding.weight.dtype).item()
     return getattr(config, "embedding_multiplier", 1.0)
@@ -113,7 +110,7 @@ def _max_positions(config: Any) -> int:
     return config.max_position_embeddings
 
 
-def _rotaries(embedding: nn.Module) -> dict[str | None, _runtime.Rotary]:
+def _rotaries(embedding: Any) -> dict[str | None, _runtime.Rotary]:
     """By layer type where the model has several (Gemma 3), else under None."""
     if isinstance(embedding.rope_type, dict):
         return {
@@ -125,7 +122,7 @@ def _rotaries(embedding: nn.Module) -> dict[str | None, _runtime.Rotary]:
     return {None: _runtime.Rotary(embedding.original_inv_freq, embedding.attention_scaling)}
 
 
-def _layer(config: Any, index: int, module: nn.Module, rotaries: list[str | None]) -> _runtime.Layer:
+def _layer(config: Any, index: int, module: Any, rotaries: list[str | None]) -> _runtime.Layer:
     name = f"model.layers.{index}"
     attention = module.self_attn
     layer = _runtime.Layer()
@@ -145,7 +142,7 @@ def _layer(config: Any, index: int, module: nn.Module, rotaries: list[str | None
     return layer
 
 
-def _describe_norms(layer: _runtime.Layer, name: str, module: nn.Module) -> None:
+def _describe_norms(layer: _runtime.Layer, name: str, module: Any) -> None:
     if hasattr(module, "pre_feedforward_layernorm"):  # Gemma 2 and 3: before and after each block
         layer.mlp_norm = _norm(f"{name}.pre_feedforward_layernorm", module.pre_feedforward_layernorm)
     if hasattr(module, "post_feedforward_layernorm"):  # OLMo 2: after each block only
@@ -157,7 +154,7 @@ def _describe_norms(layer: _runtime.Layer, name: str, module: nn.Module) -> None
         layer.attention_norm = _norm(f"{name}.input_layernorm", module.input_layernorm)
 
 
-def _describe_attention_weights(layer: _runtime.Layer, name: str, config: Any, attention: nn.Module) -> None:
+def _describe_attention_weights(layer: _runtime.Layer, name: str, config: Any, attention: Any) -> None:
     if hasattr(attention, "qkv_proj"):
         queries, keys = config.num_attention_heads * attention.head_dim, config.num_key_value_heads * attention.head_dim
         layer.query = _linear(f"{name}.qkv_proj", attention.qkv_proj, first=0, rows=queries)
@@ -173,7 +170,7 @@ def _describe_attention_weights(layer: _runtime.Layer, name: str, config: Any, a
         layer.key_norm = _norm(f"{name}.k_norm", attention.k_norm)
 
 
-def _describe_mlp_weights(layer: _runtime.Layer, name: str, mlp: nn.Module) -> None:
+def _describe_mlp_weights(layer: _runtime.Layer, name: str, mlp: Any) -> None:
     if hasattr(mlp, "gate_up_proj"):
         rows = mlp.gate_up_proj.weight.shape[0] // 2
         layer.gate = _linear(f"{name}.gate_up_proj", mlp.gate_up_proj, first=0, rows=rows)

@@ -15,7 +15,7 @@ from e3pruner.models.runtime_hook import generate_with_runtime
 from e3pruner.models.stack import check_indices
 
 if TYPE_CHECKING:
-    from e3kernels import _runtime
+    import e3kernels._runtime as _runtime
 
 Keep = Sequence[int] | Mapping[str, Sequence[int]]
 

@@ -12,7 +12,8 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 if TYPE_CHECKING:
-    from e3kernels import _runtime
+    import e3kernels._runtime as _runtime
+
     from e3pruner.models.runtime import LayerSkipRuntime
 
 
@@ -102,7 +103,7 @@ def _view_of(runtime: LayerSkipRuntime) -> Any:
 
     model = runtime.model
     kind = type(f"{type(model).__name__}OnRuntime", (type(model),), {"forward": forward})
-    view = kind.__new__(kind)
+    view: Any = object.__new__(kind)
     object.__setattr__(view, "__dict__", model.__dict__)
     return view
 
