@@ -193,7 +193,9 @@ def test_every_instruction_set_of_this_machine(isa, dtype, monkeypatch):
     model, ids = supported_model("gemma").to(dtype), tiny_tokens(length=LENGTH)
     widest = runtime_logits(LayerSkipRuntime(model), ids, 1)
     monkeypatch.setenv("E3_ISA", isa)
-    assert_close(runtime_logits(LayerSkipRuntime(model), ids, 3), widest, 1e-5)
+    # Another order of summation can round a value that is stored in 16 bit the other way.
+    relative = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert_close(runtime_logits(LayerSkipRuntime(model), ids, 3), widest, relative)
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):

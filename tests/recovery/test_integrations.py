@@ -1,16 +1,17 @@
 import pytest
 import torch
-from lightning import Trainer as LightningTrainer
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from trl import SFTConfig, SFTTrainer
 
 from e3pruner import cache_teacher, prune
 from e3pruner.recovery import DistillOptions
 from e3pruner.recovery.batches import Batch
 from e3pruner.recovery.integrations import lightning, trainer
 from e3pruner.recovery.integrations.step import DistillStep, batch_of
+
+LightningTrainer = pytest.importorskip("lightning", reason="needs e3kernels[lightning]").Trainer
+trl = pytest.importorskip("trl", reason="needs e3kernels[trl]")
 
 KEPT = [0, 1, 3, 5]
 COUNT = 24
@@ -159,14 +160,14 @@ def test_transformers_trainer_resumes_to_the_same_bits(teacher, tmp_path):
 
 
 def test_trl_equals_the_plain_loop(teacher, tmp_path):
-    class Trainer(InOrder, trainer.DistillMixin, SFTTrainer):
+    class Trainer(InOrder, trainer.DistillMixin, trl.SFTTrainer):
         pass
 
     student = prune(teacher, KEPT)
     settings = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "bf16": False}
     run = Trainer(
         student,
-        arguments(SFTConfig, tmp_path, 4, 2, **settings),
+        arguments(trl.SFTConfig, tmp_path, 4, 2, **settings),
         train_dataset=examples(),
         data_collator=collate,
         processing_class=_tokenizer(),

@@ -30,7 +30,7 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):
+        except (typer.Exit, typer.Abort, typer.BadParameter):  # Typer prints wrong usage itself
             raise
         except KeyboardInterrupt:
             stderr.print(f"[bold]e3 {ctx.info_name}[/]: interrupted")
