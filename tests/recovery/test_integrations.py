@@ -7,11 +7,12 @@ from transformers import TrainingArguments
 from e3pruner import cache_teacher, prune
 from e3pruner.recovery import DistillOptions
 from e3pruner.recovery.batches import Batch
-from e3pruner.recovery.integrations import lightning, trainer
 from e3pruner.recovery.integrations.step import DistillStep, batch_of
 
 LightningTrainer = pytest.importorskip("lightning", reason="needs e3kernels[lightning]").Trainer
 trl = pytest.importorskip("trl", reason="needs e3kernels[trl]")
+
+from e3pruner.recovery.integrations import lightning, trainer  # noqa: E402  imports the packages
 
 KEPT = [0, 1, 3, 5]
 COUNT = 24
