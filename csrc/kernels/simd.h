@@ -103,12 +103,16 @@ inline Vu select(Vi mask, Vu yes, Vu no) { return mask ? yes : no; }
 
 // Lanes are folded in halves: the same tree on every run.
 inline float horizontal_sum(Vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
   float lanes[kLanes];
   store_raw(lanes, v);
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+#endif
 }
 
 inline float horizontal_max(Vf v) {
@@ -118,8 +122,6 @@ inline float horizontal_max(Vf v) {
   for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
   return best;
 }
-
-inline float horizontal_min(Vf v) { return -horizontal_max(-v); }
 
 // fp16 to fp32 by integer operations: rebias the exponent; a subnormal is normalised by one subtraction.
 inline Vf widen_fp16_bits(Vu half) {
@@ -158,9 +160,17 @@ inline Vu narrow_bf16_bits(Vf value) {
 
 inline Vf load(const float* source) { return load_raw<Vf>(source); }
 
-inline Vf load(const bf16* source) {
-  return bits_as<Vf>(Vu(__builtin_convertvector(load_raw<Vh>(source), Vu) << 16));
+inline Vu load_wide(const uint16_t* source) {
+#if defined(__AVX512F__)
+  return bits_as<Vu>(_mm512_cvtepu16_epi32(load_raw<__m256i>(source)));
+#elif defined(__AVX2__)
+  return bits_as<Vu>(_mm256_cvtepu16_epi32(load_raw<__m128i>(source)));
+#else
+  return __builtin_convertvector(load_raw<Vh>(source), Vu);
+#endif
 }
+
+inline Vf load(const bf16* source) { return bits_as<Vf>(Vu(load_wide(&source->bits) << 16)); }
 
 inline Vf load(const fp16* source) {
 #if defined(__AVX512F__)
@@ -168,7 +178,7 @@ inline Vf load(const fp16* source) {
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(load_raw<__m128i>(source));
 #else
-  return widen_fp16_bits(__builtin_convertvector(load_raw<Vh>(source), Vu));
+  return widen_fp16_bits(load_wide(&source->bits));
 #endif
 }
 
