@@ -67,7 +67,8 @@ def test_error_is_no_worse_than_naive(
     wide_student, wide_teacher = ([tensor.double() for tensor in model] for model in (student, teacher))
     with e3k.use_backend("reference"):
         exact = with_gradients(fused(wide_teacher, labels, **options), wide_student, 3)
-    assert_no_worse(ours, naive, exact, dtype)
+    # Two are our own: of the tile's gradient, which a 16-bit product takes in, and of that product.
+    assert_no_worse(ours, naive, exact, dtype, roundings=2)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -262,6 +263,7 @@ def test_activation_checkpointing(backend):
         ({"teacher_bias": torch.zeros(6, 1)}, r"teacher_bias has shape \(6, 1\)"),
         ({"teacher_weight": torch.zeros(6, 4, device="meta")}, "teacher_weight is on meta"),
         ({"labels": torch.tensor([0, 1, 6])}, "labels holds 6"),
+        ({"student_hidden": torch.zeros(())}, "student_hidden is 0-dimensional"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"teacher_softcap": -1.0}, "teacher_softcap is -1.0"),
     ],

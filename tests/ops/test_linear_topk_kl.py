@@ -64,7 +64,8 @@ def test_error_is_no_worse_than_naive(backend, dtype, naive_topk_kl, with_gradie
     wide = (teacher[0].double(), teacher[1])
     with e3k.use_backend("reference"):
         exact = with_gradients(fused(wide, labels, **options), [tensor.double() for tensor in student], 3)
-    assert_no_worse(ours, naive, exact, dtype)
+    # Two are our own: of the tile's gradient, which a 16-bit product takes in, and of that product.
+    assert_no_worse(ours, naive, exact, dtype, roundings=2)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
