@@ -74,20 +74,9 @@ def topk_kl_statistics(
     log_p = tl.load(teacher_ptr + row * k + columns, mask=columns < k, other=float("-inf"))
     ids = tl.load(ids_ptr + row * k + columns, mask=columns < k, other=0)
     ids = tl.where((log_p != float("-inf")) & (ids >= first), ids, V)
+    inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
     my, ss, cs = sweep_unstored(
-        student_row,
-        ids,
-        first,
-        last,
-        V,
-        1.0 / scalar(scalars_ptr, TEMPERATURE),
-        scale,
-        softcap,
-        HAS_LABELS,
-        CAP,
-        LANES,
-        VEC,
-        UNROLL,
+        student_row, ids, first, last, V, inverse_temperature, scale, softcap, HAS_LABELS, CAP, LANES, VEC, UNROLL
     )
     p = partial_ptr + (row * tl.num_programs(1) + split) * STUDENT_FIELDS
     if HAS_LABELS:
