@@ -31,9 +31,15 @@ def test_no_kernel_spills_or_moves_more_than_recorded():
     assert run("-m", "bench.static", "--check").strip() == ""
 
 
+def test_the_noise_is_compiled_without_fused_multiply_adds():
+    fused, exact = run("-m", "tests.ops.compiled_noise").splitlines()[-2:]
+    assert fused == "0 0"
+    assert exact == "True True"
+
+
 def test_a_training_step_is_one_graph_that_holds_the_launches():
     """No break, every launch visible, and no graph more for a change of any scalar; fake tensors, nothing is run."""
-    lines = run(str(ROOT / "tests" / "ops" / "traced_step.py")).splitlines()[-5:]
+    lines = run("-m", "tests.ops.traced_step").splitlines()[-5:]
     graphs, forward, backward, cuda_graphs, on_cuda = lines
     assert int(graphs) <= 2  # one with the first scalars as constants, one for all others
     assert int(cuda_graphs) <= 2
