@@ -1,5 +1,5 @@
-"""Compile the sampler's noise for sm_90 and gfx942 as its kernels are compiled; prints the number of fused multiply-adds
-that PTX asks for, of contractible operations in gfx942's LLVM code, and whether log 2 is exact in both.
+"""Compile the sampler's noise for sm_90 and gfx942 as its kernels are compiled. Prints how many fused multiply-adds PTX
+asks for, how many operations LLVM may contract for gfx942, and whether log 2 is exact in both.
 
 Run by test_triton_compiled.py in a process of its own.
 """
