@@ -9,12 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from e3kernels import backends, nn
 from e3kernels.backends import use_backend
 from e3kernels.info import info
+from e3kernels.ops.common.loss_call import TokenStats
 from e3kernels.ops.entropy_kl import entropy_kl
 from e3kernels.ops.gated_residual import gated_residual
 from e3kernels.ops.gumbel_topk import GumbelTopK, gumbel_topk
 from e3kernels.ops.linear_entropy_kl import linear_entropy_kl
 from e3kernels.ops.linear_topk_kl import linear_topk_kl
-from e3kernels.ops.loss_call import TokenStats
 from e3kernels.ops.topk_kl import topk_kl
 
 backends.load()

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from e3kernels.contract import BACKENDS
-from e3kernels.ops.registration import OPERATORS, define_overload
 from e3kernels.reference.linear import TileKernel, kernels
+from e3kernels.registration import OPERATORS, define_overload
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Student, teacher and gradient tile in fp32 are 12 bytes a logit: 60 MiB.

@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from e3kernels.ops.common.loss_call import LossResult
 from e3kernels.ops.entropy_kl import entropy_kl
 from e3kernels.ops.linear_entropy_kl import linear_entropy_kl
 from e3kernels.ops.linear_topk_kl import linear_topk_kl
-from e3kernels.ops.loss_call import LossResult
 from e3kernels.ops.topk_kl import topk_kl
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from e3kernels import backends
-from e3kernels.ops.registration import OPERATORS
+from e3kernels.registration import OPERATORS
 
 
 def info() -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from e3kernels.ops.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape, rows_of
-from e3kernels.ops.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
-from e3kernels.ops.losses import LossSignature, declare_loss
+from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape, last_size, rows_of
+from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
+from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
 
 OPERATOR = declare_loss(
     LossSignature(
@@ -80,7 +80,8 @@ def entropy_kl(
     check_device(student_logits.device, teacher_logits=teacher_logits)
     check_model("teacher", teacher_softcap, teacher_scale)
     options.check(has_labels=labels is not None)
-    tokens = make_tokens(student_logits, labels, token_mask, ignore_index, student_logits.shape[-1])
+    vocabulary = last_size("student_logits", student_logits)
+    tokens = make_tokens(student_logits, labels, token_mask, ignore_index, vocabulary)
     return call_loss(
         OPERATOR,
         (rows_of(student_logits), rows_of(teacher_logits.detach())),

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from e3kernels.backends import resolve
-from e3kernels.ops.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape
-from e3kernels.ops.registration import Operator, declare
+from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape
+from e3kernels.registration import Operator, declare
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from e3kernels.backends import resolve
 from e3kernels.contract import RELAXATIONS
-from e3kernels.ops.arguments import FLOAT_DTYPES, check_dtype, code, scalar_tensor
-from e3kernels.ops.registration import Operator, declare
+from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, code, scalar_tensor
+from e3kernels.registration import Operator, declare
 
 
 def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

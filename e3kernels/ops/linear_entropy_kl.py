@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from e3kernels.ops.arguments import check_device, check_shape, rows_of
-from e3kernels.ops.head import autocast_dtype, check_head, head_dtypes
-from e3kernels.ops.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
-from e3kernels.ops.losses import LossSignature, declare_loss
+from e3kernels.ops.common.arguments import check_device, check_shape, rows_of
+from e3kernels.ops.common.head import autocast_dtype, check_head, head_dtypes
+from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
+from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
 
 OPERATOR = declare_loss(
     LossSignature(

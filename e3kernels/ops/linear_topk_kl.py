@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from e3kernels.ops.arguments import check_device, rows_of
-from e3kernels.ops.head import autocast_dtype, check_head, head_dtypes
-from e3kernels.ops.loss_call import LossOptions, LossResult, call_loss, make_tokens
-from e3kernels.ops.losses import LossSignature, declare_loss
-from e3kernels.ops.stored_teacher import check_tail, stored_teacher
+from e3kernels.ops.common.arguments import check_device, rows_of
+from e3kernels.ops.common.head import autocast_dtype, check_head, head_dtypes
+from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, make_tokens
+from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
+from e3kernels.ops.common.stored_teacher import check_tail, stored_teacher
 
 OPERATOR = declare_loss(
     LossSignature(

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from e3kernels.ops.arguments import FLOAT_DTYPES, check_dtype, rows_of
-from e3kernels.ops.loss_call import LossOptions, LossResult, call_loss, make_tokens
-from e3kernels.ops.losses import LossSignature, declare_loss
-from e3kernels.ops.stored_teacher import check_tail, stored_teacher
+from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, last_size, rows_of
+from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, make_tokens
+from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
+from e3kernels.ops.common.stored_teacher import check_tail, stored_teacher
 
 OPERATOR = declare_loss(
     LossSignature(
@@ -61,10 +61,9 @@ def topk_kl(
     check_dtype("student_logits", student_logits, FLOAT_DTYPES)
     options.check(has_labels=labels is not None)
     tail_code = check_tail(tail, divergence)
-    tokens = make_tokens(student_logits, labels, token_mask, ignore_index, student_logits.shape[-1])
-    teacher = stored_teacher(
-        teacher_logprobs, teacher_ids, tokens, ignore_index, student_logits, student_logits.shape[-1]
-    )
+    vocabulary = last_size("student_logits", student_logits)
+    tokens = make_tokens(student_logits, labels, token_mask, ignore_index, vocabulary)
+    teacher = stored_teacher(teacher_logprobs, teacher_ids, tokens, ignore_index, student_logits, vocabulary)
     return call_loss(
         OPERATOR,
         (rows_of(student_logits), *teacher),

@@ -2,7 +2,17 @@
 
 from e3pruner.evaluation import evaluate
 from e3pruner.models import PruningPlan, find_layers, prune
-from e3pruner.recovery import distill
+from e3pruner.recovery import TeacherCache, cache_teacher, compensate, distill
 from e3pruner.search import search
 
-__all__ = ["PruningPlan", "distill", "evaluate", "find_layers", "prune", "search"]
+__all__ = [
+    "PruningPlan",
+    "TeacherCache",
+    "cache_teacher",
+    "compensate",
+    "distill",
+    "evaluate",
+    "find_layers",
+    "prune",
+    "search",
+]

@@ -16,7 +16,7 @@ PROGRAM = "from e3pruner.cli import app; app()"
 
 
 def demo_arguments(model: Path, text: Path, out: Path) -> list[Any]:
-    return ["demo", "--quick", "--drop", 2, "--model", model, "--text", text, "--length", 32, "--out", out]
+    return ["demo", "--drop", 2, "--model", model, "--text", text, "--length", 32, "--out", out]
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,19 @@ def test_bi_is_one_minus_the_cosine_of_input_and_output():
     assert plan.removed == sorted(influence.argsort()[:2].tolist())
 
 
+def test_cost_counts_layers_and_heads_by_their_share_of_the_parameters():
+    model = tiny_model("llama")
+    tokens = sum(batch.numel() for batch in BATCHES)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    head = model.lm_head.weight.numel()
+    dense = NUM_LAYERS * layer + head
+    assert run("bi", model).metrics["cost"] == pytest.approx(tokens * NUM_LAYERS * layer / dense)
+    # The dense model; the first mask, which lacks the last layer; then each lacks layer l and runs those after it.
+    runs = NUM_LAYERS + (NUM_LAYERS - 1) + sum(range(NUM_LAYERS))
+    cost = run("leave-one-out", model).metrics["cost"]
+    assert cost == pytest.approx(tokens * (runs * layer + NUM_LAYERS * head) / dense)
+
+
 def test_greedy_is_brute_force_one_layer_at_a_time():
     model = tiny_model("llama")
     removed = []

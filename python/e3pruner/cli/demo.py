@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers import PreTrainedModel
 
 from e3pruner.cli import options
 from e3pruner.cli.models import BUILT_IN, load_model, load_tokenizer
@@ -15,9 +15,11 @@ from e3pruner.cli.pipeline import FULL, METHOD, QUICK, Pipeline
 from e3pruner.cli.results import run_results
 from e3pruner.cli.tables import print_table
 from e3pruner.cli.text import token_splits
+from e3pruner.models import find_layers
 from e3pruner.report import REPORT_FILE, build_report, save_results
 
 BUILT_IN_TITLE = "SmolLM2-135M-Instruct"
+SUMMARY = f"Layers chosen by {METHOD}, cut out, the rest recovered by distillation from the dense model."
 
 
 def demo(
@@ -44,21 +46,19 @@ def demo(
     `e3 demo --drop 12 --out deep`
     """
     with output_folder(ctx, out, force) as folder:
+        began = time.perf_counter()
         dense, tokenizer = load_model(model, dtype=options.Dtype.FLOAT32), load_tokenizer(model)
-        budget = QUICK if quick else FULL
-        tokens = token_splits(tokenizer, text, length=length, seed=seed, teacher=dense, subjects=budget.subjects)
-        pipeline = Pipeline(folder, dense, tokenizer, tokens, budget, drop, seed)
-        results = run_results(ctx, title(model, dense, drop)) | {"summary": SUMMARY} | pipeline.run()
+        layers = len(find_layers(dense))
+        if not 1 <= drop < layers:
+            raise ValueError(f"drop={drop} must be from 1 to {layers - 1}: the model has {layers} layers")
+        tokens = token_splits(tokenizer, text, length=length, seed=seed, teacher=None if quick else dense)
+        loading = round(time.perf_counter() - began, 1)
+        pipeline = Pipeline(folder, dense, tokenizer, tokens, QUICK if quick else FULL, drop, seed)
+        title = f"{BUILT_IN_TITLE if model == BUILT_IN else model}, {layers} to {layers - drop} layers"
+        results = run_results(ctx, title) | {"summary": SUMMARY} | pipeline.run()
+        results["seconds"] = {"0-text": loading} | results["seconds"]
         save_results(results, folder)
         build_report(folder)
         pipeline.clean()
     print_table(results)
     print(out / REPORT_FILE)
-
-
-SUMMARY = f"Layers chosen by {METHOD}, cut out, the rest recovered by distillation from the dense model."
-
-
-def title(name: str, model: PreTrainedModel, drop: int) -> str:
-    layers = model.config.get_text_config().num_hidden_layers
-    return f"{BUILT_IN_TITLE if name == BUILT_IN else name}, {layers} to {layers - drop} layers"

@@ -24,6 +24,7 @@ from e3pruner.cli.results import recovery_results, search_results
 from e3pruner.cli.text import Tokens, batches, take
 from e3pruner.evaluation import latency
 from e3pruner.models import PruningPlan
+from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.state import STATE
 from e3pruner.search.problem import SearchProblem
 from e3pruner.storage import new_folder, write_json
@@ -45,21 +46,22 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend: sequences, steps of the search, points of the curve, training steps, subjects that the
-    teacher writes about, and generated tokens a prompt."""
+    """What a run may spend: sequences, steps, points of the curve, and new tokens a prompt."""
 
     calibration: int = 16
     held_out: int = 16
     search_steps: int = 16
     curve_points: int = 4
+    compensation: int = 32
     training_steps: int = 50
-    subjects: int = 32
     new_tokens: int = 48
     batch: int = 4
 
 
 FULL = Budget()
-QUICK = Budget(calibration=8, held_out=8, search_steps=6, curve_points=1, training_steps=10, subjects=0, new_tokens=16)
+QUICK = Budget(
+    calibration=8, held_out=8, search_steps=6, curve_points=0, compensation=16, training_steps=10, new_tokens=16
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Pipeline:
     def search_by(self, method: str) -> dict[str, Any]:
         checkpoint = self.folder / MEASURED_FILE  # one for all: a mask measured for one method is known to the next
         began = time.perf_counter()
-        options = {"steps": self.budget.search_steps} if method == METHOD else {}
+        options: dict[str, Any] = {"steps": self.budget.search_steps} if method == METHOD else {}
         plan = e3pruner.search(
             self.dense, self.calibration, self.drop, method, self.seed, checkpoint=checkpoint, **options
         )
@@ -164,13 +166,17 @@ class Pipeline:
     def recover(self) -> dict[str, Any]:
         student = self.load(PRUNED)
         training = self.folder / "training"
+        resume = (training / STATE).exists()
+        if not resume:
+            plan = PruningPlan.load(self.folder / PLAN_FILE)
+            e3pruner.compensate(student, self.dense, plan, self.tokens.training[: self.budget.compensation])
         result = e3pruner.distill(
             student,
             teacher=self.dense,
             data=self.tokens.training,
             held_out=self.held_out,
             output=training,
-            resume=(training / STATE).exists(),
+            resume=resume,
             steps=self.budget.training_steps,
             batch_size=self.budget.batch,
             seed=self.seed,
@@ -184,8 +190,11 @@ class Pipeline:
     def curve(self, found: dict[str, Any]) -> dict[str, list[list[float]]]:
         """Held-out KL without each method's first choices, at some numbers of layers up to `drop`."""
         points = range(1, self.budget.curve_points + 1)
-        counts = sorted({math.ceil(self.drop * point / self.budget.curve_points) for point in points})
-        with SearchProblem(self.dense, self.held_out, drop=self.drop) as problem:
+        if not points:
+            return {}
+        counts = sorted({math.ceil(self.drop * point / len(points)) for point in points})
+        precision = autocast_dtype("auto", self.dense.device)
+        with SearchProblem(self.dense, self.held_out, drop=self.drop, autocast=precision) as problem:
             masks = {(m, n): problem.mask(mask["order"][:n]) for m, mask in found.items() for n in counts}
             values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
         return {method: [[n, values[method, n]] for n in counts] for method in found}

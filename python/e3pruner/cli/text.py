@@ -29,16 +29,14 @@ def token_splits(
     length: int,
     seed: int,
     teacher: PreTrainedModel | None = None,
-    subjects: int = 0,
 ) -> Tokens:
     """Training, calibration and held-out sequences of `length` tokens from the file `text`, or from the built-in text
-    and what `teacher` writes about `subjects` subjects. Held-out sequences of the kinds of text take turns.
+    and, with a `teacher`, what it writes itself. Held-out sequences of the kinds of text take turns.
 
     Raises ValueError when a split has not one whole sequence, and for a file that is not UTF-8.
     """
     if text is None:
-        writer = {"teacher": teacher, "subjects": subjects} if subjects else {}
-        built_in = demo_tokens(tokenizer, length=length, seed=seed, **writer)
+        built_in = demo_tokens(tokenizer, teacher, length=length, seed=seed)
         held_out = chain.from_iterable(zip_longest(*built_in.held_out.values()))
         turns = torch.stack([sequence for sequence in held_out if sequence is not None])
         return Tokens(built_in.training, built_in.calibration, turns)

@@ -12,20 +12,30 @@ from torch import Tensor
 
 from e3pruner.models.tokens import check_token_batches
 
+IGNORED = -100
+
 
 class Batch(NamedTuple):
-    """`input_ids` (B, S) int64, `rows` (B,): which sequences of the data they are."""
+    """`input_ids` (B, S) int64; `labels` (B, S − 1): the token to predict at each position but the last, or `IGNORED`.
+
+    `rows` (B,): which sequences of the training data they are, for a teacher that stores its predictions.
+    `attention_mask` (B, S): 0 on padding; None: there is none.
+    """
 
     input_ids: Tensor
-    rows: Tensor
+    labels: Tensor
+    rows: Tensor | None = None
+    attention_mask: Tensor | None = None
 
-    @property
-    def labels(self) -> Tensor:
-        """(B, S − 1): the token that follows each position but the last."""
-        return self.input_ids[:, 1:]
+    @staticmethod
+    def of_rows(data: Tensor, rows: Tensor) -> Batch:
+        """Sequences `rows` of `data` (N, S), every token of them to be predicted."""
+        input_ids = data[rows]
+        return Batch(input_ids, input_ids[:, 1:], rows)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.rows)
+        mask = None if self.attention_mask is None else self.attention_mask.to(device)
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.rows, mask)
 
 
 @lru_cache(maxsize=2)
@@ -37,14 +47,13 @@ def shuffled_batch(data: Tensor, start: int, size: int, seed: int) -> Batch:
     """Sequences start … start + size − 1 of the endless stream of epochs over `data` (N, S), each epoch shuffled."""
     count = len(data)
     rows = [_permutation(count, seed, i // count)[i % count] for i in range(start, start + size)]
-    index = torch.stack(rows)
-    return Batch(data[index], index)
+    return Batch.of_rows(data, torch.stack(rows))
 
 
 def in_order(data: Tensor, size: int) -> Iterator[Batch]:
     """`data` (N, S) once, in batches of `size` sequences; the last may be smaller."""
     for rows in torch.arange(len(data)).split(size):
-        yield Batch(data[rows], rows)
+        yield Batch.of_rows(data, rows)
 
 
 def sequences_of(name: str, batches: Tensor | Iterable[Any], vocabulary: int) -> Tensor:

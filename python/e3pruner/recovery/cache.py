@@ -96,6 +96,8 @@ class TeacherCache:
 
     def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(log-probabilities fp32, ids int64), each (B, S − 1, k), of the batch's rows of the data."""
+        if batch.rows is None:
+            raise ValueError(f"a batch without rows: {self.folder} finds its predictions by the number of the sequence")
         per_shard = self.manifest["shard_rows"]
         logprobs, ids = [], []
         for row in batch.rows.tolist():

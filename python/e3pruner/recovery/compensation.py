@@ -17,7 +17,7 @@ Cuts are treated from the input to the output, each with the hidden states that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,22 +136,33 @@ def _restore(model: PreTrainedModel, values: dict[str, Tensor]) -> None:
         p.copy_(values[name])
 
 
+class _ReachedError(Exception):
+    """A forward pass has come as far as it was needed."""
+
+
 @contextmanager
-def _recorded(module: nn.Module, read: Callable[[tuple[Any, ...], Any], Tensor]) -> Iterator[list[Tensor]]:
+def _recorded(module: nn.Module, *, output: bool) -> Iterator[list[Tensor]]:
+    """Collects what goes into `module`, or what comes out of it: then the pass ends there."""
     values: list[Tensor] = []
-    hook = module.register_forward_hook(lambda _, args, output: values.append(read(args, output)))
+
+    def record(_: nn.Module, inputs: tuple[Any, ...], result: Any) -> None:
+        if not output:
+            values.append(inputs[0])
+            return
+        values.append(result[0] if isinstance(result, tuple) else result)
+        raise _ReachedError
+
+    hook = module.register_forward_hook(record)
     try:
         yield values
     finally:
         hook.remove()
 
 
-def _input(args: tuple[Any, ...], output: Any) -> Tensor:
-    return args[0]
-
-
-def _output(args: tuple[Any, ...], output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _run(batch: Tensor, *models: PreTrainedModel) -> None:
+    for model in models:
+        with suppress(_ReachedError):
+            last_hidden(model, batch)
 
 
 def _projection(layer: nn.Module, names: str) -> nn.Linear:
@@ -177,10 +188,13 @@ def _least_squares(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut,
     projection = _projection(last, _DOWN)
     multiplier = getattr(student.config, "residual_multiplier", 1.0)
     gram = cross = torch.zeros((), dtype=torch.float64, device=student.device)
-    with _recorded(last, _output) as xs, _recorded(projection, _input) as inputs, _recorded(behind, _output) as ys:
+    with (
+        _recorded(projection, output=False) as inputs,
+        _recorded(last, output=True) as xs,
+        _recorded(behind, output=True) as ys,
+    ):
         for batch in batches:
-            last_hidden(student, batch)
-            last_hidden(teacher, batch)
+            _run(batch, student, teacher)
             x, a, y = (values.pop().flatten(0, -2).double() for values in (xs, inputs, ys))
             weighted = a / y.square().sum(-1, keepdim=True)
             gram = gram + weighted.T @ a
@@ -195,10 +209,9 @@ def _scale(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches
     writes = [_projection(layer, names) for layer in layers[cut.layer :] for names in (_ATTENTION, _DOWN)]
     before, behind = layers[cut.layer - 1], find_layers(teacher)[cut.target - 1]
     norms = torch.zeros(2, dtype=torch.float64, device=student.device)
-    with _recorded(before, _output) as xs, _recorded(behind, _output) as ys:
+    with _recorded(before, output=True) as xs, _recorded(behind, output=True) as ys:
         for batch in batches:
-            last_hidden(student, batch)
-            last_hidden(teacher, batch)
+            _run(batch, student, teacher)
             norms += torch.stack([values.pop().double().norm(dim=-1).sum() for values in (xs, ys)])
     for write in writes:
         for parameter in write.parameters():

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from e3pruner.models import last_hidden, output_head
-from e3pruner.recovery.batches import Batch, in_order
+from e3pruner.recovery.batches import IGNORED, Batch, in_order
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
 
@@ -38,22 +38,28 @@ class DistillLoss:
 
     def __call__(self, batch: Batch, targets: Any, reduction: str = "mean") -> tuple[Tensor, Any]:
         """(loss, per-token statistics), as `e3kernels.linear_entropy_kl` gives them for positions 0 … S − 2."""
-        options = self.options
         with self._autocast():
-            hidden = last_hidden(self.student, batch.input_ids)[:, :-1]
-            return self.teacher.loss(
-                hidden,
-                output_head(self.student),
-                targets,
-                batch.labels,
-                temperature=options.temperature,
-                weighting=options.weighting,
-                gamma=options.gamma,
-                kd_ratio=options.kd_ratio,
-                divergence=options.divergence,
-                reduction=reduction,
-                return_stats=True,
+            return self.of_hidden(
+                last_hidden(self.student, batch.input_ids, batch.attention_mask), batch, targets, reduction
             )
+
+    def of_hidden(self, hidden: Tensor, batch: Batch, targets: Any, reduction: str) -> tuple[Tensor, Any]:
+        """The same from the student's last hidden states (B, S, H), for a loop that runs the model itself."""
+        options = self.options
+        return self.teacher.loss(
+            hidden[:, :-1],
+            output_head(self.student),
+            targets,
+            batch.labels,
+            temperature=options.temperature,
+            weighting=options.weighting,
+            gamma=options.gamma,
+            kd_ratio=options.kd_ratio,
+            divergence=options.divergence,
+            ignore_index=IGNORED,
+            reduction=reduction,
+            return_stats=True,
+        )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.student.device.type, self.dtype, enabled=self.dtype is not None)

@@ -58,7 +58,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Tensor:
-        return last_hidden(self.model, batch.input_ids)[:, :-1]
+        return last_hidden(self.model, batch.input_ids, batch.attention_mask)[:, :-1]
 
     def loss(self, hidden: Tensor, head: OutputHead, targets: Tensor, labels: Tensor, **options: Any) -> Any:
         return e3k.linear_entropy_kl(

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from e3pruner.search.problem import Measured
 from e3pruner.storage import fingerprint, write_json
 
 _FORMAT = "e3pruner.search.checkpoint"
@@ -31,7 +30,7 @@ class Checkpoint:
         self._saved_at = time.monotonic()
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"checkpoint={os.fspath(path)!r}: its folder does not exist")
-        self.measured: dict[str, Measured] = self._load() if self.path.exists() else {}
+        self.measured: dict[str, list[float]] = self._load() if self.path.exists() else {}
 
     def save(self) -> None:
         """Replace the file by one that holds what is measured now, whole or not at all."""
@@ -43,14 +42,13 @@ class Checkpoint:
         if time.monotonic() - self._saved_at > _SECONDS:
             self.save()
 
-    def _load(self) -> dict[str, Measured]:
+    def _load(self) -> dict[str, list[float]]:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
             identity = dict(content["identity"])
-            entries = content["measured"].items()
-            measured = {key: ([*map(float, values)], float(cost)) for key, (values, cost) in entries}
+            measured = {key: [*map(float, values)] for key, values in content["measured"].items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"checkpoint={os.fspath(self.path)!r} is damaged ({error!r}); delete it") from error
         other = sorted(key for key in identity | self.identity if identity.get(key) != self.identity.get(key))

@@ -62,15 +62,15 @@ class SkippingForward:
         self._run(input_ids, (True,) * len(self.layers), 0, frozenset(range(len(self.layers) + 1)))
         return [self._states[index] for index in range(len(self.layers) + 1)]
 
-    def last_hiddens(self, input_ids: Tensor, masks: Sequence[Mask]) -> Iterator[tuple[Mask, Tensor, int]]:
-        """Yields (mask, last hidden state (B, T, H) under it, layers run for it), sorted so that prefixes are shared.
+    def last_hiddens(self, input_ids: Tensor, masks: Sequence[Mask]) -> Iterator[tuple[Mask, Tensor]]:
+        """Yields (mask, last hidden state (B, T, H) under it), in the order of `shared_prefixes`.
 
         `input_ids`: (B, T) integers. `masks`: distinct.
         """
-        ordered = sorted(masks, reverse=True)
-        starts = [0] + [common_prefix(a, b) for a, b in pairwise(ordered)]
-        for mask, start in zip(ordered, starts, strict=True):
-            yield mask, self._run(input_ids, mask, start, frozenset(starts)), sum(mask[start:])
+        ordered = shared_prefixes(masks)
+        stored = frozenset(start for _, start in ordered)
+        for mask, start in ordered:
+            yield mask, self._run(input_ids, mask, start, stored)
 
     def _run(self, input_ids: Tensor, mask: Mask, start: int, stored: frozenset[int]) -> Tensor:
         """One pass, from what an earlier one stored at layer `start`; it stores the inputs of the layers `stored`."""
@@ -100,6 +100,11 @@ class SkippingForward:
         return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
 
 
-def common_prefix(a: Mask, b: Mask) -> int:
-    """How many leading layers two masks treat alike."""
+def shared_prefixes(masks: Sequence[Mask]) -> list[tuple[Mask, int]]:
+    """The masks, sorted so that neighbours share prefixes, and how many layers each shares with the one before."""
+    ordered = sorted(masks, reverse=True)
+    return list(zip(ordered, [0, *(_common_prefix(a, b) for a, b in pairwise(ordered))], strict=False))
+
+
+def _common_prefix(a: Mask, b: Mask) -> int:
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))

@@ -16,7 +16,7 @@ from e3pruner.search.problem import SearchProblem
 from e3pruner.search.protocol import Search, leave_one_out_scores
 from e3pruner.search.quadratic import QuadraticModel
 
-_START_TOKENS = 2048  # calibration tokens that the importance start uses: more do not change what it is good for
+_START_TOKENS = 1024  # calibration tokens of the importance start, which is corrected by all that follows
 _LAST_NOISE = 0.4  # of the first
 
 

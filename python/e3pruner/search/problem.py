@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any, Self
@@ -15,24 +15,25 @@ from transformers import PreTrainedModel
 import e3kernels as e3k
 from e3pruner.models import output_head
 from e3pruner.models.stack import evaluating
-from e3pruner.search.forward import Mask, SkippingForward
+from e3pruner.search.forward import Mask, SkippingForward, shared_prefixes
 
-Measured = tuple[list[float], float]  # values, and what they cost
+_PASS_TOKENS = 512  # of one forward pass: enough to tell good masks from bad ones, so that a step need not cost more
 
 
 class SearchProblem:
     """A model, its calibration tokens, how many layers shall go, and an account of what has been spent.
 
     `score` is the one measure: the mean over tokens of KL(dense model || model without the layers), in nats, over the
-    full vocabulary, forward only. Used as a context manager: inside, the model is in evaluation mode and its layers can
-    be skipped; leaving restores it.
+    full vocabulary, forward only. `batches` are the given ones, (B, T) each, split so that a forward pass is short.
+
+    Used as a context manager: inside, the model is in evaluation mode and can skip layers; leaving restores it.
 
     Everything measured is kept in `measured`. A search method is a deterministic function of its seed and of what it
     measures; given the `measured` of an interrupted run it comes back to where that run was, without computing, and
     goes on to the same result, bit for bit.
 
     `cost` counts dense forward passes times tokens: each layer run, and each use of the output head, with its share of
-    the parameters. What is asked for twice is paid for once.
+    the parameters. What a method asks for twice is paid for once, what was `measured` before it began is paid for too.
     """
 
     def __init__(
@@ -46,13 +47,13 @@ class SearchProblem:
         autocast: torch.dtype | None = None,
     ) -> None:
         self.model = model
-        self.batches = batches
+        self.batches = [part for batch in batches for part in batch.split(max(1, _PASS_TOKENS // batch.shape[1]))]
         self.drop = drop
         self.seed = seed
         self.forward = SkippingForward(model)
         self.num_layers = len(self.forward.layers)
         self.free = [layer for layer in range(self.num_layers) if layer not in set(protect)]
-        self.measured: dict[str, Measured] = {}
+        self.measured: dict[str, list[float]] = {}
         self.cost = 0.0
         self.expect: Callable[[int], None] = lambda passes: None
         self.advance: Callable[[], None] = lambda: None
@@ -108,32 +109,32 @@ class SearchProblem:
                 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1).mean().item()
                 for before, after in pairwise(states)
             ]
-            self._keep({key: (values, self._layer_cost * self.num_layers * self.batches[batch].numel())})
+            self._keep({key: values})
             self.advance()
-        return self._recall(key)
+        self._pay(key, batch, self.num_layers)
+        return self.measured[key]
 
     def _scores(self, masks: Sequence[Mask], batch: int) -> list[float]:
         keys = {mask: f"kl {batch} {''.join('01'[runs] for runs in mask)}" for mask in masks}
         unknown = [mask for mask, key in keys.items() if key not in self.measured]
         if unknown:
-            self._keep({keys[mask]: found for mask, found in self._measure(unknown, batch).items()})
-        self._pay(f"teacher {batch}", self._layer_cost * self.num_layers * self.batches[batch].numel())
-        values = {mask: self._recall(key)[0] for mask, key in keys.items()}
-        return [values[mask] for mask in masks]
+            self._keep({keys[mask]: [value] for mask, value in self._measure(unknown, batch)})
+        self._pay(f"teacher {batch}", batch, self.num_layers)
+        for mask, shared in shared_prefixes([mask for mask, key in keys.items() if key not in self._paid]):
+            self._pay(keys[mask], batch, sum(mask[shared:]), head=True)
+        return [self.measured[keys[mask]][0] for mask in masks]
 
-    def _measure(self, masks: Sequence[Mask], batch: int) -> dict[Mask, Measured]:
+    def _measure(self, masks: Sequence[Mask], batch: int) -> Iterator[tuple[Mask, float]]:
         input_ids = self._input_ids(batch)
         if batch not in self._teacher:
             self._teacher[batch] = self.forward.dense(input_ids)
-        found = {}
-        for mask, student, layer_runs in self.forward.last_hiddens(input_ids, masks):
+        for mask, student in self.forward.last_hiddens(input_ids, masks):
             value = self._kl(student, self._teacher[batch])
             if not math.isfinite(value):
                 removed = [layer for layer, runs in enumerate(mask) if not runs]
                 raise FloatingPointError(f"the KL is {value} on batch {batch} without layers {removed}")
-            found[mask] = [value], (self._layer_cost * layer_runs + self._head_cost) * input_ids.numel()
+            yield mask, value
             self.advance()
-        return found
 
     def _kl(self, student: Tensor, teacher: Tensor) -> float:
         head = self._head
@@ -155,16 +156,11 @@ class SearchProblem:
     def _input_ids(self, batch: int) -> Tensor:
         return self.batches[batch].to(self._head.weight.device)
 
-    def _keep(self, found: dict[str, Measured]) -> None:
+    def _keep(self, found: dict[str, list[float]]) -> None:
         self.measured |= found
         self.committed()
 
-    def _recall(self, key: str) -> list[float]:
-        values, cost = self.measured[key]
-        self._pay(key, cost)
-        return values
-
-    def _pay(self, key: str, cost: float) -> None:
+    def _pay(self, key: str, batch: int, layers: int, head: bool = False) -> None:
         if key not in self._paid:
             self._paid.add(key)
-            self.cost += cost
+            self.cost += (self._layer_cost * layers + self._head_cost * head) * self.batches[batch].numel()

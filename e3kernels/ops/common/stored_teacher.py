@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from e3kernels.contract import TAILS, accumulate_dtype
-from e3kernels.ops.arguments import (
+from e3kernels.ops.common.arguments import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
     check_device,
@@ -13,7 +13,7 @@ from e3kernels.ops.arguments import (
     check_shape,
     code,
 )
-from e3kernels.ops.loss_call import Tokens
+from e3kernels.ops.common.loss_call import Tokens
 
 
 def check_tail(tail: str, divergence: str) -> int:

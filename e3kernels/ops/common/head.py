@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from e3kernels.ops.arguments import FLOAT_DTYPES, check_dtype, check_shape
+from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, check_shape, last_size
 
 
 def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
@@ -21,10 +21,9 @@ def check_head(
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             check_dtype(f"{model}_{name}", tensor, dtypes)
-    if not hidden.dim():
-        raise ValueError(f"{model}_hidden is 0-dimensional; it must be (..., H)")
+    width = last_size(f"{model}_hidden", hidden)
     vocabulary = weight.shape[0] if weight.dim() else 0
-    check_shape(f"{model}_weight", weight, (vocabulary, hidden.shape[-1]), f"V times the width of {model}_hidden")
+    check_shape(f"{model}_weight", weight, (vocabulary, width), f"V times the width of {model}_hidden")
     if bias is not None:
         check_shape(f"{model}_bias", bias, (vocabulary,), f"one value a row of {model}_weight")
 

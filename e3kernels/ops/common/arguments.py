@@ -36,6 +36,13 @@ def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> N
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must be one of {', '.join(map(str, dtypes))}")
 
 
+def last_size(name: str, tensor: Tensor) -> int:
+    """The size of the last dimension; ValueError if there is none."""
+    if not tensor.dim():
+        raise ValueError(f"{name} is 0-dimensional; it must be (..., size)")
+    return tensor.shape[-1]
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], because: str) -> None:
     """ValueError unless the tensor has `shape`; `because` says where that shape comes from."""
     if tuple(tensor.shape) != tuple(shape):

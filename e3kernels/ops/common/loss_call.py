@@ -7,7 +7,7 @@ from torch import Tensor
 
 from e3kernels.backends import resolve
 from e3kernels.contract import DIVERGENCES, REDUCTIONS, WEIGHTINGS
-from e3kernels.ops.arguments import (
+from e3kernels.ops.common.arguments import (
     INTEGER_DTYPES,
     check_device,
     check_dtype,
@@ -17,7 +17,7 @@ from e3kernels.ops.arguments import (
     code,
     scalar_tensor,
 )
-from e3kernels.ops.registration import Operator
+from e3kernels.registration import Operator
 
 
 class TokenStats(NamedTuple):
@@ -124,7 +124,9 @@ class Tokens(NamedTuple):
 def make_tokens(
     like: Tensor, labels: Tensor | None, token_mask: Tensor | None, ignore_index: int, vocabulary: int
 ) -> Tokens:
-    """Check and flatten the tokens of `like` (..., D)."""
+    """Check and flatten the tokens of `like` (..., D), whose logits have `vocabulary` entries."""
+    if vocabulary < 1:
+        raise ValueError("the vocabulary is empty; logits and weights need at least one entry of it")
     shape = tuple(like.shape[:-1])
     check_device(like.device, labels=labels, token_mask=token_mask)
     if token_mask is not None:

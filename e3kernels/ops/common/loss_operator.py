@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from e3kernels.contract import REDUCTIONS, accumulate_dtype
-from e3kernels.ops.registration import Operator, declare
+from e3kernels.registration import Operator, declare
 
 NONE = REDUCTIONS.index("none")
 

@@ -1,0 +1,1 @@
+"""What the public functions share: checks of arguments, and the operators of the losses."""

@@ -1,0 +1,1 @@
+"""Distillation inside other trainers; each module needs the trainer's own package."""

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from e3kernels.contract import REDUCTIONS
+from e3kernels.reference import linear
+from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
+from e3kernels.reference.linear import TileKernel
+from e3kernels.reference.linear_entropy_kl import problem
+
+SCALARS = torch.tensor([1.5, 1.0, 0.7, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+
+
+def arguments(dtype, compute_dtype):
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((11, 6), (23, 6), (23,), (11, 5), (23, 5), (23,))
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    labels = torch.arange(11)
+    labels[3] = -100
+    return (*tensors, labels, None, SCALARS, 1, 0, -100, compute_dtype)
+
+
+def run(kernel, dtype, compute_dtype, reduction, needs=(True, True, True)):
+    forward, backward = linear.kernels(problem, kernel)
+    inputs = arguments(dtype, compute_dtype)
+    code = REDUCTIONS.index(reduction)
+    loss, stats, *gradients = forward(*inputs, code, None, *needs)
+    if reduction == "none":
+        gradients = backward(torch.linspace(-1, 1, 11, dtype=loss.dtype), *inputs, *needs)
+    return [loss, stats, *gradients]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("dtype", "compute_dtype"), [(torch.float64, None), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("block_bytes", [1, 300, 1 << 20])
+def test_tiles_and_blocks_do_not_matter(monkeypatch, reduction, dtype, compute_dtype, block_bytes):
+    whole = run(TileKernel(entropy_kl, entropy_kl_backward, 1 << 20), dtype, compute_dtype, reduction)
+    monkeypatch.setattr(linear, "_BLOCK_BYTES", block_bytes)
+    for logits in (1, 23, 60, 200):
+        tiled = run(TileKernel(entropy_kl, entropy_kl_backward, logits), dtype, compute_dtype, reduction)
+        tolerance = 1e-12 if compute_dtype is None else 2.0**-7
+        torch.testing.assert_close(tiled, whole, rtol=tolerance, atol=tolerance)
+
+
+def test_no_tile_has_more_logits_than_the_kernel_allows():
+    sizes = []
+
+    def recording(student, teacher, *rest):
+        sizes.append((student.numel(), teacher.numel()))
+        return entropy_kl(student, teacher, *rest)
+
+    run(TileKernel(recording, entropy_kl_backward, 60), torch.float32, None, "mean")
+    assert sizes == [(46, 46)] * 5 + [(23, 23)]
+
+
+def test_a_frozen_model_asks_for_no_gradient_of_the_logits():
+    asked = []
+
+    def recording(*inputs):
+        asked.append(inputs[-1])
+        return entropy_kl(*inputs)
+
+    kernel = TileKernel(recording, entropy_kl_backward, 1 << 20)
+    *_, hidden, weight, bias = run(kernel, torch.float32, None, "mean", needs=(False, False, False))
+    assert asked == [False]
+    assert hidden.numel() == weight.numel() == bias.numel() == 0
+
+
+def test_a_shared_head_is_multiplied_once(monkeypatch):
+    products = []
+    plain = torch.nn.functional.linear
+    monkeypatch.setattr(linear.F, "linear", lambda *inputs: products.append(inputs[0].shape) or plain(*inputs))
+    inputs = list(arguments(torch.float32, None))
+    inputs[3:6] = [torch.randn(11, 6), inputs[1], inputs[2]]
+    forward, _ = linear.kernels(problem, TileKernel(entropy_kl, entropy_kl_backward, 1 << 20))
+    forward(*inputs, 1, None, False, False, False)
+    assert products == [(22, 6)]

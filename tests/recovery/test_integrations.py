@@ -1,0 +1,249 @@
+import pytest
+import torch
+from lightning import Trainer as LightningTrainer
+from tiny_models import VOCAB_SIZE, tiny_model
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from e3pruner import cache_teacher, prune
+from e3pruner.recovery import DistillOptions
+from e3pruner.recovery.batches import Batch
+from e3pruner.recovery.integrations import lightning, trainer
+from e3pruner.recovery.integrations.step import DistillStep, batch_of
+
+KEPT = [0, 1, 3, 5]
+COUNT = 24
+LR = 1e-3
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return tiny_model("llama")
+
+
+def sequences() -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (COUNT, 12), generator=torch.Generator().manual_seed(0))
+
+
+def examples(ignored: int = 3) -> list[dict]:
+    """Unequal numbers of tokens to predict, so that a mean of means would be another loss."""
+    labels = sequences()
+    for i, row in enumerate(labels):
+        row[: ignored * (i % 3)] = -100
+    return [
+        {"input_ids": ids, "labels": row, "rows": torch.tensor(i)}
+        for i, (ids, row) in enumerate(zip(sequences(), labels, strict=True))
+    ]
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def collate(items):
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def plain_loop(teacher, batch_size=8, accumulation=1, source=None):
+    """Three steps of 8 sequences in order, SGD and clipping: what every trainer below must do."""
+    student = prune(teacher, KEPT)
+    step = DistillStep(student, source or teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=LR)
+    batches = DataLoader(examples(), batch_size=batch_size, collate_fn=collate)
+    losses = []
+    for number, inputs in enumerate(batches, start=1):
+        loss, shown = step.backward_loss(student, batch_of(inputs))
+        loss.backward()
+        losses.append(float(shown))
+        if number % accumulation == 0:
+            step.finish(student.parameters())
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return weights(student), losses
+
+
+class InOrder:
+    """A Trainer that goes through its data in order."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def arguments(kind, tmp_path, batch_size, accumulation, **more):
+    return kind(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=1,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **more,
+    )
+
+
+def test_the_plain_loop_minimises_the_mean_over_all_tokens(teacher):
+    student = prune(teacher, KEPT)
+    step = DistillStep(student, teacher, DistillOptions(kd_ratio=1.0, weighting="none"))
+    inputs = collate(examples())
+    loss, shown = step.backward_loss(student, batch_of(inputs))
+    loss.backward()
+    step.finish(student.parameters())
+    actual = {name: p.grad.clone() for name, p in student.named_parameters()}
+    student.zero_grad()
+    p, q = (m(inputs["input_ids"]).logits[:, :-1].log_softmax(-1) for m in (teacher, student))
+    valid = inputs["labels"][:, 1:] != -100
+    expected = (p.detach().exp() * (p.detach() - q)).sum(-1)[valid].mean()
+    expected.backward()
+    torch.testing.assert_close(shown, expected.detach())
+    torch.testing.assert_close(actual, {name: p.grad for name, p in student.named_parameters()}, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4), (1, 8)])
+def test_transformers_trainer_equals_the_plain_loop(teacher, tmp_path, batch_size, accumulation):
+    class Trainer(InOrder, trainer.DistillTrainer):
+        pass
+
+    student = prune(teacher, KEPT)
+    run = Trainer(
+        student,
+        arguments(TrainingArguments, tmp_path, batch_size, accumulation),
+        train_dataset=examples(),
+        data_collator=collate,
+        teacher=teacher,
+    )
+    run.train()
+    expected, losses = plain_loop(teacher)
+    torch.testing.assert_close(weights(student), expected, rtol=1e-5, atol=1e-5)
+    if accumulation == 1:
+        logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        assert logged == pytest.approx(losses, abs=1e-4)
+
+
+def test_transformers_trainer_evaluates_with_the_same_loss(teacher, tmp_path):
+    student = prune(teacher, KEPT)
+    run = trainer.DistillTrainer(
+        student,
+        arguments(TrainingArguments, tmp_path, 8, 1, per_device_eval_batch_size=COUNT),
+        eval_dataset=examples(),
+        data_collator=collate,
+        teacher=teacher,
+    )
+    inputs = collate(examples())
+    expected = DistillStep(student, teacher).backward_loss(student, batch_of(inputs))[1]
+    assert run.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_transformers_trainer_resumes_to_the_same_bits(teacher, tmp_path):
+    def run(steps, resume=None):
+        student = prune(teacher, KEPT)
+        settings = arguments(TrainingArguments, tmp_path, 4, 2)
+        settings.max_steps, settings.save_strategy, settings.save_steps = steps, "steps", 2
+        distiller = trainer.DistillTrainer(
+            student, settings, train_dataset=examples(), data_collator=collate, teacher=teacher
+        )
+        distiller.train(resume_from_checkpoint=resume)
+        return weights(student)
+
+    whole = run(3)
+    torch.testing.assert_close(run(3, str(tmp_path / "checkpoint-2")), whole, rtol=0, atol=0)
+
+
+def test_trl_equals_the_plain_loop(teacher, tmp_path):
+    class Trainer(InOrder, trainer.DistillMixin, SFTTrainer):
+        pass
+
+    student = prune(teacher, KEPT)
+    settings = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "bf16": False}
+    run = Trainer(
+        student,
+        arguments(SFTConfig, tmp_path, 4, 2, **settings),
+        train_dataset=examples(),
+        data_collator=collate,
+        processing_class=_tokenizer(),
+        teacher=teacher,
+    )
+    run.train()
+    torch.testing.assert_close(weights(student), plain_loop(teacher)[0], rtol=1e-5, atol=1e-5)
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="w2", pad_token="w0")
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4)])
+def test_lightning_equals_the_plain_loop(teacher, tmp_path, batch_size, accumulation):
+    class Module(lightning.DistillMixin):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=LR)
+
+    student = prune(teacher, KEPT)
+    module = Module(student, teacher)
+    LightningTrainer(
+        max_epochs=1,
+        accelerator="cpu",
+        accumulate_grad_batches=accumulation,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    ).fit(module, DataLoader(examples(), batch_size=batch_size, collate_fn=collate))
+    torch.testing.assert_close(weights(student), plain_loop(teacher)[0], rtol=1e-5, atol=1e-5)
+    assert len(list(module.parameters())) == len(list(student.parameters()))
+
+
+def test_trainers_learn_from_a_cache(teacher, tmp_path):
+    class Trainer(InOrder, trainer.DistillTrainer):
+        pass
+
+    cache = cache_teacher(teacher, sequences(), tmp_path / "cache", precision="fp32")
+    student = prune(teacher, KEPT)
+    Trainer(
+        student,
+        arguments(TrainingArguments, tmp_path, 4, 2),
+        train_dataset=examples(),
+        data_collator=collate,
+        teacher=cache,
+    ).train()
+    torch.testing.assert_close(weights(student), plain_loop(teacher, source=cache)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_learnt_from_is_refused(teacher):
+    student = prune(teacher, KEPT)
+    inputs = collate(examples())
+    with pytest.raises(ValueError, match="inputs hold position_ids"):
+        batch_of(inputs | {"position_ids": inputs["input_ids"]})
+    step = DistillStep(student, teacher)
+    nothing = Batch(inputs["input_ids"], torch.full_like(inputs["labels"][:, 1:], -100))
+    step.backward_loss(student, nothing)[0].backward()
+    with pytest.raises(ValueError, match="no token of this step is to be predicted"):
+        step.finish(student.parameters())
+
+
+def test_padding_is_not_learnt_from(teacher):
+    student = prune(teacher, KEPT)
+    inputs = collate(examples())
+    padded = {
+        "input_ids": torch.cat([torch.zeros(COUNT, 2, dtype=torch.int64), inputs["input_ids"]], dim=1),
+        "labels": torch.cat([torch.full((COUNT, 2), -100), inputs["labels"]], dim=1),
+        "attention_mask": torch.cat([torch.zeros(COUNT, 2, dtype=torch.int64), torch.ones(COUNT, 12).long()], dim=1),
+    }
+    inputs["labels"][:, 0] = -100
+    losses = [DistillStep(student, teacher).backward_loss(student, batch_of(i))[1] for i in (inputs, padded)]
+    assert float(losses[1]) != pytest.approx(0.0)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
