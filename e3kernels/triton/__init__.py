@@ -15,7 +15,7 @@ import torch
 from torch._library.triton import get_inner_triton_kernels, set_wrap_triton_enabled, triton_ops_to_kernels
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from e3kernels.ops.registration import LIBRARY, OPERATORS
+from e3kernels.registration import LIBRARY, OPERATORS
 
 Kernel = Callable[..., Any]
 TRACED = ("entropy_kl", "topk_kl", "gated_residual")
