@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -44,5 +47,17 @@ inline Isa detect_isa() {
 inline Isa detect_isa() { return Isa::baseline; }
 
 #endif
+
+// The widest instruction set that this machine runs; the environment's E3_ISA asks for a narrower one.
+inline Isa wanted_isa() {
+  const Isa widest = detect_isa();
+  const char* wanted = std::getenv("E3_ISA");
+  if (wanted == nullptr || *wanted == '\0') return widest;
+  for (int isa = 0; isa <= static_cast<int>(widest); ++isa) {
+    if (std::string(kIsaNames[isa]) == wanted) return static_cast<Isa>(isa);
+  }
+  throw std::invalid_argument(std::string("E3_ISA=") + wanted + ": this machine runs baseline to " +
+                              kIsaNames[static_cast<int>(widest)]);
+}
 
 }  // namespace e3

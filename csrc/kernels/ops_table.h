@@ -1,10 +1,6 @@
 // The kernels behind torch.ops.e3.*, compiled once an instruction set; one table of them is chosen at load.
 #pragma once
 
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
-
 #include "kernels/isa.h"
 #include "kernels/parallel.h"
 #include "kernels/problem.h"
@@ -45,16 +41,6 @@ inline const OpsTable* table_of(Isa isa) {
   }
 }
 
-// The widest table that this machine runs; the environment's E3_ISA asks for a narrower one.
-inline const OpsTable& choose_table() {
-  const Isa widest = detect_isa();
-  const char* wanted = std::getenv("E3_ISA");
-  if (wanted == nullptr || *wanted == '\0') return *table_of(widest);
-  for (int isa = 0; isa <= static_cast<int>(widest); ++isa) {
-    if (std::string(kIsaNames[isa]) == wanted) return *table_of(static_cast<Isa>(isa));
-  }
-  throw std::invalid_argument(std::string("E3_ISA=") + wanted + ": this machine runs baseline to " +
-                              kIsaNames[static_cast<int>(widest)]);
-}
+inline const OpsTable& choose_table() { return *table_of(wanted_isa()); }
 
 }  // namespace e3
