@@ -3,8 +3,10 @@
 `e3kernels/_ops` uses torch's stable ABI only and no Python symbol, so one file serves every torch >= 2.10 and Python.
 `e3kernels/_runtime` is a pybind11 + ATen extension of this torch and this Python.
 
-Environment: E3_SKIP_BUILD=1 builds nothing; E3_REQUIRE_BUILD=1 turns a failed build into an error; CXX, CXXFLAGS,
-LDFLAGS and MAX_JOBS as usual.
+The CUDA half of `_runtime` is built where torch has CUDA and nvcc is found.
+
+Environment: E3_SKIP_BUILD=1 builds nothing; E3_REQUIRE_BUILD=1 turns a failed build into an error; FORCE_CUDA=1 builds
+the CUDA half or fails, FORCE_CUDA=0 leaves it out; CXX, CXXFLAGS, LDFLAGS and MAX_JOBS as usual.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ INSTRUCTION_SETS = {
     },
 }
 PORTABLE: dict[str, list[str]] = {"baseline": []}
+CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
 class BuildError(Exception):
@@ -52,6 +55,7 @@ class Module:
     kernels: list[str]
     libraries: list[str]
     python: bool
+    cuda: tuple[str, ...] = ()
 
     def flags(self) -> list[str]:
         torch_include = torch_folder() / "include"
@@ -77,6 +81,7 @@ MODULES = [
         kernels=["csrc/kernels/runtime_table.cpp"],
         libraries=["torch", "torch_cpu", "torch_python", "c10"],
         python=True,
+        cuda=("csrc/cuda/layer_graph.cu",),
     ),
 ]
 
@@ -102,6 +107,35 @@ def find_compiler() -> list[str]:
     if probe.returncode:
         raise BuildError(f"{shlex.join(command)} does not compile C++20: {probe.stderr.strip()}")
     return command
+
+
+def cuda_toolkit() -> Path | None:
+    """The CUDA toolkit to build with, None to leave the CUDA half out."""
+    import torch
+
+    forced = os.environ.get("FORCE_CUDA", "")
+    if forced == "0" or (not forced and torch.version.cuda is None):
+        return None
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        if forced:
+            raise BuildError(f"FORCE_CUDA={forced} and no nvcc on the path")
+        return None
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = next((line.split("=", 1)[1] for line in plan.splitlines() if line.startswith("#$ TOP=")), None)
+    if top is None:
+        raise BuildError(f"{nvcc} --dryrun does not name its toolkit: {plan.strip()}")
+    return Path(top)
+
+
+def cuda_jobs(module: Module, toolkit: Path, folder: Path) -> list[list[str]]:
+    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in CUDA_ARCHITECTURES]
+    common = ["-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", *targets]
+    nvcc = str(toolkit / "bin" / "nvcc")
+    return [
+        [nvcc, *common, "-c", source, "-o", str(folder / f"{module.name}.{Path(source).stem}.cuda.o")]
+        for source in module.cuda
+    ]
 
 
 def run(command: list[str]) -> None:
@@ -141,18 +175,25 @@ def build_module(module: Module, target: Path, folder: Path) -> dict[str, object
     compiler = find_compiler()
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
+    toolkit = cuda_toolkit() if module.cuda else None
     jobs = compile_jobs(module, compiler, folder)
+    libraries = [f"-L{torch_folder() / 'lib'}", *(f"-l{name}" for name in module.libraries)]
+    if toolkit is not None:
+        for job in jobs:
+            job[-4:-4] = ["-DE3_WITH_CUDA", f"-isystem{toolkit / 'include'}"]
+        jobs += cuda_jobs(module, toolkit, folder)
+        libraries += ["-ltorch_cuda", "-lc10_cuda", f"-L{toolkit / 'lib64'}", "-lcudart"]
     workers = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(run, jobs))
     partial = folder / module.filename
-    libraries = [f"-L{torch_folder() / 'lib'}", *(f"-l{name}" for name in module.libraries)]
     linker = shlex.split(os.environ.get("LDFLAGS", "")) + (
         ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-Wl,--gc-sections", "-s"]
     )
     run([*compiler, "-shared", *(job[-1] for job in jobs), *libraries, *linker, "-o", str(partial)])
     os.replace(shutil.copy2(partial, target.with_name(target.name + ".part")), target)
-    return {"built": True, "compiler": shlex.join(compiler), "instruction_sets": instruction_sets(module)}
+    report = {"built": True, "compiler": shlex.join(compiler), "instruction_sets": instruction_sets(module)}
+    return report | ({"cuda": str(toolkit)} if toolkit is not None else {})
 
 
 def instruction_sets(module: Module) -> list[str]:
