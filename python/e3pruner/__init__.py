@@ -1,11 +1,12 @@
 """Layer pruning of Hugging Face language models: search a layer mask, cut the layers, recover the model."""
 
 from e3pruner.evaluation import evaluate
-from e3pruner.models import PruningPlan, find_layers, prune
+from e3pruner.models import LayerSkipRuntime, PruningPlan, find_layers, prune
 from e3pruner.recovery import TeacherCache, cache_teacher, compensate, distill
 from e3pruner.search import search
 
 __all__ = [
+    "LayerSkipRuntime",
     "PruningPlan",
     "TeacherCache",
     "cache_teacher",

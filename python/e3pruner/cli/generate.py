@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from e3pruner import LayerSkipRuntime, PruningPlan
 from e3pruner.cli import options
 from e3pruner.cli.command import stderr
 from e3pruner.cli.models import load_model, load_tokenizer
@@ -19,6 +21,13 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")] = 0.0,
+    keep: Annotated[str | None, typer.Option(help="Run only these layers, as in 0-11,19-29 (C++ runtime).")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Run the layers that a pruning.json keeps only.", exists=True, dir_okay=False)
+    ] = None,
+    speculative: Annotated[
+        bool, typer.Option("--speculative", help="The kept layers draft, all verify: the whole model's text.")
+    ] = False,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")] = True,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -30,24 +39,51 @@ def generate(
     Example: `e3 generate --model recovered --prompt "What is a hash table?"`
     """
     tokenizer = load_tokenizer(model)
+    layers = _kept_layers(keep, plan)
+    if speculative and layers is None:
+        raise typer.BadParameter("--speculative needs the layers that draft: give --keep or --plan")
     network = load_model(model, device, dtype)
+    runtime = None if layers is None else LayerSkipRuntime(network, None if speculative else layers)
+    extra = {} if runtime is None else {"seed": seed, "draft_keep": layers if speculative else None}
     torch.manual_seed(seed)
     began = time.perf_counter()
-    new_tokens = continue_prompt(network, tokenizer, prompt, max_new_tokens, chat, temperature, stream=True)
+    new_tokens = continue_prompt(
+        runtime or network, tokenizer, prompt, max_new_tokens, chat, temperature, stream=True, **extra
+    )
     seconds = time.perf_counter() - began
+    if runtime is not None and runtime.speculation is not None:
+        counts = runtime.speculation
+        stderr.print(f"{counts.accepted} of {counts.drafted} drafted tokens accepted", style="dim")
     stderr.print(f"{len(new_tokens)} tokens in {seconds:.2f} s: {len(new_tokens) / seconds:.1f} tokens/s", style="dim")
 
 
+def _kept_layers(keep: str | None, plan: Path | None) -> list[int] | None:
+    """The layers of `--keep` or `--plan`, None without either."""
+    if keep is not None and plan is not None:
+        raise typer.BadParameter("--keep and --plan both name layers: give one")
+    if plan is not None:
+        return PruningPlan.load(plan).kept
+    return None if keep is None else [layer for part in keep.split(",") for layer in _layer_range(part)]
+
+
+def _layer_range(part: str) -> range:
+    first, dash, last = part.strip().partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise typer.BadParameter(f"--keep has {part!r}; it lists layers and ranges of layers, as in 0-11,19-29")
+    return range(int(first), int(last if dash else first) + 1)
+
+
 def continue_prompt(
-    model: PreTrainedModel,
+    model: PreTrainedModel | LayerSkipRuntime,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     max_new_tokens: int,
     chat: bool = True,
     temperature: float = 0.0,
     stream: bool = False,
+    **options: Any,
 ) -> list[int]:
-    """The new tokens' ids, end-of-text included if the model came to it."""
+    """The new tokens' ids, end-of-text included if the model came to it; `options` go to the model's `generate`."""
     in_chat = chat and tokenizer.chat_template
     text = chat_text(tokenizer, prompt) if in_chat else prompt
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not in_chat).to(model.device)
@@ -57,9 +93,10 @@ def continue_prompt(
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
-        temperature=temperature or None,
+        temperature=temperature or 1.0,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
         pad_token_id=tokenizer.eos_token_id,
+        **options,
     )
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
