@@ -127,6 +127,31 @@ def test_generate_writes_the_text_and_nothing_else_to_stdout(recovered: Path, e3
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_generate_runs_the_kept_layers_and_lets_them_draft(model_folder: Path, e3: Command) -> None:
+    pytest.importorskip("e3kernels._runtime", reason="e3kernels._runtime is not built")
+    arguments = ("generate", "--model", model_folder, "--prompt", "def", "--max-new-tokens", 12)
+    dense, kept = e3(*arguments), e3(*arguments, "--keep", "0-2,5")
+    drafted = e3(*arguments, "--keep", "0-2,5", "--speculative")
+    for result in (dense, kept, drafted):
+        assert_done(result)
+    assert drafted.stdout == dense.stdout != kept.stdout
+    assert "drafted tokens accepted" in drafted.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--speculative",), "needs the layers that draft"),
+        (("--keep", "0-"), "lists layers and ranges"),
+        (("--keep", "all"), "lists layers and ranges"),
+    ],
+)
+def test_generate_refuses_layers_it_cannot_read(options: tuple, message: str, model_folder: Path, e3: Command) -> None:
+    result = e3("generate", "--model", model_folder, "--prompt", "a", *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("step", ["searched", "recovered"])
 def test_report_of_a_step(step: str, results: Path, e3: Command, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(step)
