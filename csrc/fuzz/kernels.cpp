@@ -47,7 +47,7 @@ uint16_t to_bf16(float value) {
 // A heap buffer of one dtype; values repeat from a short list, so that long rows need few bytes.
 class Buffer {
  public:
-  Buffer(DType dtype, int64_t count) : dtype_(dtype), bytes_(count * size_of(dtype)), data_(new uint8_t[bytes_ + 1]) {}
+  Buffer(DType dtype, int64_t count) : dtype_(dtype), bytes_(count * size_of(dtype)), data_(new uint8_t[bytes_]) {}
   Buffer(Source& source, DType dtype, int64_t count) : Buffer(dtype, count) {
     float values[13];
     for (float& value : values) value = source.logit();
