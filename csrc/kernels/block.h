@@ -11,6 +11,7 @@ namespace e3::E3_ISA_NAMESPACE {
 
 inline constexpr int kBlock = 2048;
 inline constexpr int kStep = 2 * kLanes;  // two independent chains hide the latency of an addition
+inline constexpr int kRoom = kBlock + kLanes;  // a block's scratch: lanes past its end may be read
 
 // Scratch past the end of a row: e^{padding − m} is 0, and differences of paddings stay finite.
 inline constexpr float kPadding = -1e30f;
@@ -33,21 +34,15 @@ class Prefetch {
   int64_t stride_;
 };
 
-template <bool kCapped>
-inline Vf transformed(Vf z, const Transform& transform) {
-  if constexpr (!kCapped) return z * (transform.scale / transform.temperature);
-  const Vf capped = tanh(z * (transform.scale / transform.softcap));
-  return capped * (transform.softcap / transform.temperature);
-}
-
-template <bool kCapped, class T>
-void convert(const T* source, int count, const Transform& transform, float* target) {
+// Widens `count` values and maps each vector of them.
+template <class T, class Map>
+inline void convert(const T* source, int count, float* target, const Map& map) {
   int i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(target + i, transformed<kCapped>(load(source + i), transform));
+  for (; i + kLanes <= count; i += kLanes) store(target + i, map(load(source + i)));
   if (i == count) return;
   T rest[kLanes] = {};
   for (int j = 0; i + j < count; ++j) rest[j] = source[i + j];
-  store(target + i, transformed<kCapped>(load(rest), transform));
+  store(target + i, map(load(rest)));
 }
 
 inline void scaled_values(const float* x, int count, float factor, float* out) {
@@ -66,18 +61,6 @@ inline void transform_gradient(const float* x, int count, const Transform& trans
     const Vf tangent = load(x + i) * inverse;
     store(g + i, load(g + i) * (transform.scale * (1.0f - tangent * tangent)));
   }
-}
-
-template <class T>
-void store_steps(const float* source, int count, bool stream_out, T* target) {
-  constexpr int kBytes = kLanes * sizeof(T);
-  int i = 0;
-  if (stream_out) {
-    for (; i < count && reinterpret_cast<uintptr_t>(target + i) % kBytes != 0; ++i) store_one(target + i, source[i]);
-    for (; i + kLanes <= count; i += kLanes) stream(target + i, load(source + i));
-  }
-  for (; i + kLanes <= count; i += kLanes) store(target + i, load(source + i));
-  for (; i < count; ++i) store_one(target + i, source[i]);
 }
 
 // body(begin, count) for each block of a row, over the pool's threads.
@@ -123,10 +106,6 @@ inline const char* address(const Rows& rows, int64_t row, int64_t column) {
   return static_cast<const char*>(rows.data) + (row * rows.stride + column) * size_of(rows.dtype);
 }
 
-inline bool is_identity(const Transform& transform) {
-  return transform.softcap <= 0 && transform.scale == transform.temperature;
-}
-
 // x = f(z)/T of the logits z in columns [begin, begin + count) of `row`, count <= kBlock, padded to a multiple of kStep:
 // the row itself where it holds just that, else `scratch`.
 inline const float* load_block(const Rows& rows, int64_t row, int64_t begin, int count, const Transform& transform,
@@ -134,11 +113,18 @@ inline const float* load_block(const Rows& rows, int64_t row, int64_t begin, int
   return with_dtype(rows.dtype, [&](auto element) -> const float* {
     using T = decltype(element);
     const T* source = reinterpret_cast<const T*>(address(rows, row, begin));
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (is_identity(transform) && count % kStep == 0) return source;
+    if (transform.softcap > 0) {
+      const float before = transform.scale / transform.softcap, after = transform.softcap / transform.temperature;
+      convert(source, count, scratch, [=](Vf z) { return tanh(z * before) * after; });
+    } else if (transform.scale != transform.temperature) {
+      const float factor = transform.scale / transform.temperature;
+      convert(source, count, scratch, [=](Vf z) { return z * factor; });
+    } else {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (count % kStep == 0) return source;
+      }
+      convert(source, count, scratch, [](Vf z) { return z; });
     }
-    transform.softcap > 0 ? convert<true>(source, count, transform, scratch)
-                          : convert<false>(source, count, transform, scratch);
     for (int i = count; i < padded(count); ++i) scratch[i] = kPadding;
     return scratch;
   });
@@ -152,11 +138,26 @@ inline float block_max(const float* x, int count) {
   return largest <= kPadding ? -kInfinity : largest;
 }
 
-// Rounds `count` values to columns [begin, begin + count) of a row of `dtype`.
-inline void store_block(const float* source, int count, DType dtype, bool stream_out, void* row, int64_t begin) {
+// Rounds value(i), the lanes from i on, for i in [0, count) to columns [begin, begin + count) of a row of `dtype`, past the
+// caches if asked. `value` may be asked for lanes past the end, up to kLanes − 1 of them.
+template <class Value>
+void store_values(int count, DType dtype, bool stream_out, void* row, int64_t begin, const Value& value) {
   with_dtype(dtype, [&](auto element) {
-    store_steps(source, count, stream_out, static_cast<decltype(element)*>(row) + begin);
+    using T = decltype(element);
+    T* target = static_cast<T*>(row) + begin;
+    constexpr int kBytes = kLanes * sizeof(T);
+    int i = 0;
+    if (stream_out) {
+      for (; i < count && reinterpret_cast<uintptr_t>(target + i) % kBytes != 0; ++i) store_one(target + i, value(i)[0]);
+      for (; i + kLanes <= count; i += kLanes) stream(target + i, value(i));
+    }
+    for (; i + kLanes <= count; i += kLanes) store(target + i, value(i));
+    for (; i < count; ++i) store_one(target + i, value(i)[0]);
   });
+}
+
+inline void store_block(const float* source, int count, DType dtype, bool stream_out, void* row, int64_t begin) {
+  store_values(count, dtype, stream_out, row, begin, [&](int i) { return load(source + i); });
 }
 
 }  // namespace e3::E3_ISA_NAMESPACE

@@ -250,13 +250,13 @@ class EntropyKlRows {
   // Both rows' exponentials, where they fit the cache and the gradient is a sum of them.
   int64_t scratch_floats(bool need_grad) const {
     const bool linear = D == Divergence::forward && !untempered_ && problem_.student_transform.softcap <= 0;
-    return need_grad && linear && problem_.vocabulary <= kKeptColumns ? 2 * padded_row() : 0;
+    return need_grad && linear && problem_.vocabulary <= kKeptColumns ? 2 * padded_row() + kLanes : 0;
   }
 
   double teacher_entropy(int64_t row, const RowContext& context) const {
     const float reference = first_max(problem_.teacher, row, problem_.teacher_transform);
     return entropy(fold(context.pool, [&](int64_t begin, int count) {
-      alignas(64) float scratch[kBlock];
+      alignas(64) float scratch[kRoom];
       const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, scratch);
       const Prefetch ahead = prefetch(problem_.teacher, row, begin + kPrefetchColumns);
       if (std::isfinite(reference)) {
@@ -285,27 +285,21 @@ class EntropyKlRows {
   void gradient(int64_t row, const Statistics& s, const Coefficients& c, const RowContext& context, bool stream_out,
                 void* target) const {
     for_each_block(context.pool, problem_.vocabulary, [&](int64_t begin, int count) {
-      alignas(64) float student[kBlock], teacher[kBlock], g[kBlock];
+      if (s.kept) return kept_gradient(row, begin, count, s, c, context, stream_out, target);
+      alignas(64) float student[kRoom], teacher[kRoom], g[kRoom];
       const Transform& transform = problem_.student_transform;
-      if (s.kept) {
-        const float* es = context.scratch + begin;
-        kept_gradient(es, es + padded_row(), padded(count), s, c, g);
-        label_gradient(nullptr, row, begin, count, s, c, g);
-        scale_values(g, count, transform.scale);
-      } else {
-        const float* xs = load_block(problem_.student, row, begin, count, transform, student);
-        const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
-        divergence_gradient(xs, xt, padded(count), s, c, g);
-        label_gradient(xs, row, begin, count, s, c, g);
-        transform_gradient(xs, count, transform, g);
-      }
+      const float* xs = load_block(problem_.student, row, begin, count, transform, student);
+      const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
+      divergence_gradient(xs, xt, padded(count), s, c, g);
+      label_gradient(xs, row, begin, count, s, c, g);
+      transform_gradient(xs, count, transform, g);
       store_block(g, count, problem_.student.dtype, stream_out, target, begin);
     });
   }
 
  private:
   static constexpr int64_t kKeptColumns = 1 << 18;
-  static constexpr int64_t kPrefetchColumns = 4096;
+  static constexpr int64_t kPrefetchColumns = 2048;
 
   int64_t padded_row() const { return (problem_.vocabulary + kStep - 1) / kStep * kStep; }
 
@@ -325,13 +319,13 @@ class EntropyKlRows {
   }
 
   float first_max(const Rows& rows, int64_t row, const Transform& transform) const {
-    alignas(64) float scratch[kBlock];
+    alignas(64) float scratch[kRoom];
     const int count = static_cast<int>(problem_.vocabulary < kBlock ? problem_.vocabulary : kBlock);
     return block_max(load_block(rows, row, 0, count, transform, scratch), padded(count));
   }
 
   KlSums block_sums(int64_t row, int64_t begin, int count, References first, const RowContext& context) const {
-    alignas(64) float student[kBlock], teacher[kBlock];
+    alignas(64) float student[kRoom], teacher[kRoom];
     const int64_t ahead = context.scratch != nullptr ? begin : begin + kPrefetchColumns;
     const int64_t ahead_row = context.scratch != nullptr ? context.next : row;
     const BlockPair block{load_block(problem_.student, row, begin, count, problem_.student_transform, student),
@@ -370,7 +364,7 @@ class EntropyKlRows {
     s.mixture = fold_blocks<JsdSums>(
         pool, problem_.vocabulary,
         [&](int64_t begin, int count) {
-          alignas(64) float student[kBlock], teacher[kBlock];
+          alignas(64) float student[kRoom], teacher[kRoom];
           const float* xs = load_block(problem_.student, row, begin, count, problem_.student_transform, student);
           const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
           return sum_mixture(xs, xt, padded(count), ls, lt, beta);
@@ -401,12 +395,20 @@ class EntropyKlRows {
     return {static_cast<float>((a + b) / s.sums.student_sum), static_cast<float>(a / s.sums.teacher_sum)};
   }
 
-  void kept_gradient(const float* es, const float* et, int count, const Statistics& s, const Coefficients& c,
-                     float* g) const {
+  // From the kept exponentials straight to the result; the label's element is written again, less the one-hot.
+  void kept_gradient(int64_t row, int64_t begin, int count, const Statistics& s, const Coefficients& c,
+                     const RowContext& context, bool stream_out, void* target) const {
     const Slopes slope = slopes(s, c);
-    for (int i = 0; i < count; i += kLanes) {
-      store(g + i, fma(load(es + i), broadcast(slope.student), load(et + i) * -slope.teacher));
-    }
+    const float scale = problem_.student_transform.scale;
+    const float student = slope.student * scale, teacher = -slope.teacher * scale;
+    const float *es = context.scratch + begin, *et = es + padded_row();
+    const auto value = [&](int i) { return fma(load(es + i), broadcast(student), load(et + i) * teacher); };
+    store_values(count, problem_.student.dtype, stream_out, target, begin, value);
+    const int64_t label = problem_.tokens.labels == nullptr ? -1 : problem_.tokens.labels[row] - begin;
+    if (label < 0 || label >= count) return;
+    const float hard = static_cast<float>(c.cross_entropy) * scale;
+    const auto at_label = [&](int) { return value(static_cast<int>(label)) - hard; };
+    store_values(1, problem_.student.dtype, false, target, begin + label, at_label);
   }
 
   void divergence_gradient(const float* xs, const float* xt, int count, const Statistics& s, const Coefficients& c,

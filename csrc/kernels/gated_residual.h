@@ -45,7 +45,7 @@ class Gate {
   Vf at(int i) const { return by_element_ ? load(values_ + i) : value_; }
 
  private:
-  alignas(64) float scratch_[kBlock];
+  alignas(64) float scratch_[kRoom];
   const float* values_;
   Vf value_;
   bool by_element_;
@@ -58,7 +58,7 @@ inline Vf interpolate(Vf h, Vf f, Vf m) {
 
 inline void gated_residual(const GatedResidual& problem, const Parallel& pool, bool stream_out, void* out) {
   for_each_stretch(problem, pool, [&](const Stretch& stretch) {
-    alignas(64) float hidden[kBlock], branch[kBlock], result[kBlock];
+    alignas(64) float hidden[kRoom], branch[kRoom], result[kRoom];
     const float* h = fp32_block(problem.hidden, problem.dtype, stretch.at, stretch.count, hidden);
     const float* f = fp32_block(problem.branch, problem.dtype, stretch.at, stretch.count, branch);
     const Gate gate(problem, stretch);
@@ -93,7 +93,7 @@ inline void gated_residual_backward(const GatedResidual& problem, const void* gr
   const int64_t blocks = (problem.columns + kBlock - 1) / kBlock;
   const std::unique_ptr<double[]> sums(new double[problem.rows * blocks]);
   for_each_stretch(problem, pool, [&](const Stretch& stretch) {
-    alignas(64) float incoming[kBlock], hidden[kBlock], branch[kBlock], dh[kBlock], df[kBlock];
+    alignas(64) float incoming[kRoom], hidden[kRoom], branch[kRoom], dh[kRoom], df[kRoom];
     const float* g = fp32_block(grad, problem.dtype, stretch.at, stretch.count, incoming);
     const float* h = fp32_block(problem.hidden, problem.dtype, stretch.at, stretch.count, hidden);
     const float* f = fp32_block(problem.branch, problem.dtype, stretch.at, stretch.count, branch);

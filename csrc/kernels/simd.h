@@ -105,13 +105,14 @@ inline Vu select(Vi mask, Vu yes, Vu no) { return mask ? yes : no; }
 inline float horizontal_sum(Vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(v);
-#endif
+#else
   float lanes[kLanes];
   store_raw(lanes, v);
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+#endif
 }
 
 inline float horizontal_max(Vf v) {
@@ -161,13 +162,17 @@ inline Vu narrow_bf16_bits(Vf value) {
 
 inline Vf load(const float* source) { return load_raw<Vf>(source); }
 
-// GCC 12 builds the plain conversion of sixteen lanes from two halves: four shuffles for one.
-inline Vf load(const bf16* source) {
+inline Vu load_wide(const uint16_t* source) {
 #if defined(__AVX512F__)
-  return bits_as<Vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_raw<__m256i>(source)), 16));
+  return bits_as<Vu>(_mm512_cvtepu16_epi32(load_raw<__m256i>(source)));
+#elif defined(__AVX2__)
+  return bits_as<Vu>(_mm256_cvtepu16_epi32(load_raw<__m128i>(source)));
+#else
+  return __builtin_convertvector(load_raw<Vh>(source), Vu);
 #endif
-  return bits_as<Vf>(Vu(__builtin_convertvector(load_raw<Vh>(source), Vu) << 16));
 }
+
+inline Vf load(const bf16* source) { return bits_as<Vf>(Vu(load_wide(&source->bits) << 16)); }
 
 inline Vf load(const fp16* source) {
 #if defined(__AVX512F__)
@@ -175,7 +180,7 @@ inline Vf load(const fp16* source) {
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(load_raw<__m128i>(source));
 #else
-  return widen_fp16_bits(__builtin_convertvector(load_raw<Vh>(source), Vu));
+  return widen_fp16_bits(load_wide(&source->bits));
 #endif
 }
 

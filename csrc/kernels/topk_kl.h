@@ -159,7 +159,7 @@ class TopkKlRows {
     const double rest = divergent && s.sums.rest != 0 ? a * s.rest_slope / s.sums.rest : 0.0;
     const float reference = static_cast<float>(s.sums.reference);
     for_each_block(context.pool, problem_.vocabulary, [&](int64_t begin, int count) {
-      alignas(64) float scratch[kBlock], g[kBlock];
+      alignas(64) float scratch[kRoom], g[kRoom];
       const bool kept = keeps_ && s.sums.plain;
       const float* x = kept ? nullptr : load_block(problem_.student, row, begin, count, problem_.transform, scratch);
       if (kept) {
@@ -183,7 +183,7 @@ class TopkKlRows {
 
  private:
   static constexpr int64_t kKeptColumns = 1 << 18;
-  static constexpr int64_t kPrefetchColumns = 4096;
+  static constexpr int64_t kPrefetchColumns = 2048;
 
   int64_t id_floats() const { return (4 * problem_.k + 15) / 16 * 16; }
   double* slopes(const RowContext& context) const { return reinterpret_cast<double*>(context.scratch); }
@@ -208,13 +208,13 @@ class TopkKlRows {
   }
 
   float first_max(int64_t row) const {
-    alignas(64) float scratch[kBlock];
+    alignas(64) float scratch[kRoom];
     const int count = static_cast<int>(problem_.vocabulary < kBlock ? problem_.vocabulary : kBlock);
     return block_max(load_block(problem_.student, row, 0, count, problem_.transform, scratch), padded(count));
   }
 
   TopkSums block_sums(int64_t row, int64_t begin, int count, float first, const RowContext& context) const {
-    alignas(64) float scratch[kBlock];
+    alignas(64) float scratch[kRoom];
     const float* x = load_block(problem_.student, row, begin, count, problem_.transform, scratch);
     TopkSums sums;
     if (std::isfinite(first)) sums = sums_of(row, begin, count, x, scratch, first, context);
