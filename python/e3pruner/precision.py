@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import nn
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of `precision`'s autocast on `device`; None: no autocast, the weights' own type.
+    """The dtype that `precision` computes in on `device`; None: the weights' own.
 
     "auto" is "bf16" where the processor multiplies bfloat16, else "fp32". Raises `ValueError` for any other name.
     """
@@ -24,3 +28,20 @@ def _multiplies_bf16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@contextmanager
+def weights_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block the parameters of `model` are rounded to `dtype`; then the very same tensors are back.
+
+    For passes without a gradient. It takes the memory of autocast's copies of the weights and about half its time:
+    norms and residual stream are narrow too.
+    """
+    own = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
+    try:
+        for parameter, data in own:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import NUM_LAYERS, tiny_model, tiny_tokens
+from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
 
 import e3pruner
 from e3pruner.models import skipped
@@ -155,13 +155,21 @@ def state(model):
     return forwards, flags, hooks
 
 
+@pytest.mark.parametrize("model_type", TINY_CONFIGS)
+def test_bf16_orders_the_layers_of_every_model_type_almost_as_fp32(model_type):
+    model = tiny_model(model_type)
+    full, half = (run("leave-one-out", model, precision=p).history[0]["importance"] for p in ("fp32", "bf16"))
+    assert full != half
+    assert half == pytest.approx(full, rel=0.2, abs=0.02)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("method", ["gumbel-topk", "bi"])
 def test_the_model_is_left_as_it_was(method, fails):
     model = tiny_model("llama").train()
     model.model.layers[1].eval()
     model.lm_head.weight.requires_grad_(False)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict().items()}
     before = state(model)
     if fails:
         model.model.norm.register_forward_pre_hook(lambda *_: exec("raise RuntimeError('from the model')"))
@@ -171,7 +179,10 @@ def test_the_model_is_left_as_it_was(method, fails):
     else:
         run(method, model)
     assert state(model) == before
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    for name, tensor in model.state_dict().items():
+        own, values = weights[name]
+        assert tensor.data_ptr() == own.data_ptr()
+        assert torch.equal(tensor, values)
 
 
 @pytest.mark.parametrize("first", ["e3pruner", "e3pruner.search.bi"])

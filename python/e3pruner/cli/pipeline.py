@@ -194,7 +194,7 @@ class Pipeline:
             return {}
         counts = sorted({math.ceil(self.drop * point / len(points)) for point in points})
         precision = autocast_dtype("auto", self.dense.device)
-        with SearchProblem(self.dense, self.held_out, drop=self.drop, autocast=precision) as problem:
+        with SearchProblem(self.dense, self.held_out, drop=self.drop, dtype=precision) as problem:
             masks = {(m, n): problem.mask(mask["order"][:n]) for m, mask in found.items() for n in counts}
             values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
         return {method: [[n, values[method, n]] for n in counts] for method in found}

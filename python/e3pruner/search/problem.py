@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import e3kernels as e3k
 from e3pruner.models import output_head
 from e3pruner.models.stack import evaluating
+from e3pruner.precision import weights_in
 from e3pruner.search.forward import Mask, SkippingForward, shared_prefixes
 
 _PASS_TOKENS = 512  # of one forward pass: enough to tell good masks from bad ones, so that a step need not cost more
@@ -25,7 +26,8 @@ class SearchProblem:
     `score` is the one measure: the mean over tokens of KL(dense model || model without the layers), in nats, over the
     full vocabulary, forward only. `batches` are the given ones, (B, T) each, split so that a forward pass is short.
 
-    Used as a context manager: inside, the model is in evaluation mode and can skip layers; leaving restores it.
+    Used as a context manager: inside, the model is in evaluation mode, its weights are rounded to `dtype` (None: they
+    are not) and its layers can be skipped; leaving restores it.
 
     Everything measured is kept in `measured`. A search method is a deterministic function of its seed and of what it
     measures; given the `measured` of an interrupted run it comes back to where that run was, without computing, and
@@ -43,7 +45,7 @@ class SearchProblem:
         drop: int,
         protect: Sequence[int] = (),
         seed: int = 0,
-        autocast: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.batches = [part for batch in batches for part in batch.split(max(1, _PASS_TOKENS // batch.shape[1]))]
@@ -57,7 +59,7 @@ class SearchProblem:
         self.expect: Callable[[int], None] = lambda passes: None
         self.advance: Callable[[], None] = lambda: None
         self.committed: Callable[[], None] = lambda: None
-        self._autocast = autocast
+        self._dtype = dtype
         self._head = output_head(model)
         self._teacher: dict[int, Tensor] = {}
         self._paid: set[str] = set()
@@ -70,8 +72,8 @@ class SearchProblem:
     def __enter__(self) -> Self:
         self._context.enter_context(evaluating(self.model))
         self._context.enter_context(torch.no_grad())
-        if self._autocast is not None:
-            self._context.enter_context(torch.autocast(self._head.weight.device.type, dtype=self._autocast))
+        if self._dtype is not None:
+            self._context.enter_context(weights_in(self.model, self._dtype))
         self._context.enter_context(self.forward)
         return self
 

@@ -65,8 +65,8 @@ def search(
     method: one of `METHODS`; `options` are that method's keyword arguments.
     seed: of all randomness; (seed, tokens, model) decide the plan.
     protect: layers that stay.
-    precision: "fp32" computes in the type of the weights, "bf16" under autocast, "auto" in bf16 where the processor
-        multiplies it.
+    precision: "fp32" computes in the type of the weights, "bf16" with the weights rounded to bfloat16 meanwhile, "auto"
+        in bf16 where the processor multiplies it.
     checkpoint: a file for what has been measured. It is written every few seconds and when the search stops, by
         whatever cause; the same call with the same file goes on from there and ends with the same plan, bit for bit.
         What one method has measured, another need not measure again on the same tokens; its `cost` counts it all the
@@ -88,7 +88,7 @@ def search(
     dtype = autocast_dtype(precision, model.device)
     run = _method(method, options)
     batches = check_token_batches("token_batches", token_batches, output_head(model).weight.shape[0])
-    problem = SearchProblem(model, batches, drop=drop, protect=protected, seed=seed, autocast=dtype)
+    problem = SearchProblem(model, batches, drop=drop, protect=protected, seed=seed, dtype=dtype)
     store = None
     if checkpoint is not None:
         tokens = [fingerprint(batch) for batch in batches]
