@@ -8,6 +8,8 @@ from tiny_models import VOCAB_SIZE, tiny_model
 
 from e3pruner import prune
 from e3pruner.recovery import LiveTeacher, distill
+from e3pruner.recovery.batches import Batch
+from e3pruner.recovery.teacher import narrowed
 
 FP32 = {"precision": "fp32", "lr": 3e-3, "eval_every": 10}
 
@@ -254,3 +256,15 @@ def test_tokens_beyond_the_vocabulary_are_refused(teacher, student):
         distill(student, teacher=teacher, data=torch.full((2, 8), VOCAB_SIZE))
     with pytest.raises(ValueError, match=r"held_out is empty"):
         distill(student, teacher=teacher, data=sequences(8), held_out=[])
+
+
+def test_casting_the_teacher_once_changes_no_bit_of_it(teacher):
+    batch = Batch.of_rows(sequences(4), torch.arange(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = LiveTeacher(teacher).targets(batch)
+        before = weights(teacher)
+        with narrowed(teacher, torch.bfloat16):
+            assert teacher.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+            actual = LiveTeacher(teacher, torch.bfloat16).targets(batch)
+    assert_same(actual, expected)
+    assert_same(weights(teacher), before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.state import StateFolder
 from e3pruner.recovery.student import refuse_shared_weights, trained_parameters
-from e3pruner.recovery.teacher import LiveTeacher, Teacher
+from e3pruner.recovery.teacher import LiveTeacher, Teacher, narrowed
 from e3pruner.storage import fingerprint
 
 
@@ -52,12 +53,14 @@ def distill(
     chosen = DistillOptions(**options)
     if resume and output is None:
         raise ValueError("resume=True needs output: the folder of the run to resume")
+    dtype = autocast_dtype(chosen.precision, pruned.device)
     if isinstance(teacher, PreTrainedModel):
         refuse_shared_weights(pruned, teacher)
-        source: Teacher = LiveTeacher(teacher)
+        source: Teacher = LiveTeacher(teacher, dtype)
+        casts: AbstractContextManager[None] = narrowed(teacher, dtype)
     else:
-        source = teacher
-    loss = DistillLoss(pruned, source, chosen, autocast_dtype(chosen.precision, pruned.device))
+        source, casts = teacher, nullcontext()
+    loss = DistillLoss(pruned, source, chosen, dtype)
     vocabulary = output_head(pruned).weight.shape[0]
     sequences = sequences_of("data", data, vocabulary)
     source.check(sequences, chosen.temperature)
@@ -66,12 +69,12 @@ def distill(
     # What "one pass" and "auto" came to is part of the run: other data or another machine would change it.
     settings = asdict(chosen) | {
         "steps": steps,
-        "precision": str(loss.dtype or torch.float32),
+        "precision": str(dtype or torch.float32),
         "data": fingerprint(sequences),
         "teacher": source.identity,
     }
     folder = None if output is None else StateFolder(output, resume=resume, force=force)
-    with trained_parameters(pruned, chosen.trainable) as parameters:
+    with casts, trained_parameters(pruned, chosen.trainable) as parameters:
         training = Training(loss, parameters, sequences, watched, steps, settings)
         if folder is not None and resume:
             training.restore(folder)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import e3kernels as e3k
@@ -38,20 +41,41 @@ class Teacher(Protocol):
         """
 
 
+@contextmanager
+def narrowed(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside the block the linear layers of `model` hold their weights in `dtype`: the casts that autocast to `dtype`
+    would repeat at every use, done once. Embeddings and the output head stay; so do weights shared with them.
+    """
+    kept = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in kept]
+    wide = [(p, p.data) for m in linears for p in m.parameters()] if dtype is not None else []
+    try:
+        for parameter, values in wide:
+            parameter.data = values.to(dtype)
+        yield
+    finally:
+        for parameter, values in wide:
+            parameter.data = values
+
+
 class LiveTeacher:
-    """A model in memory: its targets are hidden states, and no logits are ever materialised."""
+    """A model in memory: its targets are hidden states, and no logits are ever materialised.
+
+    `dtype`: that of the autocast it will run under, if known; its output head is then cast once only.
+    """
 
     any_text = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
         self.model = model.eval()
-        self.head = output_head(model)
-        self.vocabulary = self.head.weight.shape[0]
+        head = output_head(model)
+        self.head = head if dtype is None else replace(head, weight=head.weight.detach().to(dtype))
+        self.vocabulary = head.weight.shape[0]
 
     @property
     def identity(self) -> str:
         # The output head stands for the weights: hashing all of a large teacher would take minutes.
-        return fingerprint(self.model.config.to_dict(), self.head.weight)
+        return fingerprint(self.model.config.to_dict(), output_head(self.model).weight)
 
     def check(self, data: Tensor, temperature: float) -> None:
         """A model can teach any text."""
