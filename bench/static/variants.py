@@ -8,7 +8,7 @@ import torch
 from e3kernels.triton import entropy_kl, gated_residual, gumbel_topk, linear_entropy_kl, linear_topk_kl, topk_kl
 
 ROWS, VOCABULARY, WIDTH, STORED = 4096, 128256, 1024, 10
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MEAN, SUM = 1, 2
 
 
@@ -30,18 +30,16 @@ def _sparse(dtype: torch.dtype, tail: int, labels: bool) -> None:
     topk_kl.topk_kl(student, *stored, target, None, _scalars()[:6], 1, 0, -100, tail, MEAN, None, True)
 
 
-def _linear(dtype: torch.dtype, labels: bool) -> None:
+def _linear(dtype: torch.dtype) -> None:
     hidden, weight = torch.empty(ROWS, WIDTH, dtype=dtype), torch.empty(VOCABULARY, WIDTH, dtype=dtype)
-    target = torch.empty(ROWS, dtype=torch.int64) if labels else None
     codes = (_scalars(), 1, 0, -100)
-    linear_entropy_kl.on_chip_tokens(hidden, weight, None, hidden, weight, None, target, None, *codes)
+    linear_entropy_kl.on_chip_tokens(hidden, weight, None, hidden, weight, None, None, None, *codes)
 
 
-def _linear_sparse(dtype: torch.dtype, labels: bool) -> None:
+def _linear_sparse(dtype: torch.dtype) -> None:
     hidden, weight = torch.empty(ROWS, WIDTH, dtype=dtype), torch.empty(VOCABULARY, WIDTH, dtype=dtype)
     stored = torch.empty(ROWS, STORED), torch.empty(ROWS, STORED, dtype=torch.int64)
-    target = torch.empty(ROWS, dtype=torch.int64) if labels else None
-    linear_topk_kl.on_chip_tokens(hidden, weight, None, *stored, target, None, _scalars()[:6], 1, 0, -100, 0)
+    linear_topk_kl.on_chip_tokens(hidden, weight, None, *stored, None, None, _scalars()[:6], 1, 0, -100, 0)
 
 
 def _gumbel(relaxation: int) -> None:
@@ -59,21 +57,29 @@ def _gated(dtype: torch.dtype, per_sequence: bool) -> None:
 
 
 def ours() -> dict[str, Callable[[], Any]]:
-    """Every variant by name. The mean awaits Σw and takes the split path; `row` is the sum, in one kernel."""
-    calls: dict[str, Callable[[], Any]] = {}
+    """The variants by name: all of them in bf16, the main ones in fp32; fp16 has the shapes of bf16.
+
+    The mean awaits Σw and takes the split path; `row` is the sum, in one kernel.
+    """
+    bf16 = torch.bfloat16
+    calls: dict[str, Callable[[], Any]] = {
+        "entropy_kl/bf16/forward/labels": lambda: _dense(bf16, 0, MEAN, True),
+        "entropy_kl/bf16/forward/softcap": lambda: _dense(bf16, 0, MEAN, False, 30.0),
+        "topk_kl/bf16/bucket/labels": lambda: _sparse(bf16, 0, True),
+        "gated_residual/bf16/sequence": lambda: _gated(bf16, True),
+    }
+    for code, divergence in enumerate(("reverse", "jsd"), 1):
+        calls[f"entropy_kl/bf16/{divergence}"] = lambda c=code: _dense(bf16, c, MEAN, False)
+        calls[f"entropy_kl/bf16/{divergence}/row"] = lambda c=code: _dense(bf16, c, SUM, False)
+    for code, tail in enumerate(("renorm", "truncated"), 1):
+        calls[f"topk_kl/bf16/{tail}"] = lambda c=code: _sparse(bf16, c, False)
     for name, dtype in DTYPES.items():
-        for code, divergence in enumerate(("forward", "reverse", "jsd")):
-            calls[f"entropy_kl/{name}/{divergence}"] = lambda d=dtype, c=code: _dense(d, c, MEAN, False)
-            calls[f"entropy_kl/{name}/{divergence}/row"] = lambda d=dtype, c=code: _dense(d, c, SUM, False)
-        calls[f"entropy_kl/{name}/forward/labels"] = lambda d=dtype: _dense(d, 0, MEAN, True)
-        calls[f"entropy_kl/{name}/forward/softcap"] = lambda d=dtype: _dense(d, 0, MEAN, False, 30.0)
-        for code, tail in enumerate(("bucket", "renorm", "truncated")):
-            calls[f"topk_kl/{name}/{tail}"] = lambda d=dtype, c=code: _sparse(d, c, False)
-        calls[f"topk_kl/{name}/bucket/labels"] = lambda d=dtype: _sparse(d, 0, True)
-        calls[f"linear_entropy_kl/{name}/on_chip"] = lambda d=dtype: _linear(d, False)
-        calls[f"linear_topk_kl/{name}/on_chip"] = lambda d=dtype: _linear_sparse(d, False)
+        calls[f"entropy_kl/{name}/forward"] = lambda d=dtype: _dense(d, 0, MEAN, False)
+        calls[f"entropy_kl/{name}/forward/row"] = lambda d=dtype: _dense(d, 0, SUM, False)
+        calls[f"topk_kl/{name}/bucket"] = lambda d=dtype: _sparse(d, 0, False)
+        calls[f"linear_entropy_kl/{name}/on_chip"] = lambda d=dtype: _linear(d)
+        calls[f"linear_topk_kl/{name}/on_chip"] = lambda d=dtype: _linear_sparse(d)
         calls[f"gated_residual/{name}/scalar"] = lambda d=dtype: _gated(d, False)
-        calls[f"gated_residual/{name}/sequence"] = lambda d=dtype: _gated(d, True)
     for code, relaxation in enumerate(("threshold", "softmax", "successive")):
         calls[f"gumbel_topk/{relaxation}"] = lambda c=code: _gumbel(c)
     return calls
@@ -110,6 +116,5 @@ def _trl(dtype: torch.dtype) -> None:
 
 
 def peers() -> dict[str, Callable[[], Any]]:
-    """Liger 0.8.5 and TRL 1.16; TRL's tiles are fp32 whatever the model's dtype."""
-    calls: dict[str, Callable[[], Any]] = {f"liger/{name}": lambda d=dtype: _liger(d) for name, dtype in DTYPES.items()}
-    return calls | {"trl/fp32": lambda: _trl(torch.float32)}
+    """Liger 0.8.5 in bf16, with the launch options that it has itself, and TRL 1.16, whose tiles are fp32."""
+    return {"liger/bf16": lambda: _liger(torch.bfloat16), "trl/fp32": lambda: _trl(torch.float32)}
