@@ -207,13 +207,14 @@ class StepThread {
          out, out_stride);
   }
 
-  // Fetches the start of this thread's rows while other threads still work.
+  // Fetches the start of this thread's streams while other threads still work.
   void warm(const MatrixView& matrix) const {
     const Share rows = share(matrix);
-    const char* first = reinterpret_cast<const char*>(weight_of(matrix) + rows.begin * matrix.stride);
-    const std::int64_t bytes = (rows.end - rows.begin) * matrix.stride * std::int64_t(sizeof(T));
-    for (std::int64_t at = 0; at < std::min(bytes, kWarmBytes); at += kLineBytes)
-      __builtin_prefetch(first + at, 0, 3);
+    for (int stream = 0; stream < kStreams; ++stream) {
+      const std::int64_t row = rows.begin + stream * ((rows.end - rows.begin) / kStreams);
+      const char* first = reinterpret_cast<const char*>(weight_of(matrix) + row * matrix.stride);
+      for (int at = 0; at < kAheadBytes; at += kLineBytes) __builtin_prefetch(first + at);
+    }
   }
 
   const MatrixView& first_matrix(int index) const {
@@ -221,7 +222,7 @@ class StepThread {
     return step_.layers[index].attention ? step_.layers[index].query : step_.layers[index].gate;
   }
 
-  Share share(const MatrixView& matrix) const { return Share(matrix.rows, thread_, threads_, kRowBlock); }
+  Share share(const MatrixView& matrix) const { return Share(matrix.rows, thread_, threads_, kStreams); }
 
   template <class View>
   static const T* weight_of(const View& view) {
@@ -238,8 +239,6 @@ class StepThread {
   float* part_output(int thread, std::int64_t row) const {
     return scratch_.outputs + part_index(thread, row) * d_.head_dim;
   }
-
-  static constexpr std::int64_t kWarmBytes = 8192;
 
   const StepView& step_;
   const DecoderView& d_;

@@ -41,7 +41,7 @@ def generate(
     tokenizer = load_tokenizer(model)
     layers = _kept_layers(keep, plan)
     if speculative and layers is None:
-        raise typer.BadParameter("--speculative needs the layers that draft: give --keep or --plan")
+        raise ValueError("--speculative needs the layers that draft: give --keep or --plan")
     network = load_model(model, device, dtype)
     runtime = None if layers is None else LayerSkipRuntime(network, None if speculative else layers)
     extra = {} if runtime is None else {"seed": seed, "draft_keep": layers if speculative else None}
@@ -60,7 +60,7 @@ def generate(
 def _kept_layers(keep: str | None, plan: Path | None) -> list[int] | None:
     """The layers of `--keep` or `--plan`, None without either."""
     if keep is not None and plan is not None:
-        raise typer.BadParameter("--keep and --plan both name layers: give one")
+        raise ValueError("--keep and --plan both name layers: give one")
     if plan is not None:
         return PruningPlan.load(plan).kept
     return None if keep is None else [layer for part in keep.split(",") for layer in _layer_range(part)]
@@ -69,7 +69,7 @@ def _kept_layers(keep: str | None, plan: Path | None) -> list[int] | None:
 def _layer_range(part: str) -> range:
     first, dash, last = part.strip().partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()):
-        raise typer.BadParameter(f"--keep has {part!r}; it lists layers and ranges of layers, as in 0-11,19-29")
+        raise ValueError(f"--keep has {part!r}; it lists layers and ranges of layers, as in 0-11,19-29")
     return range(int(first), int(last if dash else first) + 1)
 
 

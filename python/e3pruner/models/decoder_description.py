@@ -32,7 +32,8 @@ def describe(model: PreTrainedModel) -> _runtime.Model:
     are not plain fp32, bf16 or fp16 tensors of `nn.Linear`, `nn.Embedding` and the type's RMSNorm.
     """
     _check_supported(model)
-    config, body = model.config, model.model
+    config: Any = model.config
+    body: Any = model.model
     description = _runtime.Model()
     embedding = body.embed_tokens
     description.embedding = _linear("model.embed_tokens", embedding, nn.Embedding)
