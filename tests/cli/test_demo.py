@@ -53,10 +53,11 @@ def test_demo_keeps_its_figures(demo: tuple[Path, str]) -> None:
     assert [method["method"] for method in results["methods"]] == ["gumbel-topk", "leave-one-out", "bi"]
     assert len(results["generations"]) == 3
     assert all(set(item["answers"]) == {"dense", "pruned", "recovered"} for item in results["generations"])
-    # The same mask on the same text, measured by two programs: the cut model and the dense one with layers skipped.
     for method in results["methods"]:
-        assert results["curve"][method["method"]][-1][0] == 2
-        assert results["curve"][method["method"]][-1][1] == pytest.approx(method["kl"], rel=0.05)
+        (first, kl), last = results["curve"][method["method"]]
+        assert first == 1
+        assert 0 < kl < method["kl"]
+        assert last == [2, method["kl"]]
 
 
 @pytest.mark.parametrize("name", ["pruned", "recovered"])

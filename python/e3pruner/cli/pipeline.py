@@ -80,9 +80,9 @@ class Pipeline:
         """All stages in their order; the parts of the results that they give (see `e3pruner.report.results`)."""
         found = self.stage("1-search", self.search)
         models = self.stage("2-prune", lambda: self.prune(found))
-        curve = self.stage("3-compare", lambda: self.curve(found))
+        curve = self.stage("3-compare", lambda: self.curve(found, models))
         recovery = self.stage("4-recover", self.recover)
-        recovered = self.stage("5-evaluate", self.evaluate_recovered)
+        recovered = self.stage("5-evaluate", lambda: self.evaluate(self.load(RECOVERED)))
         speeds = self.stage("6-time", self.time)
         answers = self.stage("7-generate", self.generate)
         measured = {"dense": models["dense"], PRUNED: models[METHOD], RECOVERED: recovered}
@@ -145,11 +145,11 @@ class Pipeline:
 
     def prune(self, found: dict[str, Any]) -> dict[str, Any]:
         """Exports the pruned model; held-out figures of the dense model and of every mask."""
-        measured = {"dense": e3pruner.evaluate(self.dense, self.held_out, self.dense)}
+        measured = {"dense": self.evaluate(self.dense)}
         for method, mask in found.items():
             plan = PruningPlan.of_removed(mask["removed"], len(mask["order"]))
             pruned = e3pruner.prune(self.dense, plan, copy_weights=False)
-            measured[method] = e3pruner.evaluate(pruned, self.held_out, self.dense)
+            measured[method] = self.evaluate(pruned)
             if method == METHOD:
                 self.export(pruned, PRUNED)
         return measured
@@ -184,20 +184,22 @@ class Pipeline:
         self.export(student, RECOVERED)
         return recovery_results(result)["recovery"]
 
-    def evaluate_recovered(self) -> dict[str, Any]:
-        return e3pruner.evaluate(self.load(RECOVERED), self.held_out, self.dense)
+    def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
+        return e3pruner.evaluate(model, self.held_out, self.dense, precision="auto")
 
-    def curve(self, found: dict[str, Any]) -> dict[str, list[list[float]]]:
-        """Held-out KL without each method's first choices, at some numbers of layers up to `drop`."""
-        points = range(1, self.budget.curve_points + 1)
+    def curve(self, found: dict[str, Any], models: dict[str, Any]) -> dict[str, list[list[float]]]:
+        """Held-out KL without each method's first choices: some numbers of layers, and `drop` as in `models`."""
+        points = self.budget.curve_points
         if not points:
             return {}
-        counts = sorted({math.ceil(self.drop * point / len(points)) for point in points})
+        counts = sorted({math.ceil(self.drop * point / points) for point in range(1, points)} - {self.drop})
         precision = autocast_dtype("auto", self.dense.device)
         with SearchProblem(self.dense, self.held_out, drop=self.drop, dtype=precision) as problem:
             masks = {(m, n): problem.mask(mask["order"][:n]) for m, mask in found.items() for n in counts}
             values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
-        return {method: [[n, values[method, n]] for n in counts] for method in found}
+        return {
+            method: [*([n, values[method, n]] for n in counts), [self.drop, models[method]["kl"]]] for method in found
+        }
 
     def time(self) -> dict[str, Any]:
         return {name: latency(self.load(name)) for name in MODELS}
