@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import e3kernels._runtime as _runtime
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+import e3kernels._runtime as _runtime
 
 # config.model_type → the class whose arithmetic the runtime reproduces; a subclass may compute something else.
 SUPPORTED = {

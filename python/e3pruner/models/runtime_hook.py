@@ -13,7 +13,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 if TYPE_CHECKING:
     import e3kernels._runtime as _runtime
-
     from e3pruner.models.runtime import LayerSkipRuntime
 
 
