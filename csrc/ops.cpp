@@ -125,7 +125,7 @@ Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const std::vect
 }
 
 // Without the dispatcher's cost where nothing is to do.
-Tensor contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 #if defined(__linux__)
 // Never destroyed: a result may outlive every static object.
@@ -224,7 +224,7 @@ Tensor entropy_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, Opt
                            int64_t ignore_index) {
   const e3::EntropyKl problem = entropy_kl_problem(student, teacher, labels, token_mask, scalars_of(scalars, true),
                                                    weighting, divergence, ignore_index, 0, std::nullopt);
-  const Tensor incoming = contiguous(grad_loss), grad = gradient_of(student, kTarget);
+  const Tensor incoming = dense(grad_loss), grad = gradient_of(student, kTarget);
   kernels().entropy_kl_backward(problem, torch_pool(),
                                 vector_of<float>(incoming, ScalarType::Float, student.size(0), "grad_loss"),
                                 kTarget == Target::fresh && streams(grad), grad.mutable_data_ptr());
@@ -284,7 +284,7 @@ Tensor topk_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher_logprob
   const e3::TopkKl problem =
       topk_kl_problem(student, teacher_logprobs, teacher_ids, labels, token_mask, scalars_of(scalars, false), weighting,
                       divergence, ignore_index, tail, 0, std::nullopt);
-  const Tensor incoming = contiguous(grad_loss), grad = gradient_of(student, kTarget);
+  const Tensor incoming = dense(grad_loss), grad = gradient_of(student, kTarget);
   kernels().topk_kl_backward(problem, torch_pool(),
                              vector_of<float>(incoming, ScalarType::Float, student.size(0), "grad_loss"),
                              kTarget == Target::fresh && streams(grad), grad.mutable_data_ptr());
@@ -327,7 +327,7 @@ Tensor gumbel_topk_backward(Tensor grad, Tensor logits, Tensor probs, Tensor sca
     STD_TORCH_CHECK(tensor->scalar_type() == logits.scalar_type() && tensor->numel() == logits.numel(),
                     "grad and probs must have the dtype and shape of logits");
   }
-  const Tensor incoming = contiguous(grad), relaxed = contiguous(probs);
+  const Tensor incoming = dense(grad), relaxed = dense(probs);
   const Tensor result = new_like(logits);
   kernels().gumbel_topk_backward(problem, {incoming.const_data_ptr(), relaxed.const_data_ptr()}, torch_pool(),
                                  result.mutable_data_ptr());
@@ -341,7 +341,7 @@ struct GatedTensors {
   bool by_element;
 
   GatedTensors(const Tensor& h, const Tensor& f, const Tensor& m)
-      : hidden(contiguous(h)), branch(contiguous(f)), gate(m), rows(1) {
+      : hidden(dense(h)), branch(dense(f)), gate(m), rows(1) {
     STD_TORCH_CHECK(f.scalar_type() == h.scalar_type() && f.numel() == h.numel(),
                     "branch_out must have the dtype and shape of hidden");
     const int64_t missing = h.dim() - m.dim();
@@ -358,7 +358,7 @@ struct GatedTensors {
       gate = expand(m, h.sizes());
     }
     if (gate.scalar_type() == ScalarType::Double) gate = torch::stable::to(gate, ScalarType::Float);
-    gate = contiguous(gate);
+    gate = dense(gate);
   }
 
   e3::GatedResidual problem() const {
@@ -399,7 +399,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor h
   const GatedTensors tensors(hidden, branch_out, gate);
   STD_TORCH_CHECK(grad.scalar_type() == hidden.scalar_type() && grad.numel() == hidden.numel(),
                   "grad must have the dtype and shape of hidden");
-  const Tensor incoming = contiguous(grad);
+  const Tensor incoming = dense(grad);
   const Tensor sums = torch::stable::new_empty(gate, tensors.by_element ? hidden.sizes() : gate.sizes(), ScalarType::Float);
   kernels().gated_residual_backward(tensors.problem(), incoming.const_data_ptr(), torch_pool(), streams(grad_hidden),
                                     grad_hidden.mutable_data_ptr(), grad_branch.mutable_data_ptr(),
