@@ -362,8 +362,10 @@ class EntropyKlRows {
     KlSums sums = with_values(xs, [&](const auto* values) {
       const auto* teachers = static_cast<decltype(values)>(xt.data);
       if constexpr (D == Divergence::forward) {
-        const Kept here{kept + begin, kept + padded_row() + begin};
-        if (kept != nullptr) return sum_block<D, true>(values, teachers, padded(count), m, ahead, here);
+        if (kept != nullptr) {
+          const Kept here{kept + begin, kept + padded_row() + begin};
+          return sum_block<D, true>(values, teachers, padded(count), m, ahead, here);
+        }
       }
       return sum_block<D, false>(values, teachers, padded(count), m, ahead, {});
     });

@@ -174,7 +174,7 @@ class TopkKlRows {
       const bool kept = keeps_ && s.sums.plain;
       const int64_t label = labelled ? problem_.tokens.labels[row] - begin : -1;
       const bool labelled_here = label >= 0 && label < count;
-      const float* e = exponentials(context) + begin;
+      const float* e = kept ? exponentials(context) + begin : nullptr;
       if (kept && !labelled_here && !holds_stored(row, begin, count)) {
         const float factor = static_cast<float>((slope + rest) * problem_.transform.scale);
         return store_values(count, dtype, stream_out, target, begin, [&](int i) { return load(e + i) * factor; });
