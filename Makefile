@@ -2,7 +2,7 @@
 #   make demo [ARGS="--quick"]   search, cut, recover, export and show a real model
 #   make test                    ruff, mypy, pytest
 #   make bench [ARGS="--compare OLD.jsonl --fail-if-slower 5%"]
-#                                every kernel against its peers and its physical floor; bench/results/kernels.*
+#                                every kernel against its peers and its physical floor, and its errors
 #   make fuzz                    the C++ kernels under the sanitizers
 #   make gpu                     the Triton kernels on the GPU of this machine
 PYTHON ?= python3
@@ -35,6 +35,7 @@ gpu: $(VENV)/bench
 
 bench: $(VENV)/bench
 	mkdir -p bench/results
+	PYTHONPATH=tests $(BIN)/python bench/accuracy.py
 	$(BIN)/e3 bench --out bench/results/kernels.jsonl $(ARGS)
 
 include csrc/fuzz.mk

@@ -62,7 +62,7 @@ class Head(NamedTuple):
         if self.weight.dtype == self.dtype:
             if self.bias is None:
                 return torch.mm(hidden, self.weight.t(), out=out)
-            return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+            return torch.addmm(self.bias.to(self.dtype), hidden, self.weight.t(), out=out)
         for block in self.blocks():
             bias = None if self.bias is None else self.bias[block].to(self.dtype)
             out[:, block] = F.linear(hidden, self.weight[block].to(self.dtype), bias)
