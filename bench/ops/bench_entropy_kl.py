@@ -50,6 +50,7 @@ def provider_call(provider, student, teacher):
     ("size", "provider"),
     [(size, provider) for size in SIZES for provider in ("floor", "e3")]
     + [(size, provider) for size in PEERS for provider in (UNWEIGHTED, "compile", "eager")],
+    ids=lambda value: value if isinstance(value, str) else f"{value[0]}x{value[1]}",
 )
 def test_value_and_gradient(benchmark, size, provider, dtype):
     student, teacher = make(*size, dtype)
