@@ -202,7 +202,7 @@ class Pipeline:
         }
 
     def time(self) -> dict[str, Any]:
-        return {name: latency(self.load(name)) for name in MODELS}
+        return {name: latency(self.load(name), repeats=3) for name in MODELS}
 
     def generate(self) -> list[dict[str, Any]]:
         models = {name: self.load(name) for name in MODELS}
