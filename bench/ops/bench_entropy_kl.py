@@ -5,9 +5,9 @@ from functools import cache
 import pytest
 import torch
 from measure import errors_of, gradient_of, measure
-from textbook import entropy_kl as textbook
 
 import e3kernels as e3k
+from e3pruner.profiling.textbook import entropy_kl as textbook
 
 DTYPES = (torch.float32, torch.bfloat16)
 PEERS = [(512, 49_152)]

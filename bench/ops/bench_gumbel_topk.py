@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from measure import gradient_of, measure
-from textbook import gumbel_topk as textbook
 from torch.utils.cpp_extension import load
 
 import e3kernels as e3k
+from e3pruner.profiling.textbook import gumbel_topk as textbook
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 

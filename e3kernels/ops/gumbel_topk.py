@@ -128,9 +128,10 @@ def _check(logits: Tensor, k: int, tau: float, noise_scale: float, seed: int, st
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Eager, with no tensor subclass and no dispatch mode that would have to see the operator."""
+    """Eager, with no tensor subclass, dispatch mode or profiler that would have to see the operator."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.autograd._profiler_enabled()
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
     )

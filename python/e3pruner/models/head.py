@@ -32,7 +32,8 @@ class OutputHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., H), in the dtype of the weight."""
-        scaled = self.scale * F.linear(hidden, self.weight, self.bias)
+        logits = F.linear(hidden, self.weight, self.bias)
+        scaled = logits if self.scale == 1 else self.scale * logits
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 

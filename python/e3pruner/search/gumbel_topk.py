@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 import e3kernels as e3k
+from e3kernels.profiling import named_range
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.protocol import (
     Search,
@@ -66,8 +67,9 @@ def gumbel_topk(
         masks = torch.cat([masks, drawn])
         batches = torch.cat([batches, torch.full((len(drawn),), batch)])
         scores = torch.cat([scores, scores.new_tensor(found)])
-        model.fit(masks, batches, scores)
-        best = model.descend(best)
+        with named_range("optimizer"):
+            model.fit(masks, batches, scores)
+            best = model.descend(best)
         yield {
             "score": sum(found) / len(found),
             "removed": layers_of(problem, best),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import e3kernels as e3k
+from e3kernels.profiling import named_range
 from e3pruner.models import output_head
 from e3pruner.models.stack import evaluating
 from e3pruner.precision import weights_in
@@ -131,9 +132,11 @@ class SearchProblem:
     def _measure(self, masks: Sequence[Mask], batch: int) -> Iterator[tuple[Mask, float]]:
         input_ids = self._input_ids(batch)
         if batch not in self._teacher:
-            self._teacher[batch] = self.forward.dense(input_ids)
+            with named_range("teacher forward"):
+                self._teacher[batch] = self.forward.dense(input_ids)
         for mask, student in self.forward.last_hiddens(input_ids, masks):
-            value = self._kl(student, self._teacher[batch])
+            with named_range("loss"):
+                value = self._kl(student, self._teacher[batch])
             if not math.isfinite(value):
                 removed = [layer for layer, runs in enumerate(mask) if not runs]
                 raise FloatingPointError(f"the KL is {value} on batch {batch} without layers {removed}")
