@@ -27,7 +27,7 @@ from e3pruner.report import describe_environment
 
 app = typer.Typer(name="profile", no_args_is_help=True, help="See where the time and the bytes go.")
 
-Path_ = Annotated[str, typer.Argument(metavar="MODEL", help="As --model elsewhere: a folder, or `smollm2`.")]
+Subject = Annotated[str, typer.Argument(metavar="MODEL", help="As --model elsewhere: a folder, or `smollm2`.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds that medians are taken over.")]
 
 
@@ -44,7 +44,7 @@ def finish(page: Page, folder: Path, out: Path) -> None:
 @app.command("model", cls=Command)
 def model(
     ctx: typer.Context,
-    model: Path_,
+    model: Subject,
     out: options.Out,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
@@ -87,7 +87,7 @@ def model(
 @app.command("step", cls=Command)
 def step(
     ctx: typer.Context,
-    model: Path_,
+    model: Subject,
     out: options.Out,
     drop: Annotated[int, typer.Option(min=1, help="Layers that the search removes and the student lacks.")] = 8,
     text: options.Text = None,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_BYTES = 512 << 20  # far beyond any cache
+_BYTES = 256 << 20  # beyond most caches
 _GEMM = 2048
 
 

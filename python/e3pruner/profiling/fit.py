@@ -22,7 +22,8 @@ def check_training_fits(model: PreTrainedModel, batch: int, length: int) -> None
     parameters = sum(p.numel() for p in model.parameters())
     # fp32 masters, gradients, two moments, and a narrow copy of student and teacher.
     states = parameters * (4 * 4 + 2 * 2)
-    need = states + len(find_layers(model)) * _layer_activations(model, batch, length)
+    logits = batch * length * output_head(model).weight.shape[0]  # eager losses keep six of them in fp32
+    need = states + len(find_layers(model)) * _layer_activations(model, batch, length) + 6 * 4 * logits
     check_fits(need, model.device, f"batch={batch} with length={length}")
 
 

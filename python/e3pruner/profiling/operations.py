@@ -201,7 +201,7 @@ def _gumbel_topk(
 ) -> Case:
     (theta,) = _random(seed, dtype, None, device, (_LAYERS,), scale=1.0)
     keep = _LAYERS * 3 // 4
-    incoming = torch.linspace(-1, 1, _LAYERS, dtype=exact or dtype, device=device)
+    incoming = torch.linspace(0, 1, _LAYERS, dtype=exact or dtype, device=device)
     return Case(
         theta,
         lambda x: (e3k.gumbel_topk(x, keep, tau=0.7, seed=seed).mask * incoming).sum(),
@@ -267,7 +267,8 @@ def _gated_residual(
     sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int, exact: torch.dtype | None = None
 ) -> Case:
     shape = (sizes.rows, sizes.hidden)
-    branch, hidden, incoming = _random(seed, dtype, exact, device, shape, shape, shape, scale=1.0)
+    # Positive numbers: a sum that cancels would make any rounding look like an error.
+    branch, hidden, incoming = (x.abs() for x in _random(seed, dtype, exact, device, shape, shape, shape, scale=1.0))
     gate = torch.tensor(0.3, device=device)
     return Case(
         branch,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,28 +82,33 @@ def profile_steps(
     check_training_fits(model, batch, sequences.shape[1])
     found = []
     for losses in ("fused", "eager"):
-        kept = folder if losses == "fused" else None
-        found.append(_search(model, sequences, losses, drop, batch, rounds, seed, kept and kept / "search"))
-        found.append(_recovery(model, sequences, losses, drop, batch, rounds, seed, kept and kept / "recovery"))
+        run = _Run(model, sequences, losses, drop, batch, rounds, seed, folder if losses == "fused" else None)
+        found.append(_search(run._replace(folder=run.folder and run.folder / "search")))
+        found.append(_recovery(run._replace(folder=run.folder and run.folder / "recovery")))
     return found
 
 
-def _search(
-    model: PreTrainedModel,
-    sequences: Tensor,
-    losses: str,
-    drop: int,
-    batch: int,
-    rounds: int,
-    seed: int,
-    folder: Path | None,
-) -> StepProfile:
-    kind = SearchProblem if losses == "fused" else _EagerProblem
-    batches = list(sequences[: batch * (rounds + 3)].split(batch))
+class _Run(NamedTuple):
+    """What both kinds of step are profiled on."""
+
+    model: PreTrainedModel
+    sequences: Tensor
+    losses: str
+    drop: int
+    batch: int
+    rounds: int
+    seed: int
+    folder: Path | None
+
+
+def _search(run: _Run) -> StepProfile:
+    model, rounds = run.model, run.rounds
+    kind = SearchProblem if run.losses == "fused" else _EagerProblem
+    batches = list(run.sequences[: run.batch * (rounds + 3)].split(run.batch))
     dtype = autocast_dtype("auto", model.device)
 
     def started() -> tuple[SearchProblem, Search]:
-        problem = kind(model, batches, drop=drop, seed=seed, dtype=dtype)
+        problem = kind(model, batches, drop=run.drop, seed=run.seed, dtype=dtype)
         return problem, METHODS["gumbel-topk"](problem, steps=rounds + 3)
 
     problem, running = started()
@@ -126,43 +131,35 @@ def _search(
                 step()
         tokens = round((problem.cost - spent) / rounds)
         growth = peak_above_inputs(step)
-        with e3kernels.profile(folder) as traced:
+        with e3kernels.profile(run.folder) as traced:
             step()
         weights = sum(p.nbytes for p in model.parameters())
     own = sum(p.nbytes for p in model.parameters())
     before = {"weights": own if dtype in (None, model.dtype) else own + weights}
     seconds, phases = _of_steps(recorder.ranges)
     memory = MemoryTimeline.of(traced.trace, before)
-    return StepProfile("search", losses, seconds, phases, tokens, memory, growth, traced)
+    return StepProfile("search", run.losses, seconds, phases, tokens, memory, growth, traced)
 
 
-def _recovery(
-    model: PreTrainedModel,
-    sequences: Tensor,
-    losses: str,
-    drop: int,
-    batch: int,
-    rounds: int,
-    seed: int,
-    folder: Path | None,
-) -> StepProfile:
-    gone = middle(len(find_layers(model)), drop)
-    student = prune(model, [layer for layer in range(len(find_layers(model))) if layer not in gone]).float()
+def _recovery(run: _Run) -> StepProfile:
+    model, layers = run.model, len(find_layers(run.model))
+    gone = middle(layers, run.drop)
+    student = prune(model, [layer for layer in range(layers) if layer not in gone]).float()
 
     def train(steps: int) -> None:
-        with _teacher(model, losses) as teacher:
-            distill(student, teacher=teacher, data=sequences, steps=steps, batch_size=batch, seed=seed)
+        with _teacher(model, run.losses) as teacher:
+            distill(student, teacher=teacher, data=run.sequences, steps=steps, batch_size=run.batch, seed=run.seed)
 
     with RangeRecorder(synchronizer(model.device)) as recorder:
-        train(rounds + 1)
+        train(run.rounds + 1)
     seconds, phases = _of_steps(recorder.ranges, skip=1)
     growth = peak_above_inputs(lambda: train(2))
-    with e3kernels.profile(folder) as traced:
+    with e3kernels.profile(run.folder) as traced:
         train(2)
     before = {"weights": sum(p.nbytes for each in (model, student) for p in each.parameters())}
     memory = MemoryTimeline.of(traced.trace, before)
-    tokens = batch * sequences.shape[1]
-    return StepProfile("recovery", losses, seconds, phases, tokens, memory, growth, traced)
+    tokens = run.batch * run.sequences.shape[1]
+    return StepProfile("recovery", run.losses, seconds, phases, tokens, memory, growth, traced)
 
 
 def _of_steps(ranges: list[Range], skip: int = 0) -> tuple[float, dict[str, float]]:
