@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from e3kernels.profiling import named_range
 from e3pruner.models.runtime_hook import generate_with_runtime
 from e3pruner.models.stack import check_indices
 
@@ -112,7 +113,8 @@ class LayerSkipRuntime:
         Returns the logits of the last `logits_to_keep` tokens, (batch, logits_to_keep, V), fp32. Raises ValueError for
         ids outside the vocabulary, another batch size, or a context beyond the model's.
         """
-        return self._decoder.append(cache, input_ids, logits_to_keep)
+        with named_range("runtime append"):
+            return self._decoder.append(cache, input_ids, logits_to_keep)
 
     def generate(
         self,
@@ -164,7 +166,7 @@ class LayerSkipRuntime:
         cache = self.new_cache(prompt.shape[0], attention_mask, capacity=prompt.shape[1] + max_new_tokens)
         if streamer is not None:
             streamer.put(prompt)
-        with self._request():
+        with self._request(), named_range("runtime generate" if draft is None else "runtime speculate"):
             if draft is None:
                 rows = self._decoder.generate(cache, prompt, request, on_tokens)
             else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 import e3kernels as e3k
+from e3kernels.profiling import named_range
 from e3pruner.search.bi import cosine_distance
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.protocol import (
@@ -33,12 +34,12 @@ def gumbel_topk(
 ) -> Search:
     """Importance start, `steps` rounds of `samples` masks on one batch each, final choice on all calibration tokens.
 
-    1. I_l, the mean KL without layer l alone, is the prior of the model. Two masks start: the lowest I_l, and the lowest
-       block influence, which costs no more than the dense pass and often knows better which layers may go together.
+    1. I_l, the mean KL without layer l alone, is the prior of the model. Two masks start: the lowest I_l, and the
+       lowest block influence, which costs a dense pass and often knows better which layers may go together.
     2. Each step draws samples − 1 masks, the K largest of θ + κ·g, beside the model's own best mask, measures them on
        the step's batch and fits the model again. κ falls geometrically from `noise` to 0.4 of it.
-    3. Of the masks measured so far the model's `finalists` best are measured on all batches, and so are both starts: the
-       best of them is final, and on the calibration tokens never worse than where it began.
+    3. Of the masks measured so far the model's `finalists` best are measured on all batches, and so are both starts:
+       the best of them is final, and on the calibration tokens never worse than where it began.
     """
     check_integer("steps", steps, 1)
     check_integer("samples", samples, 2)
@@ -72,8 +73,9 @@ def gumbel_topk(
         masks = torch.cat([masks, drawn])
         batches = torch.cat([batches, torch.full((len(drawn),), batch)])
         scores = torch.cat([scores, scores.new_tensor(found)])
-        model.fit(masks, batches, scores)
-        best = model.descend(best)
+        with named_range("optimizer"):
+            model.fit(masks, batches, scores)
+            best = model.descend(best)
         yield {
             "score": sum(found) / len(found),
             "removed": layers_of(problem, best),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import e3kernels as e3k
+from e3kernels.profiling import named_range
 from e3pruner.models import output_head
 from e3pruner.models.stack import evaluating
 from e3pruner.precision import weights_in
@@ -131,12 +132,14 @@ class SearchProblem:
     def _measure(self, masks: Sequence[Mask], batch: int) -> list[tuple[Mask, float]]:
         input_ids = self._input_ids(batch)
         if batch not in self._teacher:
-            self._teacher[batch] = self.forward.dense(input_ids).flatten(0, 1)
+            with named_range("teacher forward"):
+                self._teacher[batch] = self.forward.dense(input_ids).flatten(0, 1)
         students: dict[Mask, Tensor] = {}
         for mask, hidden in self.forward.last_hiddens(input_ids, masks):
             students[mask] = hidden.flatten(0, 1)
             self.advance()
-        values = self._divergences(list(students.values()), self._teacher[batch])
+        with named_range("loss"):
+            values = self._divergences(list(students.values()), self._teacher[batch])
         for mask, value in zip(students, values, strict=True):
             if not math.isfinite(value):
                 removed = [layer for layer, runs in enumerate(mask) if not runs]
@@ -150,8 +153,7 @@ class SearchProblem:
         return [sum(a * b for a, b in zip(shares, column, strict=True)) for column in zip(*table, strict=True)]
 
     def _divergences(self, students: list[Tensor], teacher: Tensor) -> list[float]:
-        """The mean KL of each of `students` from `teacher`, hidden states (N, H): of a tile of rows at a time, for which
-        the teacher's logits are made once."""
+        """The mean KL of each of `students` from `teacher`, hidden states (N, H), the teacher's logits made once."""
         sums = [0.0] * len(students)
         size = max(1, _TILE_LOGITS // self._head.weight.shape[0])
         for start in range(0, len(teacher), size):
