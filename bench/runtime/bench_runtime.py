@@ -12,6 +12,7 @@ import argparse
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,22 @@ from e3pruner import LayerSkipRuntime, PruningPlan, prune
 from e3pruner.models.smollm2 import load_smollm2
 
 NEW = 256
+WARM_UP = 16
 PROMPT = 32
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What the demo's search removes first; `--keep-plan` takes a plan of one's own.
 REMOVED = {4: [13, 14, 15, 16], 8: [12, 13, 14, 15, 16, 17, 18, 26], 12: [*range(10, 21), 26]}
 
 
-def read_bandwidth(rounds: int = 9) -> float:
+class ReadProbe:
     """Bytes per second that all threads read from memory: the faster of a sum and a matrix-vector product of 1 GiB."""
-    matrix = torch.ones(1 << 14, 1 << 14)
-    vector = torch.ones(1 << 14)
-    times = seconds_of(matrix.sum, lambda: matrix @ vector, rounds=rounds)
-    return matrix.nbytes / min(statistics.median(mine) for mine in times)
+
+    def __init__(self) -> None:
+        self.matrix, self.vector = torch.ones(1 << 14, 1 << 14), torch.ones(1 << 14)
+
+    def __call__(self) -> float:
+        times = seconds_of(self.matrix.sum, lambda: self.matrix @ self.vector, rounds=5)
+        return self.matrix.nbytes / min(statistics.median(mine) for mine in times)
 
 
 def loaded(dtype: str) -> tuple[PreTrainedModel, torch.Tensor, Any]:
@@ -79,32 +84,48 @@ def bench_parity(record: Recorder, _: argparse.Namespace) -> None:
 
 
 def bench_decode(record: Recorder, options: argparse.Namespace) -> None:
-    for dtype in DTYPES:
+    """The bandwidth is read right before and after each provider's run: the share of the limit takes the larger."""
+    probe = ReadProbe()
+    for dtype in options.dtypes:
         model, ids, _ = loaded(dtype)
         runtime = LayerSkipRuntime(model)
-        bandwidth = read_bandwidth()
         peer = llama_cpp(options.gguf, dtype)
-        actions = {
-            "runtime": lambda runtime=runtime, ids=ids: runtime.generate(ids, max_new_tokens=NEW),
-            "huggingface": lambda model=model, ids=ids: hugging_face(model, ids),
+        actions: dict[str, Callable[[int], Any]] = {
+            "runtime": lambda new, runtime=runtime, ids=ids: runtime.generate(ids, max_new_tokens=new),
+            "huggingface": lambda new, model=model, ids=ids: hugging_face(model, ids, new),
         }
         if peer is not None:
-            actions["llama.cpp"] = lambda peer=peer, ids=ids: _llama_tokens(peer, ids)
+            actions["llama.cpp"] = lambda new, peer=peer, ids=ids: _llama_tokens(peer, ids, new)
         for action in actions.values():
-            action()
-        times = seconds_of(*actions.values(), rounds=options.rounds)
-        bandwidth = max(bandwidth, read_bandwidth())
-        limit = bandwidth / runtime.weight_bytes
-        for provider, mine in zip(actions, times, strict=True):
-            figures = spread([NEW / seconds for seconds in mine])
-            share = figures["tokens_per_second"] / limit
-            record("decode", provider, dtype=dtype, **figures, share_of_limit=share, read_gb_per_second=bandwidth / 1e9)
+            action(WARM_UP)
+        speeds: dict[str, list[float]] = {provider: [] for provider in actions}
+        limits: dict[str, list[float]] = {provider: [] for provider in actions}
+        for _ in range(options.rounds):
+            before = probe()
+            for provider, action in actions.items():
+                speeds[provider].append(NEW / seconds_of(lambda action=action: action(NEW), rounds=1)[0][0])
+                after = probe()
+                limits[provider].append(max(before, after) / runtime.weight_bytes)
+                before = after
+        for provider, mine in speeds.items():
+            share = statistics.median(a / b for a, b in zip(mine, limits[provider], strict=True))
+            bandwidth = statistics.median(limits[provider]) * runtime.weight_bytes / 1e9
+            ratio = statistics.median(a / b for a, b in zip(speeds["runtime"], mine, strict=True))
+            record(
+                "decode",
+                provider,
+                dtype=dtype,
+                **spread(mine),
+                share_of_limit=share,
+                read_gb_per_second=bandwidth,
+                runtime_is_faster_by=ratio,
+            )
 
 
-def _llama_tokens(peer: Any, ids: torch.Tensor) -> None:
+def _llama_tokens(peer: Any, ids: torch.Tensor, new: int) -> None:
     peer.reset()
     for count, _ in enumerate(peer.generate(ids[0].tolist(), temp=0.0), 1):
-        if count == NEW:
+        if count == new:
             return
 
 
@@ -136,7 +157,7 @@ def bench_masks(record: Recorder, options: argparse.Namespace) -> None:
 
 
 def bench_prefill(record: Recorder, options: argparse.Namespace) -> None:
-    for dtype in DTYPES:
+    for dtype in options.dtypes:
         model, _ids, _ = loaded(dtype)
         ids = torch.randint(0, model.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))
         runtime = LayerSkipRuntime(model)
@@ -244,6 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", default=list(CASES))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of decode and prefill")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep-plan", type=Path)
     parser.add_argument("--gguf", type=Path, help="folder of smollm2-bf16.gguf and smollm2-fp32.gguf for llama.cpp")
