@@ -12,7 +12,7 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class ReadProbe:
     def __call__(self) -> float:
         times = seconds_of(self.matrix.sum, lambda: self.matrix @ self.vector, rounds=5)
         return self.matrix.nbytes / min(statistics.median(mine) for mine in times)
+
+
+def keep_without(removed: Iterable[int]) -> list[int]:
+    return sorted(set(range(30)) - set(removed))
 
 
 def loaded(dtype: str) -> tuple[PreTrainedModel, torch.Tensor, Any]:
@@ -133,7 +137,7 @@ def bench_masks(record: Recorder, options: argparse.Namespace) -> None:
     model, ids, _ = loaded("bf16")
     runtime = LayerSkipRuntime(model)
     dense_bytes = runtime.weight_bytes
-    keeps = {drop: [i for i in range(30) if i not in removed] for drop, removed in REMOVED.items()}
+    keeps = {drop: keep_without(removed) for drop, removed in REMOVED.items()}
     pruned = {drop: LayerSkipRuntime(prune(model, keep, copy_weights=False)) for drop, keep in keeps.items()}
 
     def masked(keep: list[int] | None) -> None:
@@ -219,43 +223,59 @@ def bench_overhead(record: Recorder, options: argparse.Namespace) -> None:
 
 
 def bench_speculative(record: Recorder, options: argparse.Namespace) -> None:
+    """Drafts of ever fewer layers, and one that keeps all attention: the same text, how fast, how often accepted."""
     model, _ids, tokenizer = loaded("bf16")
     runtime = LayerSkipRuntime(model)
-    drafts = {f"drop {drop}": [i for i in range(30) if i not in removed] for drop, removed in REMOVED.items()}
+    dense_bytes = runtime.weight_bytes
+    drafts: dict[str, Any] = {f"drop {drop}": keep_without(removed) for drop, removed in REMOVED.items()}
+    drafts["drop 20"] = keep_without(set(range(30)) - {0, 1, 2, 7, 8, 9, 11, 27, 28, 29})
+    drafts["drop 12 MLPs"] = {"attention": range(30), "mlp": keep_without(REMOVED[12])}
     if options.keep_plan:
         drafts = {"plan": PruningPlan.load(options.keep_plan).kept} | drafts
-    texts = [tokenizer(text, return_tensors="pt").input_ids[:, :PROMPT] for text in prompts()[:5]]
-    for name, draft in drafts.items():
-        drafted = accepted = verified = 0
-        times: list[list[float]] = [[], []]
-        for ids in texts:
-            plain = runtime.generate(ids, max_new_tokens=NEW)
-            if not torch.equal(runtime.generate(ids, max_new_tokens=NEW, draft_keep=draft), plain):
+    gains: dict[str, list[float]] = {name: [] for name in drafts}
+    counts = {name: torch.zeros(3, dtype=torch.long) for name in drafts}
+    for text in prompts()[:4]:
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, :PROMPT]
+        plain, seconds = timed(lambda ids=ids: runtime.generate(ids, max_new_tokens=NEW))
+        for name, draft in drafts.items():
+            drafted, mine = timed(
+                lambda ids=ids, draft=draft: runtime.generate(ids, max_new_tokens=NEW, draft_keep=draft)
+            )
+            if not torch.equal(drafted, plain):
                 raise AssertionError(f"speculative text differs with draft {name}")
-            counts = runtime.speculation
-            drafted, accepted, verified = (
-                drafted + counts.drafted,
-                accepted + counts.accepted,
-                verified + counts.verifications,
-            )
-            pair = seconds_of(
-                lambda ids=ids: runtime.generate(ids, max_new_tokens=NEW),
-                lambda ids=ids, draft=draft: runtime.generate(ids, max_new_tokens=NEW, draft_keep=draft),
-                rounds=1,
-            )
-            for mine, new in zip(times, pair, strict=True):
-                mine += new
-        gain = statistics.median(a / b for a, b in zip(*times, strict=True))
+            gains[name].append(seconds / mine)
+            of_run = runtime.speculation
+            counts[name] += torch.tensor([of_run.drafted, of_run.accepted, of_run.verifications])
+    for name, draft in drafts.items():
+        runtime.keep = draft
+        cost = runtime.weight_bytes / dense_bytes
+        tried, accepted, verified = counts[name].tolist()
         record(
             "speculative",
             name,
             dtype="bf16",
-            layers=len(draft),
-            speed_up=gain,
-            acceptance=accepted / max(1, drafted),
-            drafted_per_verification=drafted / verified,
-            identical_texts=len(texts),
+            texts_identical=len(gains[name]),
+            speed_up=statistics.median(gains[name]),
+            acceptance=accepted / max(1, tried),
+            acceptance_needed=least_acceptance(cost),
+            draft_cost=cost,
+            drafted=tried,
+            verifications=verified,
         )
+
+
+def timed(action: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    began = time.perf_counter()
+    out = action()
+    return out, time.perf_counter() - began
+
+
+def least_acceptance(cost: float, gain: float = 1.2, longest: int = 7) -> float | None:
+    """The acceptance rate from which the best draft length gains `gain`, were verification free; None: none does."""
+    for rate in (i / 1000 for i in range(1000)):
+        if any((1 - rate ** (k + 1)) / (1 - rate) / (1 + k * cost) >= gain for k in range(1, longest + 1)):
+            return rate
+    return None
 
 
 CASES = {name.removeprefix("bench_"): value for name, value in dict(globals()).items() if name.startswith("bench_")}
