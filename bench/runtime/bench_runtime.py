@@ -128,10 +128,18 @@ def bench_decode(record: Recorder, options: argparse.Namespace) -> None:
 
 
 def _llama_tokens(peer: Any, ids: torch.Tensor, new: int) -> None:
-    peer.reset()
-    for count, _ in enumerate(peer.generate(ids[0].tolist(), temp=0.0), 1):
-        if count == new:
-            return
+    """Greedy by its C interface and NumPy's argmax: the binding's own sampling would be charged to the peer."""
+    import llama_cpp as api
+    import numpy as np
+
+    peer._ctx.kv_cache_clear()
+    tokens = ids[0].tolist()
+    for _ in range(new):
+        batch = api.llama_batch_get_one((api.llama_token * len(tokens))(*tokens), len(tokens))
+        if api.llama_decode(peer.ctx, batch):
+            raise RuntimeError(f"llama_decode failed on {len(tokens)} tokens")
+        logits = np.ctypeslib.as_array(api.llama_get_logits_ith(peer.ctx, -1), (peer.n_vocab(),))
+        tokens = [int(logits.argmax())]
 
 
 def bench_masks(record: Recorder, options: argparse.Namespace) -> None:
