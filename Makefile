@@ -1,7 +1,8 @@
 # Everything runs in .venv, which the first call creates; a second call finds it ready.
 #   make demo [ARGS="--quick"]   search, cut, recover, export and show a real model
 #   make test                    ruff, mypy, pytest
-#   make bench                   every kernel against its peers and its physical floor; bench/results/kernels.*
+#   make bench [ARGS="--compare OLD.jsonl --fail-if-slower 5%"]
+#                                every kernel against its peers and its physical floor, and its errors
 #   make fuzz                    the C++ kernels under the sanitizers
 #   make gpu                     the Triton kernels on the GPU of this machine
 PYTHON ?= python3
@@ -29,11 +30,14 @@ lint: $(VENV)/installed
 
 # On a machine with a GPU: the kernels against the oracle, then against their peers -> bench/results/gpu.json
 gpu: $(VENV)/bench
+	$(BIN)/pip install -q 'liger-kernel>=0.8'
 	$(BIN)/pytest tests/ops -m gpu
 	$(BIN)/python -m bench.gpu
 
 bench: $(VENV)/bench
-	$(BIN)/pytest bench --benchmark-only --jsonl bench/results/kernels.jsonl $(ARGS)
+	mkdir -p bench/results
+	PYTHONPATH=tests $(BIN)/python bench/accuracy.py
+	$(BIN)/e3 bench --out bench/results/kernels.jsonl $(ARGS)
 
 include csrc/fuzz.mk
 

@@ -1,6 +1,6 @@
 """Build of the two compiled modules; neither is required. What was built or not, and why: `e3kernels/_build.json`.
 
-`e3kernels/_ops` uses torch's stable ABI only and no Python symbol, so one file serves every torch >= 2.10 and Python.
+`e3kernels/_ops` uses torch's stable ABI only and no Python symbol, so one file serves every torch >= 2.11 and Python.
 `e3kernels/_runtime` is a pybind11 + ATen extension of this torch and this Python.
 
 The CUDA half of `_runtime` is built where torch has CUDA and nvcc is found.
@@ -26,7 +26,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-STABLE_ABI = "0x020a000000000000"  # torch 2.10
+STABLE_ABI = "0x020b000000000000"  # torch 2.11, the first whose tensors can own memory of ours
 X86_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 X86_AVX512 = [*X86_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 INSTRUCTION_SETS = {

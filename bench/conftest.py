@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 
 from e3kernels.backends import native_isa
-from e3pruner.report.benchmarks import complete, table, write
+from e3pruner.report.benchmarks import complete, merge, read, table, write
 from e3pruner.report.environment import describe_environment
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--jsonl", type=Path, help="write one JSON line a case here, and the table beside it as .md")
+    parser.addoption(
+        "--jsonl",
+        type=Path,
+        help="write one JSON line a case here, and the table beside it as .md; rows of other cases stay as they are",
+    )
 
 
 def _row(entry: Any) -> dict[str, Any]:
@@ -32,4 +36,4 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     print(f"\n{table(rows)}")
     path = session.config.getoption("--jsonl")
     if path is not None:
-        write(path, rows)
+        write(path, merge(read(path), rows) if path.exists() else rows)

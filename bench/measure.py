@@ -14,7 +14,7 @@ from e3pruner.profiling.process_memory import peak_above_inputs
 __all__ = ["errors_of", "gradient_of", "measure"]
 
 # Seconds of rounds a provider gets, and the bounds on their number.
-BUDGET, FEWEST, MOST = 2.0, 5, 200
+BUDGET, FEWEST, MOST = 1.0, 3, 200
 
 
 def measure(
@@ -26,14 +26,14 @@ def measure(
     `work` is what the operation must move ("B") or compute ("FLOP") at least; `unit` says which. The provider named
     `floor` is the physical bound: the rows of one case differ in nothing but the provider.
     """
+    call()  # what is made once: compiled code, threads, primitives
     start = time.perf_counter()
-    call()
-    once = time.perf_counter() - start
     memory = peak_above_inputs(call)
+    once = time.perf_counter() - start
     rounds = min(MOST, max(FEWEST, int(BUDGET / max(once, 1e-6))))
     iterations = max(1, int(2e-3 / max(once, 1e-7))) if once < 1e-3 else 1
     benchmark.extra_info.update(
         op=op, provider=provider, phase=phase, dtype=str(dtype).removeprefix("torch."), **sizes, work=work, unit=unit,
         peak_bytes=memory, loss_error=errors and errors[0], grad_error=errors and errors[1], **details,
     )  # fmt: skip
-    benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=1)
+    benchmark.pedantic(call, rounds=rounds, iterations=iterations)

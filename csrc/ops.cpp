@@ -5,10 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
@@ -16,6 +13,9 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__linux__)
+#include "buffer_cache.h"
+#endif
 #include "kernels/ops_table.h"
 
 namespace {
@@ -115,36 +115,75 @@ bool streams(const Tensor& tensor) {
   return tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= kStreamBytes;
 }
 
-// Uninitialised, contiguous, of the shape and dtype of `like`. Memory that is fresh from the system costs a page fault for
-// every 4 KiB, more than the kernel that fills it; huge pages cost almost none.
-Tensor new_like(const Tensor& like) {
-  const Tensor result = torch::stable::new_empty(like, like.sizes());
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
-  const int64_t bytes = result.numel() * static_cast<int64_t>(result.element_size()) / kPage * kPage - kPage;
-  if (streams(result)) madvise(reinterpret_cast<void*>(first), bytes, MADV_HUGEPAGE);
-#endif
-  return result;
+// Uninitialised, contiguous; the C shim itself, as the dispatcher would cost more than a small kernel.
+Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
+
+// Without the dispatcher's cost where nothing is to do.
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+#if defined(__linux__)
+// Never destroyed: a result may outlive every static object.
+e3::BufferCache& buffers() {
+  static e3::BufferCache& cache = *new e3::BufferCache;
+  return cache;
+}
+#endif
+
+void release_memory() {
+#if defined(__linux__)
+  buffers().clear();
+#endif
+}
+
+// Uninitialised, contiguous, of the shape and dtype of `like`.
+Tensor new_like(const Tensor& like) {
+  const auto sizes = like.sizes();
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t dim = sizes.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * std::max<int64_t>(sizes[dim], 1);
+#if defined(__linux__)
+  if (streams(like)) {
+    const e3::BufferCache::Buffer buffer = buffers().take(like.numel() * static_cast<int64_t>(like.element_size()));
+    if (buffer.data != nullptr) {
+      return torch::stable::from_blob(buffer.data, sizes, strides, like.device(), like.scalar_type(),
+                                      [buffer](void*) { buffers().give(buffer); });
+    }
+  }
+#endif
+  return new_empty(sizes, strides, like.scalar_type());
+}
+
+// Whether the gradient of the student's logits is a tensor of its own, or replaces them.
+enum class Target { fresh, in_place };
 
 struct Loss {
   Tensor loss, stats, grad;
+  bool stream;
   e3::LossOutput output() const {
     void* target = grad.numel() == 0 ? nullptr : grad.mutable_data_ptr();
-    return {static_cast<float*>(loss.mutable_data_ptr()), static_cast<float*>(stats.mutable_data_ptr()), target,
-            streams(grad)};
+    return {static_cast<float*>(loss.mutable_data_ptr()), static_cast<float*>(stats.mutable_data_ptr()), target, stream};
   }
   std::tuple<Tensor, Tensor, Tensor> tuple() const { return {loss, stats, grad}; }
 };
 
-Loss new_loss(const Tensor& student, int64_t reduction, bool need_grad) {
+Tensor gradient_of(const Tensor& student, Target target) {
+  STD_TORCH_CHECK(target == Target::fresh || student.is_contiguous(), "student must be contiguous to be replaced");
+  return target == Target::fresh ? new_like(student) : student;
+}
+
+Loss new_loss(const Tensor& student, int64_t reduction, bool need_student, Target target) {
   const int64_t rows = student.size(0);
   const bool per_token = reduction == static_cast<int64_t>(e3::Reduction::none);
   const int64_t loss_shape[] = {rows}, stats_shape[] = {4, rows}, none[] = {0};
-  return {torch::stable::new_empty(student, {loss_shape, size_t{per_token}}, ScalarType::Float),
-          torch::stable::new_empty(student, {stats_shape, 2}, ScalarType::Float),
-          need_grad ? new_like(student) : torch::stable::new_empty(student, {none, 1})};
+  return {new_empty({loss_shape, size_t{per_token}}, {1}, ScalarType::Float),
+          new_empty({stats_shape, 2}, {rows, 1}, ScalarType::Float),
+          need_student && !per_token ? gradient_of(student, target) : new_empty({none, 1}, {1}, student.scalar_type()),
+          target == Target::fresh && streams(student)};
 }
 
 e3::EntropyKl entropy_kl_problem(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
@@ -165,6 +204,7 @@ e3::EntropyKl entropy_kl_problem(const Tensor& student, const Tensor& teacher, c
           objective_of(scalars, weighting, reduction, items)};
 }
 
+template <Target kTarget>
 std::tuple<Tensor, Tensor, Tensor> entropy_kl(Tensor student, Tensor teacher, OptionalTensor labels,
                                               OptionalTensor token_mask, Tensor scalars, int64_t weighting,
                                               int64_t divergence, int64_t ignore_index, int64_t reduction,
@@ -173,20 +213,21 @@ std::tuple<Tensor, Tensor, Tensor> entropy_kl(Tensor student, Tensor teacher, Op
   const e3::EntropyKl problem =
       entropy_kl_problem(student, teacher, labels, token_mask, scalars_of(scalars, true), weighting, divergence,
                          ignore_index, reduction, items);
-  const Loss result = new_loss(student, reduction, need_student && reduction != 0);
+  const Loss result = new_loss(student, reduction, need_student, kTarget);
   kernels().entropy_kl(problem, torch_pool(), result.output());
   return result.tuple();
 }
 
+template <Target kTarget>
 Tensor entropy_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, OptionalTensor labels,
                            OptionalTensor token_mask, Tensor scalars, int64_t weighting, int64_t divergence,
                            int64_t ignore_index) {
   const e3::EntropyKl problem = entropy_kl_problem(student, teacher, labels, token_mask, scalars_of(scalars, true),
                                                    weighting, divergence, ignore_index, 0, std::nullopt);
-  const Tensor incoming = torch::stable::contiguous(grad_loss), grad = new_like(student);
+  const Tensor incoming = dense(grad_loss), grad = gradient_of(student, kTarget);
   kernels().entropy_kl_backward(problem, torch_pool(),
                                 vector_of<float>(incoming, ScalarType::Float, student.size(0), "grad_loss"),
-                                streams(grad), grad.mutable_data_ptr());
+                                kTarget == Target::fresh && streams(grad), grad.mutable_data_ptr());
   return grad;
 }
 
@@ -222,6 +263,7 @@ e3::TopkKl topk_kl_problem(const Tensor& student, const Tensor& logprobs, const 
   return problem;
 }
 
+template <Target kTarget>
 std::tuple<Tensor, Tensor, Tensor> topk_kl(Tensor student, Tensor teacher_logprobs, Tensor teacher_ids,
                                            OptionalTensor labels, OptionalTensor token_mask, Tensor scalars,
                                            int64_t weighting, int64_t divergence, int64_t ignore_index, int64_t tail,
@@ -230,21 +272,22 @@ std::tuple<Tensor, Tensor, Tensor> topk_kl(Tensor student, Tensor teacher_logpro
   const e3::TopkKl problem =
       topk_kl_problem(student, teacher_logprobs, teacher_ids, labels, token_mask, scalars_of(scalars, false), weighting,
                       divergence, ignore_index, tail, reduction, items);
-  const Loss result = new_loss(student, reduction, need_student && reduction != 0);
+  const Loss result = new_loss(student, reduction, need_student, kTarget);
   kernels().topk_kl(problem, torch_pool(), result.output());
   return result.tuple();
 }
 
+template <Target kTarget>
 Tensor topk_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher_logprobs, Tensor teacher_ids,
                         OptionalTensor labels, OptionalTensor token_mask, Tensor scalars, int64_t weighting,
                         int64_t divergence, int64_t ignore_index, int64_t tail) {
   const e3::TopkKl problem =
       topk_kl_problem(student, teacher_logprobs, teacher_ids, labels, token_mask, scalars_of(scalars, false), weighting,
                       divergence, ignore_index, tail, 0, std::nullopt);
-  const Tensor incoming = torch::stable::contiguous(grad_loss), grad = new_like(student);
+  const Tensor incoming = dense(grad_loss), grad = gradient_of(student, kTarget);
   kernels().topk_kl_backward(problem, torch_pool(),
-                             vector_of<float>(incoming, ScalarType::Float, student.size(0), "grad_loss"), streams(grad),
-                             grad.mutable_data_ptr());
+                             vector_of<float>(incoming, ScalarType::Float, student.size(0), "grad_loss"),
+                             kTarget == Target::fresh && streams(grad), grad.mutable_data_ptr());
   return grad;
 }
 
@@ -284,7 +327,7 @@ Tensor gumbel_topk_backward(Tensor grad, Tensor logits, Tensor probs, Tensor sca
     STD_TORCH_CHECK(tensor->scalar_type() == logits.scalar_type() && tensor->numel() == logits.numel(),
                     "grad and probs must have the dtype and shape of logits");
   }
-  const Tensor incoming = torch::stable::contiguous(grad), relaxed = torch::stable::contiguous(probs);
+  const Tensor incoming = dense(grad), relaxed = dense(probs);
   const Tensor result = new_like(logits);
   kernels().gumbel_topk_backward(problem, {incoming.const_data_ptr(), relaxed.const_data_ptr()}, torch_pool(),
                                  result.mutable_data_ptr());
@@ -298,7 +341,7 @@ struct GatedTensors {
   bool by_element;
 
   GatedTensors(const Tensor& h, const Tensor& f, const Tensor& m)
-      : hidden(torch::stable::contiguous(h)), branch(torch::stable::contiguous(f)), gate(m), rows(1) {
+      : hidden(dense(h)), branch(dense(f)), gate(m), rows(1) {
     STD_TORCH_CHECK(f.scalar_type() == h.scalar_type() && f.numel() == h.numel(),
                     "branch_out must have the dtype and shape of hidden");
     const int64_t missing = h.dim() - m.dim();
@@ -315,7 +358,7 @@ struct GatedTensors {
       gate = expand(m, h.sizes());
     }
     if (gate.scalar_type() == ScalarType::Double) gate = torch::stable::to(gate, ScalarType::Float);
-    gate = torch::stable::contiguous(gate);
+    gate = dense(gate);
   }
 
   e3::GatedResidual problem() const {
@@ -356,7 +399,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor h
   const GatedTensors tensors(hidden, branch_out, gate);
   STD_TORCH_CHECK(grad.scalar_type() == hidden.scalar_type() && grad.numel() == hidden.numel(),
                   "grad must have the dtype and shape of hidden");
-  const Tensor incoming = torch::stable::contiguous(grad);
+  const Tensor incoming = dense(grad);
   const Tensor sums = torch::stable::new_empty(gate, tensors.by_element ? hidden.sizes() : gate.sizes(), ScalarType::Float);
   kernels().gated_residual_backward(tensors.problem(), incoming.const_data_ptr(), torch_pool(), streams(grad_hidden),
                                     grad_hidden.mutable_data_ptr(), grad_branch.mutable_data_ptr(),
@@ -369,15 +412,38 @@ std::string native_isa() { return e3::kIsaNames[static_cast<int>(kernels().isa)]
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(e3, m) { m.def("native_isa() -> str"); }
+#define E3_STUDENT "Tensor(a!) student, "
+#define E3_DENSE                                                                                            \
+  "Tensor teacher, Tensor? labels, Tensor? token_mask, Tensor scalars, int weighting, int divergence, int " \
+  "ignore_index"
+#define E3_SPARSE                                                                                                     \
+  "Tensor teacher_logprobs, Tensor teacher_ids, Tensor? labels, Tensor? token_mask, Tensor scalars, int weighting, "  \
+  "int divergence, int ignore_index, int tail"
+#define E3_REDUCE ", int reduction, Tensor? num_items, bool need_student) -> (Tensor loss, Tensor stats, Tensor(a!) grad)"
 
-STABLE_TORCH_LIBRARY_IMPL(e3, CompositeExplicitAutograd, m) { m.impl("native_isa", TORCH_BOX(&native_isa)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(e3, m) {
+  m.def("native_isa() -> str");
+  m.def("release_memory() -> ()");
+  m.def("entropy_kl_tile(" E3_STUDENT E3_DENSE E3_REDUCE);
+  m.def("entropy_kl_tile_backward(Tensor grad_loss, " E3_STUDENT E3_DENSE ") -> Tensor(a!)");
+  m.def("topk_kl_tile(" E3_STUDENT E3_SPARSE E3_REDUCE);
+  m.def("topk_kl_tile_backward(Tensor grad_loss, " E3_STUDENT E3_SPARSE ") -> Tensor(a!)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(e3, CompositeExplicitAutograd, m) {
+  m.impl("native_isa", TORCH_BOX(&native_isa));
+  m.impl("release_memory", TORCH_BOX(&release_memory));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(e3, CPU, m) {
-  m.impl("entropy_kl.native", TORCH_BOX(&entropy_kl));
-  m.impl("entropy_kl_backward.native", TORCH_BOX(&entropy_kl_backward));
-  m.impl("topk_kl.native", TORCH_BOX(&topk_kl));
-  m.impl("topk_kl_backward.native", TORCH_BOX(&topk_kl_backward));
+  m.impl("entropy_kl.native", TORCH_BOX(&entropy_kl<Target::fresh>));
+  m.impl("entropy_kl_backward.native", TORCH_BOX(&entropy_kl_backward<Target::fresh>));
+  m.impl("entropy_kl_tile", TORCH_BOX(&entropy_kl<Target::in_place>));
+  m.impl("entropy_kl_tile_backward", TORCH_BOX(&entropy_kl_backward<Target::in_place>));
+  m.impl("topk_kl.native", TORCH_BOX(&topk_kl<Target::fresh>));
+  m.impl("topk_kl_backward.native", TORCH_BOX(&topk_kl_backward<Target::fresh>));
+  m.impl("topk_kl_tile", TORCH_BOX(&topk_kl<Target::in_place>));
+  m.impl("topk_kl_tile_backward", TORCH_BOX(&topk_kl_backward<Target::in_place>));
   m.impl("gumbel_topk.native", TORCH_BOX(&gumbel_topk));
   m.impl("gumbel_topk_backward.native", TORCH_BOX(&gumbel_topk_backward));
   m.impl("gated_residual.native", TORCH_BOX(&gated_residual));

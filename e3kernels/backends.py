@@ -23,8 +23,10 @@ from e3kernels.reference.linear import TileKernel, kernels
 from e3kernels.registration import OPERATORS, define_overload
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Student, teacher and gradient tile in fp32 are 12 bytes a logit: 60 MiB.
-_NATIVE_TILE_LOGITS = 5 << 20
+# Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes a pair: 48 MiB.
+_NATIVE_TILE_LOGITS = 6 << 20
+# What a compiled module from before these sources lacks.
+_NEWEST_OPERATOR = "topk_kl_tile_backward"
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,9 @@ def _load_native() -> None:
     except OSError as error:
         unavailable["native"] = f"{modules[0].name} cannot be loaded: {error}"
         return
+    if not hasattr(torch.ops.e3, _NEWEST_OPERATOR):
+        unavailable["native"] = f"{modules[0].name} was built from other sources than these: install again"
+        return
     torch.ops.e3.native_isa()  # refuses an E3_ISA that does not run here before anything is served
     for operation in OPERATORS:
         overload = f"e3::{operation}.native"
@@ -190,8 +195,8 @@ def _load_native() -> None:
             register("native", operation, None, None, devices=("cpu",), dtypes=FLOATS)
     for operation, dense in (("linear_entropy_kl", "entropy_kl"), ("linear_topk_kl", "topk_kl")):
         if ("native", dense) in services:
-            operator = OPERATORS[dense]
-            tile = TileKernel(operator.packet.native, operator.backward_packet.native, _NATIVE_TILE_LOGITS)
+            forward, backward = (getattr(torch.ops.e3, f"{dense}_tile{part}").default for part in ("", "_backward"))
+            tile = TileKernel(forward, backward, _NATIVE_TILE_LOGITS, lean=True)
             problem = importlib.import_module(f"e3kernels.reference.{operation}").problem
             register("native", operation, *kernels(problem, tile), devices=("cpu",), dtypes=FLOATS)
 

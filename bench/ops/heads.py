@@ -1,11 +1,14 @@
 """Two models' hidden states and output heads, and the matrix products that no linear loss can do without."""
 
+from functools import lru_cache
+
 import torch
 
 # H, V, N: a small model's head, a large model's.
 SIZES = [(576, 49_152, 2048), (2048, 151_936, 512)]
 
 
+@lru_cache(maxsize=1)
 def make(width, vocabulary, rows, dtype):
     """Student and teacher hidden states (N, H), one frozen head (V, H) each."""
     generator = torch.Generator().manual_seed(0)

@@ -119,15 +119,17 @@ struct LossCase {
   }
 };
 
+// `student` is where the gradient may replace the logits, null where their rows have gaps.
 template <class Problem>
-void run_loss(Source& source, LossCase& c, const Problem& problem, DType dtype,
+void run_loss(Source& source, LossCase& c, const Problem& problem, DType dtype, void* student,
               void (*forward)(const Problem&, const Parallel&, const LossOutput&),
               void (*backward)(const Problem&, const Parallel&, const float*, bool, void*)) {
-  Buffer grad(dtype, c.rows * c.vocabulary);
+  Buffer fresh(dtype, c.rows * c.vocabulary);
+  void* grad = student != nullptr && source.coin() ? student : fresh.get();
   const Parallel pool = pool_of(source);
   const bool need_grad = c.objective.reduction != Reduction::none && source.coin();
-  forward(problem, pool, {c.loss.data(), c.stats.data(), need_grad ? grad.get() : nullptr, source.coin()});
-  backward(problem, pool, c.incoming.data(), source.coin(), grad.get());
+  forward(problem, pool, {c.loss.data(), c.stats.data(), need_grad ? grad : nullptr, source.coin()});
+  backward(problem, pool, c.incoming.data(), source.coin(), grad);
 }
 
 void run_entropy_kl(Source& source, const OpsTable& table) {
@@ -145,7 +147,8 @@ void run_entropy_kl(Source& source, const OpsTable& table) {
                           static_cast<Divergence>(source.byte() % 3),
                           0.3,
                           c.objective};
-  run_loss(source, c, problem, student_type, table.entropy_kl, table.entropy_kl_backward);
+  run_loss(source, c, problem, student_type, gap == 0 ? student.get() : nullptr, table.entropy_kl,
+           table.entropy_kl_backward);
 }
 
 void run_topk_kl(Source& source, const OpsTable& table) {
@@ -170,7 +173,7 @@ void run_topk_kl(Source& source, const OpsTable& table) {
                        static_cast<Divergence>(source.byte() % 3),
                        0.3,
                        c.objective};
-  run_loss(source, c, problem, dtype, table.topk_kl, table.topk_kl_backward);
+  run_loss(source, c, problem, dtype, student.get(), table.topk_kl, table.topk_kl_backward);
 }
 
 void run_gumbel_topk(Source& source, const OpsTable& table) {

@@ -1,6 +1,7 @@
 // Rows of logits, one block at a time: storage dtype <-> fp32 scratch that stays in the first-level cache.
 #pragma once
 
+#include <cmath>
 #include <memory>
 
 #include "kernels/parallel.h"
@@ -18,20 +19,43 @@ inline constexpr float kPadding = -1e30f;
 
 inline int padded(int count) { return (count + kStep - 1) / kStep * kStep; }
 
-// Brings lines that are read later towards the core while a loop computes; two a step cover kStep fp32 values.
+// Brings values that are read later towards the core while a loop computes, kStep of them a step.
 class Prefetch {
  public:
   Prefetch(const void* first, int64_t bytes_per_value)
-      : line_(static_cast<const char*>(first)), stride_(bytes_per_value * kLanes) {}
+      : at_(static_cast<const char*>(first)), bytes_(bytes_per_value * kStep) {}
   void step() {
-    __builtin_prefetch(line_, 0, 2);
-    __builtin_prefetch(line_ + stride_, 0, 2);
-    line_ += 2 * stride_;
+    constexpr int64_t kLine = 64;
+    __builtin_prefetch(at_, 0, 2);
+    if (bytes_ > kLine) __builtin_prefetch(at_ + kLine, 0, 2);
+    at_ += bytes_;
   }
 
  private:
-  const char* line_;
-  int64_t stride_;
+  const char* at_;
+  int64_t bytes_;
+};
+
+// The reference m of a row's exponents: e^{x−m} = 2^y with y = (x − m)·log2 e. With a fused multiply-add y = x·log2 e − M in
+// one rounding and m is what M stands for; without, m is subtracted first, since x·log2 e alone would round away its end.
+class Reference {
+ public:
+  explicit Reference(float maximum) : held_(kFused ? maximum * kLog2E : maximum) {}
+  double value() const { return kFused ? held_ / static_cast<double>(kLog2E) : held_; }
+  bool is_finite() const { return std::isfinite(held_); }
+  Vf exponent(Vf x) const { return kFused ? fma(x, broadcast(kLog2E), broadcast(-held_)) : (x - held_) * kLog2E; }
+
+ private:
+  float held_;
+};
+
+// A reference in fp64 for arithmetic in fp32: the fp32 reference r next to it, and e^{T·(r−m)}, which makes terms relative to
+// r terms relative to m.
+struct Anchor {
+  explicit Anchor(double reference) : rounded(static_cast<float>(reference)), exact(reference) {}
+  double factor(double temperature) const { return std::exp(temperature * (rounded.value() - exact)); }
+  Reference rounded;
+  double exact;
 };
 
 // Widens `count` values and maps each vector of them.
@@ -130,6 +154,27 @@ inline const float* load_block(const Rows& rows, int64_t row, int64_t begin, int
   });
 }
 
+// The values of one block of a row, ready to be summed: their storage type and where they lie.
+struct BlockValues {
+  DType dtype;
+  const void* data;
+};
+
+// Columns [begin, begin + count) of `row` as load_block gives them, or the row itself in its own dtype where they are as
+// they are wanted and fill whole steps.
+inline BlockValues block_values(const Rows& rows, int64_t row, int64_t begin, int count, const Transform& transform,
+                                float* scratch) {
+  const bool ready = transform.softcap <= 0 && transform.scale == transform.temperature && count % kStep == 0;
+  if (ready) return {rows.dtype, address(rows, row, begin)};
+  return {DType::float32, load_block(rows, row, begin, count, transform, scratch)};
+}
+
+// body(pointer to the values in their storage type).
+template <class Body>
+inline auto with_values(const BlockValues& values, const Body& body) {
+  return with_dtype(values.dtype, [&](auto element) { return body(static_cast<const decltype(element)*>(values.data)); });
+}
+
 // The largest of the values, −∞ among none; NaN may be missed.
 inline float block_max(const float* x, int count) {
   Vf high = broadcast(-kInfinity);
@@ -138,21 +183,31 @@ inline float block_max(const float* x, int count) {
   return largest <= kPadding ? -kInfinity : largest;
 }
 
-// Rounds value(i), the lanes from i on, for i in [0, count) to columns [begin, begin + count) of a row of `dtype`, past the
-// caches if asked. `value` may be asked for lanes past the end, up to kLanes − 1 of them.
+// Rounds value(i), the lanes from i on, for i in [0, count) to `target`, past the caches if asked. `value` may be asked for
+// lanes past the end, up to kLanes − 1 of them, unless stores_whole.
+template <class T, class Value>
+void store_typed(int count, bool stream_out, T* target, const Value& value) {
+  constexpr int kBytes = kLanes * sizeof(T);
+  int i = 0;
+  if (stream_out) {
+    for (; i < count && reinterpret_cast<uintptr_t>(target + i) % kBytes != 0; ++i) store_one(target + i, value(i)[0]);
+    for (; i + kLanes <= count; i += kLanes) stream(target + i, value(i));
+  }
+  for (; i + kLanes <= count; i += kLanes) store(target + i, value(i));
+  for (; i < count; ++i) store_one(target + i, value(i)[0]);
+}
+
+// Whether store_typed asks for whole vectors only.
+template <class T>
+bool stores_whole(int count, bool stream_out, const T* target) {
+  return count % kLanes == 0 && (!stream_out || reinterpret_cast<uintptr_t>(target) % (kLanes * sizeof(T)) == 0);
+}
+
+// The same to columns [begin, begin + count) of a row of `dtype`.
 template <class Value>
 void store_values(int count, DType dtype, bool stream_out, void* row, int64_t begin, const Value& value) {
   with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    T* target = static_cast<T*>(row) + begin;
-    constexpr int kBytes = kLanes * sizeof(T);
-    int i = 0;
-    if (stream_out) {
-      for (; i < count && reinterpret_cast<uintptr_t>(target + i) % kBytes != 0; ++i) store_one(target + i, value(i)[0]);
-      for (; i + kLanes <= count; i += kLanes) stream(target + i, value(i));
-    }
-    for (; i + kLanes <= count; i += kLanes) store(target + i, value(i));
-    for (; i < count; ++i) store_one(target + i, value(i)[0]);
+    store_typed(count, stream_out, static_cast<decltype(element)*>(row) + begin, value);
   });
 }
 

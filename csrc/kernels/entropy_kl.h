@@ -44,8 +44,8 @@ struct JsdSums {
 };
 
 struct References {
-  float student;
-  float teacher;
+  Reference student;
+  Reference teacher;
 };
 
 struct Shift {
@@ -103,47 +103,31 @@ inline Vf limit_term(Vf first, Vf second, Vf term) {
   return select(Vi(first == -kInfinity), Vf{}, reachable);
 }
 
-// Adds e^{x−m} and e^{x−m}·(x−m) of the teacher to the lanes.
-template <bool kLimits>
-inline Vf add_teacher(Vf x, float reference, Lanes& lanes, Vf& delta) {
-  delta = x - reference;
-  const Vf e = exp(delta);
-  lanes.teacher += e;
-  lanes.energy = fma(e, kLimits ? max(broadcast(kPadding), delta) : delta, lanes.energy);
-  return e;
-}
-
-inline KlSums folded(const Lanes (&lanes)[2], float student_reference, float teacher_reference) {
+// The sums of two chains; `unit` is what their terms of x − m are counted in.
+inline KlSums folded(const Lanes (&lanes)[2], double student_reference, double teacher_reference, double unit) {
   KlSums sums;
   sums.student_reference = student_reference;
   sums.teacher_reference = teacher_reference;
   sums.student_sum = horizontal_sum(lanes[0].student + lanes[1].student);
   sums.teacher_sum = horizontal_sum(lanes[0].teacher + lanes[1].teacher);
-  sums.teacher_energy = horizontal_sum(lanes[0].energy + lanes[1].energy);
-  sums.cross = horizontal_sum(lanes[0].cross + lanes[1].cross);
+  sums.teacher_energy = horizontal_sum(lanes[0].energy + lanes[1].energy) / unit;
+  sums.cross = horizontal_sum(lanes[0].cross + lanes[1].cross) / unit;
   return sums;
 }
 
-template <bool kLimits>
-KlSums sum_teacher(const float* xt, int count, float reference, Prefetch ahead) {
+template <class T>
+KlSums sum_teacher(const T* xt, int count, Reference m, Prefetch ahead) {
   Lanes lanes[2];
   for (int i = 0; i < count; i += kStep) {
     ahead.step();
     for (int chain = 0; chain < 2; ++chain) {
-      Vf delta;
-      add_teacher<kLimits>(load(xt + i + chain * kLanes), reference, lanes[chain], delta);
+      const Vf y = m.exponent(load(xt + i + chain * kLanes)), e = exp2(y);
+      lanes[chain].teacher += e;
+      lanes[chain].energy = fma(e, y, lanes[chain].energy);
     }
   }
-  return folded(lanes, 0.0f, reference);
+  return folded(lanes, 0.0, m.value(), kLog2E);
 }
-
-struct BlockPair {
-  const float* student;
-  const float* teacher;
-  int count;
-  Prefetch student_ahead;
-  Prefetch teacher_ahead;
-};
 
 // Where the exponentials of a block are kept for the gradient.
 struct Kept {
@@ -151,42 +135,58 @@ struct Kept {
   float* teacher;
 };
 
-template <Divergence D, bool kLimits, bool kKeep>
-KlSums sum_block(BlockPair block, References m, Kept kept) {
+// The rows that are read next.
+struct Ahead {
+  Prefetch student;
+  Prefetch teacher;
+};
+
+template <Divergence D, bool kKeep, class T>
+KlSums sum_block(const T* student, const T* teacher, int count, References m, Ahead ahead, Kept kept) {
   Lanes lanes[2];
-  for (int i = 0; i < block.count; i += kStep) {
-    block.student_ahead.step();
-    block.teacher_ahead.step();
+  for (int i = 0; i < count; i += kStep) {
+    ahead.student.step();
+    ahead.teacher.step();
     for (int chain = 0; chain < 2; ++chain) {
       const int at = i + chain * kLanes;
-      const Vf xs = load(block.student + at), xt = load(block.teacher + at);
-      Vf dt;
-      const Vf et = add_teacher<kLimits>(xt, m.teacher, lanes[chain], dt);
-      const Vf ds = xs - m.student;
-      const Vf es = exp(ds);
+      const Vf ys = m.student.exponent(load(student + at)), yt = m.teacher.exponent(load(teacher + at));
+      const Vf es = exp2(ys), et = exp2(yt);
       lanes[chain].student += es;
+      lanes[chain].teacher += et;
+      lanes[chain].energy = fma(et, yt, lanes[chain].energy);
       if constexpr (kKeep) {
         store(kept.student + at, es);
         store(kept.teacher + at, et);
       }
-      if constexpr (D != Divergence::jsd) {
-        const Vf e = D == Divergence::forward ? et : es;
-        const Vf difference = D == Divergence::forward ? dt - ds : ds - dt;
-        const Vf first = D == Divergence::forward ? xt : xs, second = D == Divergence::forward ? xs : xt;
-        lanes[chain].cross = kLimits ? lanes[chain].cross + limit_term(first, second, e * difference)
-                                     : fma(e, difference, lanes[chain].cross);
-      }
+      if constexpr (D == Divergence::forward) lanes[chain].cross = fma(et, yt - ys, lanes[chain].cross);
+      if constexpr (D == Divergence::reverse) lanes[chain].cross = fma(es, ys - yt, lanes[chain].cross);
     }
   }
-  return folded(lanes, m.student, m.teacher);
+  return folded(lanes, m.student.value(), m.teacher.value(), kLog2E);
+}
+
+// The same where logits may be −∞ or far apart, relative to the block's own maxima.
+template <Divergence D>
+KlSums sum_limits(const float* xs, const float* xt, int count, float student_reference, float teacher_reference) {
+  Lanes lanes[2];
+  for (int i = 0; i < count; i += kLanes) {
+    const Vf s = load(xs + i), t = load(xt + i), ds = s - student_reference, dt = t - teacher_reference;
+    const Vf es = exp(ds), et = exp(dt);
+    lanes[0].student += es;
+    lanes[0].teacher += et;
+    lanes[0].energy = fma(et, max(broadcast(kPadding), dt), lanes[0].energy);
+    if constexpr (D == Divergence::forward) lanes[0].cross += limit_term(t, s, et * (dt - ds));
+    if constexpr (D == Divergence::reverse) lanes[0].cross += limit_term(s, t, es * (ds - dt));
+  }
+  return folded(lanes, student_reference, teacher_reference, 1.0);
 }
 
 // Σ e^{T·(x−m)}: the softmax without temperature that the cross-entropy needs.
-inline float sum_untempered(const float* x, int count, float reference, float temperature) {
+inline float sum_untempered(const float* x, int count, Reference m, float temperature) {
   Vf sum[2] = {};
   for (int i = 0; i < count; i += kStep) {
     for (int chain = 0; chain < 2; ++chain) {
-      sum[chain] += exp((load(x + i + chain * kLanes) - reference) * temperature);
+      sum[chain] += exp2(m.exponent(load(x + i + chain * kLanes)) * temperature);
     }
   }
   return horizontal_sum(sum[0] + sum[1]);
@@ -254,23 +254,26 @@ class EntropyKlRows {
   }
 
   double teacher_entropy(int64_t row, const RowContext& context) const {
-    const float reference = first_max(problem_.teacher, row, problem_.teacher_transform);
+    const Reference first(first_max(problem_.teacher, row, problem_.teacher_transform));
     return entropy(fold(context.pool, [&](int64_t begin, int count) {
       alignas(64) float scratch[kRoom];
-      const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, scratch);
-      const Prefetch ahead = prefetch(problem_.teacher, row, begin + kPrefetchColumns);
-      if (std::isfinite(reference)) {
-        const KlSums sums = sum_teacher<false>(xt, padded(count), reference, ahead);
+      const Transform& transform = problem_.teacher_transform;
+      if (first.is_finite()) {
+        const Prefetch ahead = prefetch(problem_.teacher, row, begin + kPrefetchColumns);
+        const KlSums sums =
+            with_values(block_values(problem_.teacher, row, begin, count, transform, scratch),
+                        [&](const auto* xt) { return sum_teacher(xt, padded(count), first, ahead); });
         if (is_finite(sums)) return sums;
       }
-      return without_empty(
-          sum_teacher<true>(xt, padded(count), finite_reference(block_max(xt, padded(count))), ahead));
+      const float* xt = load_block(problem_.teacher, row, begin, count, transform, scratch);
+      const float own = finite_reference(block_max(xt, padded(count)));
+      return without_empty(sum_limits<Divergence::jsd>(xt, xt, padded(count), own, own));
     }));
   }
 
   Statistics statistics(int64_t row, const RowContext& context) const {
-    const References first{first_max(problem_.student, row, problem_.student_transform),
-                           first_max(problem_.teacher, row, problem_.teacher_transform)};
+    const References first{Reference(first_max(problem_.student, row, problem_.student_transform)),
+                           Reference(first_max(problem_.teacher, row, problem_.teacher_transform))};
     Statistics s{};
     s.sums = fold(context.pool,
                   [&](int64_t begin, int count) { return block_sums(row, begin, count, first, context); });
@@ -326,33 +329,50 @@ class EntropyKlRows {
 
   KlSums block_sums(int64_t row, int64_t begin, int count, References first, const RowContext& context) const {
     alignas(64) float student[kRoom], teacher[kRoom];
-    const int64_t ahead = context.scratch != nullptr ? begin : begin + kPrefetchColumns;
-    const int64_t ahead_row = context.scratch != nullptr ? context.next : row;
-    const BlockPair block{load_block(problem_.student, row, begin, count, problem_.student_transform, student),
-                          load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher),
-                          padded(count), prefetch(problem_.student, ahead_row, ahead),
-                          prefetch(problem_.teacher, ahead_row, ahead)};
-    if (std::isfinite(first.student) && std::isfinite(first.teacher)) {
-      const KlSums sums = with_labels(block, first, summed(block, first, begin, context));
+    if (first.student.is_finite() && first.teacher.is_finite()) {
+      const KlSums sums = plain_sums(row, begin, count, first, context, student, teacher);
       if (is_finite(sums)) return sums;
     }
-    const References own{finite_reference(block_max(block.student, block.count)),
-                         finite_reference(block_max(block.teacher, block.count))};
-    KlSums sums = without_empty(with_labels(block, own, sum_block<D, true, false>(block, own, {})));
+    const float* xs = load_block(problem_.student, row, begin, count, problem_.student_transform, student);
+    const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
+    const float ms = finite_reference(block_max(xs, padded(count))), mt = finite_reference(block_max(xt, padded(count)));
+    KlSums sums = sum_limits<D>(xs, xt, padded(count), ms, mt);
+    if (untempered_) {
+      const Anchor anchor(ms);
+      sums.label_sum = sum_untempered(xs, padded(count), anchor.rounded, temperature_) * anchor.factor(temperature_);
+    }
+    sums = without_empty(sums);
     sums.plain = false;
     return sums;
   }
 
-  KlSums summed(const BlockPair& block, References m, int64_t begin, const RowContext& context) const {
-    if constexpr (D == Divergence::forward) {
-      float* kept = context.scratch;
-      if (kept != nullptr) return sum_block<D, false, true>(block, m, {kept + begin, kept + padded_row() + begin});
+  KlSums plain_sums(int64_t row, int64_t begin, int count, References m, const RowContext& context, float* student,
+                    float* teacher) const {
+    float* kept = context.scratch;
+    const int64_t next_row = kept != nullptr ? context.next : row;
+    const int64_t next = kept != nullptr ? begin : begin + kPrefetchColumns;
+    const Ahead ahead{prefetch(problem_.student, next_row, next), prefetch(problem_.teacher, next_row, next)};
+    const Transform &of_student = problem_.student_transform, &of_teacher = problem_.teacher_transform;
+    BlockValues xs = block_values(problem_.student, row, begin, count, of_student, student);
+    BlockValues xt = block_values(problem_.teacher, row, begin, count, of_teacher, teacher);
+    if (xs.dtype != xt.dtype) {
+      xs = {DType::float32, load_block(problem_.student, row, begin, count, of_student, student)};
+      xt = {DType::float32, load_block(problem_.teacher, row, begin, count, of_teacher, teacher)};
     }
-    return sum_block<D, false, false>(block, m, {});
-  }
-
-  KlSums with_labels(const BlockPair& block, References m, KlSums sums) const {
-    if (untempered_) sums.label_sum = sum_untempered(block.student, block.count, m.student, temperature_);
+    KlSums sums = with_values(xs, [&](const auto* values) {
+      const auto* teachers = static_cast<decltype(values)>(xt.data);
+      if constexpr (D == Divergence::forward) {
+        if (kept != nullptr) {
+          const Kept here{kept + begin, kept + padded_row() + begin};
+          return sum_block<D, true>(values, teachers, padded(count), m, ahead, here);
+        }
+      }
+      return sum_block<D, false>(values, teachers, padded(count), m, ahead, {});
+    });
+    if (untempered_) {
+      const float* loaded = load_block(problem_.student, row, begin, count, problem_.student_transform, student);
+      sums.label_sum = sum_untempered(loaded, padded(count), m.student, temperature_);
+    }
     return sums;
   }
 
@@ -415,10 +435,12 @@ class EntropyKlRows {
                            float* g) const {
     if constexpr (D == Divergence::forward) {
       const Slopes slope = slopes(s, c);
-      const float ms = static_cast<float>(s.sums.student_reference), mt = static_cast<float>(s.sums.teacher_reference);
+      const Anchor ms(s.sums.student_reference), mt(s.sums.teacher_reference);
+      const float student = static_cast<float>(slope.student * ms.factor(1.0));
+      const float teacher = static_cast<float>(slope.teacher * mt.factor(1.0));
       for (int i = 0; i < count; i += kLanes) {
-        const Vf es = exp(load(xs + i) - ms), et = exp(load(xt + i) - mt);
-        store(g + i, fma(es, broadcast(slope.student), et * -slope.teacher));
+        const Vf es = exp2(ms.rounded.exponent(load(xs + i))), et = exp2(mt.rounded.exponent(load(xt + i)));
+        store(g + i, fma(es, broadcast(student), et * -teacher));
       }
     } else {
       const float beta = static_cast<float>(problem_.beta), ls = s.student_log_norm(), lt = s.teacher_log_norm();
@@ -438,10 +460,11 @@ class EntropyKlRows {
                       const Coefficients& c, float* g) const {
     if (problem_.tokens.labels == nullptr || c.cross_entropy == 0.0) return;
     if (untempered_ || D != Divergence::forward) {
-      const float slope = static_cast<float>(c.cross_entropy / s.sums.label_sum);
-      const float ms = static_cast<float>(s.sums.student_reference);
+      const Anchor ms(s.sums.student_reference);
+      const float slope = static_cast<float>(c.cross_entropy / s.sums.label_sum * ms.factor(temperature_));
       for (int i = 0; i < count; i += kLanes) {
-        store(g + i, fma(exp((load(xs + i) - ms) * temperature_), broadcast(slope), load(g + i)));
+        const Vf e = exp2(ms.rounded.exponent(load(xs + i)) * temperature_);
+        store(g + i, fma(e, broadcast(slope), load(g + i)));
       }
     }
     const int64_t column = problem_.tokens.labels[row] - begin;

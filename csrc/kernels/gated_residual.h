@@ -10,10 +10,6 @@
 
 namespace e3::E3_ISA_NAMESPACE {
 
-inline const float* fp32_block(const void* data, DType dtype, int64_t at, int count, float* scratch) {
-  return load_block(Rows{dtype, data, 0}, 0, at, count, Transform{1.0f, 0.0f, 1.0f}, scratch);
-}
-
 // One block of a row: where it starts, in the row and in the tensor.
 struct Stretch {
   int64_t row;
@@ -21,6 +17,14 @@ struct Stretch {
   int64_t at;
   int count;
 };
+
+// `count` values widened to `scratch`, where lanes past the end may be read.
+inline const float* padded_block(const void* data, DType dtype, int64_t at, int count, float* scratch) {
+  with_dtype(dtype, [&](auto element) {
+    convert(static_cast<const decltype(element)*>(data) + at, count, scratch, [](Vf value) { return value; });
+  });
+  return scratch;
+}
 
 template <class Body>
 inline void for_each_stretch(const GatedResidual& problem, const Parallel& pool, const Body& body) {
@@ -39,14 +43,13 @@ class Gate {
  public:
   Gate(const GatedResidual& problem, const Stretch& stretch) : by_element_(problem.gate_by_element) {
     const int64_t at = by_element_ ? stretch.at : stretch.row;
-    values_ = fp32_block(problem.gate, problem.gate_dtype, at, by_element_ ? stretch.count : 1, scratch_);
+    padded_block(problem.gate, problem.gate_dtype, at, by_element_ ? stretch.count : 1, values_);
     value_ = broadcast(values_[0]);
   }
   Vf at(int i) const { return by_element_ ? load(values_ + i) : value_; }
 
  private:
-  alignas(64) float scratch_[kRoom];
-  const float* values_;
+  alignas(64) float values_[kRoom];
   Vf value_;
   bool by_element_;
 };
@@ -58,31 +61,52 @@ inline Vf interpolate(Vf h, Vf f, Vf m) {
 
 inline void gated_residual(const GatedResidual& problem, const Parallel& pool, bool stream_out, void* out) {
   for_each_stretch(problem, pool, [&](const Stretch& stretch) {
-    alignas(64) float hidden[kRoom], branch[kRoom], result[kRoom];
-    const float* h = fp32_block(problem.hidden, problem.dtype, stretch.at, stretch.count, hidden);
-    const float* f = fp32_block(problem.branch, problem.dtype, stretch.at, stretch.count, branch);
     const Gate gate(problem, stretch);
-    for (int i = 0; i < padded(stretch.count); i += kLanes) {
-      store(result + i, interpolate(load(h + i), load(f + i), gate.at(i)));
-    }
-    store_block(result, stretch.count, problem.dtype, stream_out, out, stretch.at);
+    with_dtype(problem.dtype, [&](auto element) {
+      using T = decltype(element);
+      T* target = static_cast<T*>(out) + stretch.at;
+      const auto interpolated = [&](const auto* h, const auto* f) {
+        store_typed(stretch.count, stream_out, target,
+                    [&](int i) { return interpolate(load(h + i), load(f + i), gate.at(i)); });
+      };
+      if (stores_whole(stretch.count, stream_out, target)) {
+        return interpolated(static_cast<const T*>(problem.hidden) + stretch.at,
+                            static_cast<const T*>(problem.branch) + stretch.at);
+      }
+      alignas(64) float hidden[kRoom], branch[kRoom];
+      interpolated(padded_block(problem.hidden, problem.dtype, stretch.at, stretch.count, hidden),
+                   padded_block(problem.branch, problem.dtype, stretch.at, stretch.count, branch));
+    });
   });
 }
 
-// Σ g·(f − h) of a stretch; the products go to `dm` where the gate has one value an element.
-inline double gate_gradient(const float* g, const float* h, const float* f, int count, float* dm) {
+// Where a stretch of the gradients goes; `gate` is null where the gate has one value a row.
+template <class T>
+struct Gradients {
+  T* hidden;
+  T* branch;
+  float* gate;
+};
+
+// Gradients of a stretch, and Σ g·(f − h) of it. The values lie in their storage type, or widened where the last vector is
+// not whole.
+template <class S, class T>
+double gate_gradients(const S* g, const S* h, const S* f, const Gate& gate, int count, bool stream_out,
+                      Gradients<T> out) {
+  store_typed(count, stream_out, out.hidden, [&](int i) { return (1.0f - gate.at(i)) * load(g + i); });
   Vf sum{};
+  const auto product = [&](int i) { return load(g + i) * (load(f + i) - load(h + i)); };
+  store_typed(count, stream_out, out.branch, [&](int i) { return gate.at(i) * load(g + i); });
   int i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const Vf product = load(g + i) * (load(f + i) - load(h + i));
-    if (dm != nullptr) store(dm + i, product);
-    sum += product;
+    if (out.gate != nullptr) store(out.gate + i, product(i));
+    sum += product(i);
   }
   double total = horizontal_sum(sum);
-  for (; i < count; ++i) {
-    const float product = g[i] * (f[i] - h[i]);
-    if (dm != nullptr) dm[i] = product;
-    total += product;
+  for (int lane = 0; i + lane < count; ++lane) {
+    const float value = product(i)[lane];
+    if (out.gate != nullptr) out.gate[i + lane] = value;
+    total += value;
   }
   return total;
 }
@@ -93,19 +117,24 @@ inline void gated_residual_backward(const GatedResidual& problem, const void* gr
   const int64_t blocks = (problem.columns + kBlock - 1) / kBlock;
   const std::unique_ptr<double[]> sums(new double[problem.rows * blocks]);
   for_each_stretch(problem, pool, [&](const Stretch& stretch) {
-    alignas(64) float incoming[kRoom], hidden[kRoom], branch[kRoom], dh[kRoom], df[kRoom];
-    const float* g = fp32_block(grad, problem.dtype, stretch.at, stretch.count, incoming);
-    const float* h = fp32_block(problem.hidden, problem.dtype, stretch.at, stretch.count, hidden);
-    const float* f = fp32_block(problem.branch, problem.dtype, stretch.at, stretch.count, branch);
     const Gate gate(problem, stretch);
-    for (int i = 0; i < padded(stretch.count); i += kLanes) {
-      store(dh + i, (1.0f - gate.at(i)) * load(g + i));
-      store(df + i, gate.at(i) * load(g + i));
-    }
-    sums[stretch.row * blocks + stretch.block] =
-        gate_gradient(g, h, f, stretch.count, problem.gate_by_element ? grad_gate + stretch.at : nullptr);
-    store_block(dh, stretch.count, problem.dtype, stream_out, grad_hidden, stretch.at);
-    store_block(df, stretch.count, problem.dtype, stream_out, grad_branch, stretch.at);
+    double& sum = sums[stretch.row * blocks + stretch.block];
+    with_dtype(problem.dtype, [&](auto element) {
+      using T = decltype(element);
+      const Gradients<T> out{static_cast<T*>(grad_hidden) + stretch.at, static_cast<T*>(grad_branch) + stretch.at,
+                             problem.gate_by_element ? grad_gate + stretch.at : nullptr};
+      if (stores_whole(stretch.count, stream_out, out.hidden) && stores_whole(stretch.count, stream_out, out.branch)) {
+        const auto values = [&](const void* data) { return static_cast<const T*>(data) + stretch.at; };
+        sum = gate_gradients(values(grad), values(problem.hidden), values(problem.branch), gate, stretch.count,
+                             stream_out, out);
+        return;
+      }
+      alignas(64) float g[kRoom], h[kRoom], f[kRoom];
+      sum = gate_gradients(padded_block(grad, problem.dtype, stretch.at, stretch.count, g),
+                           padded_block(problem.hidden, problem.dtype, stretch.at, stretch.count, h),
+                           padded_block(problem.branch, problem.dtype, stretch.at, stretch.count, f), gate,
+                           stretch.count, stream_out, out);
+    });
   });
   if (problem.gate_by_element) return;
   for (int64_t row = 0; row < problem.rows; ++row) {

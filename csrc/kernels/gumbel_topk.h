@@ -23,15 +23,14 @@ inline constexpr double kInfinite = std::numeric_limits<double>::infinity();
 // An infinite score counts as this many τ beyond the farthest finite one: σ and exp saturate exactly there.
 inline constexpr double kInfiniteTaus = 1000.0;
 
-// e^x for x <= 0 by operations that the compiler turns into vectors of doubles: 2^n·Σ r^i/i! with |r| <= ln 2 / 2, relative
-// error below 2e-15; 0 below −708.
-inline double exp_negative(double x) {
+// e^x for x <= 0: 2^n·Σ r^i/i! with |r| <= ln 2 / 2, relative error below 2e-15; 0 below −708.
+inline Vd exp_negative(Vd x) {
   constexpr double kMagic = 6755399441055744.0;  // 1.5·2^52
-  const double clamped = x < -708.0 ? -708.0 : x;
-  const double shifted = clamped * 1.4426950408889634 + kMagic;
-  const double n = shifted - kMagic;
-  const double r = (clamped - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  double p = 1.0 / 479001600;
+  const Vd clamped = x < -708.0 ? Vd{} - 708.0 : x;
+  const Vd shifted = clamped * 1.4426950408889634 + kMagic;
+  const Vd n = shifted - kMagic;
+  const Vd r = (clamped - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  Vd p = Vd{} + 1.0 / 479001600;
   p = p * r + 1.0 / 39916800;
   p = p * r + 1.0 / 3628800;
   p = p * r + 1.0 / 362880;
@@ -44,20 +43,20 @@ inline double exp_negative(double x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  int64_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = static_cast<int64_t>(static_cast<uint64_t>(bits) + 1023) << 52;
-  double power;
-  std::memcpy(&power, &bits, sizeof power);
-  return x < -708.0 ? 0.0 : p * power;
+  const Vd power = bits_as<Vd>(Vl((bits_as<Vl>(shifted) + 1023) << 52));
+  return x < -708.0 ? Vd{} : p * power;
 }
 
-inline double sigmoid(double x) {
-  const double e = exp_negative(x < 0 ? x : -x);
-  return (x < 0 ? e : 1.0) / (1.0 + e);
+inline Vd sigmoid(Vd x) {
+  const Vl negative = x < 0.0;
+  const Vd e = exp_negative(negative ? x : -x);
+  return (negative ? e : Vd{} + 1.0) / (1.0 + e);
 }
 
-// One row of scores and what is computed from it; buffers of L doubles live as long as the row.
+// The doubles that a row of `length` fills, in whole vectors.
+inline int64_t padded_doubles(int64_t length) { return (length + kDoubles - 1) / kDoubles * kDoubles; }
+
+// One row of scores and what is computed from it; buffers of padded_doubles(L) live as long as the row.
 class GumbelRow {
  public:
   GumbelRow(const GumbelTopk& problem, double* scores) : k_(problem.k), length_(problem.length), tau_(problem.tau), s_(scores) {}
@@ -114,20 +113,23 @@ class GumbelRow {
   }
 
   // Σσ(x − d) = k for d by Newton's method inside a bracket, x in units of τ around the middle of kept and next: the root
-  // lies in [−log 2k, log 2(L − k)] however far the two are apart.
-  void threshold(double* p) const {
+  // lies in [−log 2k, log 2(L − k)] however far the two are apart. The scores are used up.
+  void threshold(double* p) {
     const double middle = kept_ / 2 + next_ / 2;
+    for (int64_t i = 0; i < length_; ++i) s_[i] = (s_[i] - middle) / tau_;
+    pad(s_);
     double d = 0, low = -std::log(2.0 * k_), high = std::log(2.0 * (length_ - k_));
     for (int step = 0; step < 60; ++step) {
-      double sum = 0, slope = 0;
-      for (int64_t i = 0; i < length_; ++i) {
-        p[i] = sigmoid((s_[i] - middle) / tau_ - d);
-        sum += p[i];
-        slope += p[i] * (1.0 - p[i]);
+      Vd sums{}, slopes{};
+      for (int64_t i = 0; i < length_; i += kDoubles) {
+        const Vd value = sigmoid(load_raw<Vd>(s_ + i) - d);
+        store_raw(p + i, value);
+        sums += value;
+        slopes += value * (1.0 - value);
       }
-      const double excess = sum - k_;
+      const double excess = horizontal_sum(sums) - k_;
       (excess > 0 ? low : high) = d;
-      const double newton = d + excess / slope;
+      const double newton = d + excess / horizontal_sum(slopes);
       const double moved = newton >= low && newton <= high ? newton : low / 2 + high / 2;
       if (std::fabs(moved - d) <= 1e-14 * (1.0 + std::fabs(d))) return;
       d = moved;
@@ -135,27 +137,31 @@ class GumbelRow {
   }
 
   // a = softmax(s/τ).
-  void softmax(const double* s, double* a) const {
-    const double high = *std::max_element(s, s + length_, [](double x, double y) { return x < y; });
-    double sum = 0;
-    for (int64_t i = 0; i < length_; ++i) {
-      a[i] = exp_negative((s[i] - high) / tau_);
-      sum += a[i];
+  void softmax(double* a) {
+    const double high = *std::max_element(s_, s_ + length_, [](double x, double y) { return x < y; });
+    pad(s_);
+    Vd sums{};
+    for (int64_t i = 0; i < length_; i += kDoubles) {
+      const Vd value = exp_negative((load_raw<Vd>(s_ + i) - high) / tau_);
+      store_raw(a + i, value);
+      sums += value;
     }
+    const double sum = horizontal_sum(sums);
     for (int64_t i = 0; i < length_; ++i) a[i] /= sum;
   }
 
-  // The k softmaxes one after the other, (k, L); the scores are used up.
+  // The k softmaxes one after the other, (k, padded L); the scores are used up.
   void successive(double* steps) {
-    for (int64_t j = 0; j < k_; ++j, steps += length_) {
-      softmax(s_, steps);
+    for (int64_t j = 0; j < k_; ++j, steps += padded_doubles(length_)) {
+      softmax(steps);
       for (int64_t i = 0; i < length_; ++i) s_[i] += std::log1p(-steps[i]);
     }
   }
 
-  const double* scores() const { return s_; }
-
  private:
+  // Lanes past the end have no share in any sum.
+  void pad(double* row) const { std::fill(row + length_, row + padded_doubles(length_), -kInfinite); }
+
   int64_t k_, length_;
   double tau_;
   double* s_;
@@ -173,10 +179,10 @@ inline int64_t steps_of(const GumbelTopk& problem) {
   return problem.relaxation == Relaxation::successive ? problem.k : 1;
 }
 
-// One row of mask and probs; `work` holds (2 + steps) · L doubles.
+// One row of mask and probs; `work` holds 2 + steps padded rows.
 inline void gumbel_topk_row(const GumbelTopk& problem, int64_t row, double* work, void* mask, void* probs) {
-  const int64_t length = problem.length;
-  double *scores = work, *chosen = work + length, *relaxed = work + 2 * length;
+  const int64_t length = problem.length, padded = padded_doubles(length);
+  double *scores = work, *chosen = work + padded, *relaxed = work + 2 * padded;
   GumbelRow sample(problem, scores);
   const bool constant = problem.k == 0 || problem.k == length;
   if (!sample.score(problem, row)) {
@@ -189,11 +195,11 @@ inline void gumbel_topk_row(const GumbelTopk& problem, int64_t row, double* work
     store_row(problem, chosen, 1.0, mask, row);
     sample.make_finite();
     if (problem.relaxation == Relaxation::threshold) sample.threshold(relaxed);
-    if (problem.relaxation == Relaxation::softmax) sample.softmax(scores, relaxed);
+    if (problem.relaxation == Relaxation::softmax) sample.softmax(relaxed);
     if (problem.relaxation == Relaxation::successive) {
       sample.successive(relaxed);
       for (int64_t j = 1; j < problem.k; ++j) {
-        for (int64_t i = 0; i < length; ++i) relaxed[i] += relaxed[j * length + i];
+        for (int64_t i = 0; i < length; ++i) relaxed[i] += relaxed[j * padded + i];
       }
     }
     return store_row(problem, relaxed, problem.relaxation == Relaxation::softmax ? problem.k : 1.0, probs, row);
@@ -218,18 +224,19 @@ inline void successive_backward(const double* steps, int64_t k, int64_t length, 
                                 double* inner, double* state) {
   std::fill(state, state + length, 0.0);
   for (int64_t j = k - 1; j >= 0; --j) {
-    const double* a = steps + j * length;
+    const double* a = steps + j * padded_doubles(length);
     for (int64_t i = 0; i < length; ++i) inner[i] = d[i] - (a[i] < 1.0 ? state[i] / (1.0 - a[i]) : 0.0);
     centre(a, length, true, 1.0 / tau, inner);
     for (int64_t i = 0; i < length; ++i) state[i] += inner[i];
   }
 }
 
-// One row of the gradient of θ; `work` holds (4 + steps) · L doubles.
+// One row of the gradient of θ; `work` holds 4 + steps padded rows.
 inline void gumbel_topk_backward_row(const GumbelTopk& problem, const GumbelIncoming& incoming, int64_t row, double* work,
                                      void* grad_logits) {
-  const int64_t length = problem.length;
-  double *d = work, *p = work + length, *inner = work + 2 * length, *state = work + 3 * length, *steps = work + 4 * length;
+  const int64_t length = problem.length, padded = padded_doubles(length);
+  double *d = work, *p = work + padded, *inner = work + 2 * padded, *state = work + 3 * padded;
+  double* steps = work + 4 * padded;
   with_dtype(problem.logits.dtype, [&](auto element) {
     using T = decltype(element);
     const T* grad = static_cast<const T*>(incoming.grad) + row * length;
@@ -261,7 +268,7 @@ inline void gumbel_topk_backward_row(const GumbelTopk& problem, const GumbelInco
 inline void gumbel_topk(const GumbelTopk& problem, const Parallel& pool, void* mask, void* probs) {
   const int64_t grain = 1 + (int64_t{1} << 12) / (problem.length * steps_of(problem) + 1);
   parallel_for(pool, problem.rows, grain, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<double[]> work(new double[(2 + steps_of(problem)) * problem.length]);
+    const std::unique_ptr<double[]> work(new double[(2 + steps_of(problem)) * padded_doubles(problem.length)]);
     for (int64_t row = first; row < last; ++row) gumbel_topk_row(problem, row, work.get(), mask, probs);
   });
 }
@@ -271,7 +278,7 @@ inline void gumbel_topk_backward(const GumbelTopk& problem, const GumbelIncoming
                                  void* grad_logits) {
   const int64_t grain = 1 + (int64_t{1} << 12) / (problem.length * steps_of(problem) + 1);
   parallel_for(pool, problem.rows, grain, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<double[]> work(new double[(4 + steps_of(problem)) * problem.length]);
+    const std::unique_ptr<double[]> work(new double[(4 + steps_of(problem)) * padded_doubles(problem.length)]);
     for (int64_t row = first; row < last; ++row) {
       gumbel_topk_backward_row(problem, incoming, row, work.get(), grad_logits);
     }

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kernels/problem.h"
+#include "kernels/simd.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 
@@ -27,22 +28,21 @@ inline PhiloxBlock philox(PhiloxBlock counter, uint64_t key) {
   return counter;
 }
 
-// log x of a positive, normal double by one fixed sequence of IEEE operations: nothing here may be fused or reordered
-// (this file is compiled with -ffp-contract=off), so that the noise has the bits of e3kernels/reference/fixed_log.py.
+// log x of positive, normal doubles by one fixed sequence of IEEE operations: nothing here may be fused or reordered (this
+// file is compiled with -ffp-contract=off), so that the noise has the bits of e3kernels/reference/fixed_log.py.
 //
 //   x = 2^e·m, m in [√½, √2);  f = (m − 1)/(m + 1);  log m = 2·artanh f = 2f·(1 + f²/3 + f⁴/5 + … + f²⁰/21)
-inline double fixed_log(double x) {
-  int64_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const int64_t mantissa = (bits & ((int64_t{1} << 52) - 1)) | (int64_t{1023} << 52);
-  double m;
-  std::memcpy(&m, &mantissa, sizeof m);
-  const bool above = m >= 1.4142135623730951;
-  m = above ? m * 0.5 : m;
-  const double e = static_cast<double>((bits >> 52) - (above ? 1022 : 1023));
-  const double f = (m - 1.0) / (m + 1.0);
-  const double square = f * f;
-  double series = 1.0 / 21;
+inline Vd fixed_log(Vd x) {
+  constexpr double kMagic = 6755399441055744.0;  // 1.5·2^52: an integer in its low bits is exact
+  const Vl bits = bits_as<Vl>(x);
+  const Vd whole = bits_as<Vd>(Vl((bits & ((int64_t{1} << 52) - 1)) | (int64_t{1023} << 52)));
+  const Vl above = whole >= 1.4142135623730951;
+  const Vd m = above ? whole * 0.5 : whole;
+  const Vl exponent = (bits >> 52) - 1023 - above;  // a true comparison is −1
+  const Vd e = bits_as<Vd>(Vl(exponent + bits_as<int64_t>(kMagic))) - kMagic;
+  const Vd f = (m - 1.0) / (m + 1.0);
+  const Vd square = f * f;
+  Vd series = Vd{} + 1.0 / 21;
   for (int n = 9; n >= 1; --n) series = series * square + 1.0 / (2 * n + 1);
   return e * 0.6931471805599453 + (f * 2.0) * (series * square + 1.0);
 }
@@ -55,7 +55,13 @@ inline void gumbel_noise(uint64_t seed, uint64_t step, uint32_t row, int64_t col
                                        static_cast<uint32_t>(begin / 4)}}, seed);
     for (int64_t j = 0; j < 4 && begin + j < columns; ++j) noise[begin + j] = (block.word[j] >> 8) + 0.5;
   }
-  for (int64_t i = 0; i < columns; ++i) noise[i] = -fixed_log(-fixed_log(noise[i] * 0x1p-24));
+  const auto gumbel = [](double* x) { store_raw(x, Vd(-fixed_log(-fixed_log(load_raw<Vd>(x) * 0x1p-24)))); };
+  int64_t i = 0;
+  for (; i + kDoubles <= columns; i += kDoubles) gumbel(noise + i);
+  double rest[kDoubles];
+  for (int j = 0; j < kDoubles; ++j) rest[j] = i + j < columns ? noise[i + j] : 0.5;
+  gumbel(rest);
+  for (int j = 0; i + j < columns; ++j) noise[i + j] = rest[j];
 }
 
 }  // namespace e3::E3_ISA_NAMESPACE

@@ -32,6 +32,11 @@ using Vu = E3_VECTOR(uint32_t);
 using Vh = E3_VECTOR(uint16_t);
 #undef E3_VECTOR
 
+// As many bytes of fp64 lanes.
+inline constexpr int kDoubles = kLanes / 2;
+using Vd = double __attribute__((vector_size(kDoubles * sizeof(double))));
+using Vl = int64_t __attribute__((vector_size(kDoubles * sizeof(int64_t))));
+
 // Storage types; both are 16 bits, told apart by type.
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
@@ -59,6 +64,12 @@ inline void store_raw(T* target, const V& value) {
 }
 
 inline Vf broadcast(float value) { return Vf{} + value; }
+
+#if defined(__FMA__) || defined(__aarch64__)
+inline constexpr bool kFused = true;
+#else
+inline constexpr bool kFused = false;
+#endif
 
 // a·b + c, fused where the hardware has it.
 inline Vf fma(Vf a, Vf b, Vf c) {
@@ -113,6 +124,15 @@ inline float horizontal_sum(Vf v) {
   }
   return lanes[0];
 #endif
+}
+
+inline double horizontal_sum(Vd v) {
+  double lanes[kDoubles];
+  store_raw(lanes, v);
+  for (int half = kDoubles / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 inline float horizontal_max(Vf v) {
@@ -210,6 +230,10 @@ inline void store(T* target, Vf value) {
 }
 
 // One element, for the ends that no whole vector covers.
+inline float load_one(const float* source) { return *source; }
+
+inline void store_one(float* target, float value) { *target = value; }
+
 template <class T>
 inline float load_one(const T* source) {
   T lanes[kLanes] = {*source};
@@ -266,12 +290,12 @@ class FlushSubnormals {
 #endif
 };
 
-// e^x = 2^y, y = x·log2 e:  2^y = 2^n · P(y − n) with P of degree 6 (Remez, relative error 7e-9 with n = floor y, 2e-8 with
-// n = round y). The rounding of y gives the error: relative (2.3 + 1.25·|x|)·2⁻²⁴. NaN in, NaN out; 0 below −87.3, where e^x
-// leaves the normal range; +∞ from 88.7 on at the latest, from 88.38 at the earliest.
-inline Vf exp(Vf x) {
+inline constexpr float kLog2E = 1.44269504f;
+
+// 2^y = 2^n · P(y − n) with P of degree 6 (Remez, relative error 7e-9 with n = floor y, 2e-8 with n = round y). NaN in, NaN
+// out; 0 below −126; +∞ from 128 on at the latest, from 127.5 at the earliest.
+inline Vf exp2(Vf y) {
 #if defined(__AVX512F__)
-  const Vf y = x * 1.44269504f;
   const Vf r = _mm512_reduce_ps(y, 1);  // y − floor y; scalef takes the floor itself
   Vf p = fma(r, broadcast(0x1.c72118p-13f), broadcast(0x1.461954p-10f));
   p = fma(p, r, broadcast(0x1.3d28p-7f));
@@ -281,9 +305,9 @@ inline Vf exp(Vf x) {
   p = fma(p, r, broadcast(1.0f));
   return _mm512_scalef_ps(p, y);
 #else
-  const Vf y = min(broadcast(128.1f), max(broadcast(-150.0f), x * 1.44269504f));
-  const Vf shifted = y + 12582912.0f;  // 1.5·2^23: the sum holds round y in its low bits
-  const Vf r = y - (shifted - 12582912.0f);
+  const Vf held = min(broadcast(128.1f), max(broadcast(-150.0f), y));
+  const Vf shifted = held + 12582912.0f;  // 1.5·2^23: the sum holds round y in its low bits
+  const Vf r = held - (shifted - 12582912.0f);
   Vf p = fma(r, broadcast(0x1.41d334p-13f), broadcast(0x1.5f456ap-10f));
   p = fma(p, r, broadcast(0x1.3b2dbcp-7f));
   p = fma(p, r, broadcast(0x1.c6aed4p-5f));
@@ -291,9 +315,12 @@ inline Vf exp(Vf x) {
   p = fma(p, r, broadcast(0x1.62e43p-1f));
   p = fma(p, r, broadcast(1.0f));
   const Vu power = (bits_as<Vu>(shifted) - (0x4b400000u - 127u)) << 23;
-  return select(Vi(y < -126.0f), Vf{}, Vf(p * bits_as<Vf>(power)));
+  return select(Vi(held < -126.0f), Vf{}, Vf(p * bits_as<Vf>(power)));
 #endif
 }
+
+// e^x = 2^y, y = x·log2 e, whose rounding gives the error: relative (2.3 + 1.25·|x|)·2⁻²⁴.
+inline Vf exp(Vf x) { return exp2(x * kLog2E); }
 
 // ln x for normal x > 0 (0 gives −87.3, a subnormal counts as 0); error at most 1.5·2⁻²³·max(|ln x|, ¼).
 //

@@ -66,23 +66,21 @@ inline Scratch new_scratch(int64_t floats) {
   return Scratch(floats == 0 ? nullptr : new (std::align_val_t{64}) float[floats]);
 }
 
-// Rows over the threads; where there are fewer rows than threads, one row at a time with the threads inside it. Both give
-// the same bits: a row is always cut into the same blocks and its partial sums meet in the same order.
+// Rows over the threads, the last first; where there are fewer rows than threads, one row at a time with the threads inside
+// it. Both give the same bits: a row is always cut into the same blocks and its partial sums meet in the same order.
 template <class Body>
 inline void for_each_row(int64_t rows, const Parallel& pool, int64_t scratch_floats, bool keep, const Body& body) {
   if (rows < pool.threads) {
     const FlushSubnormals guard;
     const Scratch scratch = new_scratch(scratch_floats);
-    for (int64_t row = 0; row < rows; ++row) {
-      body(row, RowContext{pool, row + 1 < rows ? row + 1 : row, scratch.get(), keep});
-    }
+    for (int64_t row = rows; row-- > 0;) body(row, RowContext{pool, row > 0 ? row - 1 : row, scratch.get(), keep});
     return;
   }
   parallel_for(pool, rows, 1, [&](int64_t first, int64_t last) {
     const FlushSubnormals guard;
     const Scratch scratch = new_scratch(scratch_floats);
-    for (int64_t row = first; row < last; ++row) {
-      body(row, RowContext{kSerial, row + 1 < last ? row + 1 : row, scratch.get(), keep});
+    for (int64_t row = last; row-- > first;) {
+      body(row, RowContext{kSerial, row > first ? row - 1 : row, scratch.get(), keep});
     }
     stream_fence();
   });
@@ -102,12 +100,13 @@ inline double denominator(const Objective& objective, const double* weights, int
 }
 
 // The denominator before the first gradient is written. Where w depends on the teacher's entropies, they cost one more
-// read of the teacher.
+// read of the teacher, first row first: what it leaves in the cache are the rows that for_each_row takes first.
 template <class Op>
 double denominator_ahead(const Op& op, const Objective& objective, const Tokens& tokens, const Parallel& pool) {
   const std::unique_ptr<double[]> weights(new double[tokens.count]());
   if (objective.reduction == Reduction::mean && objective.num_items == nullptr) {
-    for_each_row(tokens.count, pool, 0, false, [&](int64_t row, const RowContext& context) {
+    for_each_row(tokens.count, pool, 0, false, [&](int64_t reversed, const RowContext& context) {
+      const int64_t row = tokens.count - 1 - reversed;
       if (!tokens.valid(row)) return;
       const double entropy = weighted_by_entropy(objective) ? op.teacher_entropy(row, context) : 0.0;
       weights[row] = coefficients(objective, entropy, op.support()).weight;

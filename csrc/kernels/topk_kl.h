@@ -73,25 +73,35 @@ inline void join(TopkSums& total, TopkSums part, double temperature) {
   total.plain &= part.plain;
 }
 
-inline float sum_exponentials(const float* x, int count, float reference, float temperature, float* kept,
-                              Prefetch ahead) {
+// Σ e^{T·(x−m)}; the terms are kept in `kept`.
+template <class T>
+float sum_exponentials(const T* x, int count, Reference m, float temperature, float* kept, Prefetch ahead) {
   Vf sum[2] = {};
   for (int i = 0; i < count; i += kStep) {
     ahead.step();
     for (int chain = 0; chain < 2; ++chain) {
       const int at = i + chain * kLanes;
-      const Vf e = exp((load(x + at) - reference) * temperature);
-      if (kept != nullptr) store(kept + at, e);
+      const Vf e = exp2(m.exponent(load(x + at)) * temperature);
+      store(kept + at, e);
       sum[chain] += e;
     }
   }
   return horizontal_sum(sum[0] + sum[1]);
 }
 
-inline void exponential_gradient(const float* x, int count, float reference, float temperature, float slope, bool add,
+inline float sum_values(const float* x, int count) {
+  Vf sum[2] = {};
+  for (int i = 0; i < count; i += kStep) {
+    for (int chain = 0; chain < 2; ++chain) sum[chain] += load(x + i + chain * kLanes);
+  }
+  return horizontal_sum(sum[0] + sum[1]);
+}
+
+// g = or += slope·e^{T·(x−m)}.
+inline void exponential_gradient(const float* x, int count, Reference m, float temperature, float slope, bool add,
                                  float* g) {
   for (int i = 0; i < count; i += kLanes) {
-    const Vf term = exp((load(x + i) - reference) * temperature) * slope;
+    const Vf term = exp2(m.exponent(load(x + i)) * temperature) * slope;
     store(g + i, add ? load(g + i) + term : term);
   }
 }
@@ -133,7 +143,7 @@ class TopkKlRows {
   Statistics statistics(int64_t row, const RowContext& context) const {
     Statistics s{};
     if (full_) {
-      const float first = first_max(row);
+      const Reference first(first_max(row));
       s.sums = fold_blocks<TopkSums>(
           context.pool, problem_.vocabulary,
           [&](int64_t begin, int count) { return block_sums(row, begin, count, first, context); },
@@ -157,27 +167,35 @@ class TopkKlRows {
     const bool divergent = problem_.tail != Tail::renorm && a != 0.0;
     const double slope = b - (divergent ? a * s.slope_sum / (s.sums.rest + s.sums.stored) : 0.0);
     const double rest = divergent && s.sums.rest != 0 ? a * s.rest_slope / s.sums.rest : 0.0;
-    const float reference = static_cast<float>(s.sums.reference);
+    const Anchor anchor(s.sums.reference);
+    const DType dtype = problem_.student.dtype;
     for_each_block(context.pool, problem_.vocabulary, [&](int64_t begin, int count) {
       alignas(64) float scratch[kRoom], g[kRoom];
       const bool kept = keeps_ && s.sums.plain;
+      const int64_t label = labelled ? problem_.tokens.labels[row] - begin : -1;
+      const bool labelled_here = label >= 0 && label < count;
+      const float* e = kept ? exponentials(context) + begin : nullptr;
+      if (kept && !labelled_here && !holds_stored(row, begin, count)) {
+        const float factor = static_cast<float>((slope + rest) * problem_.transform.scale);
+        return store_values(count, dtype, stream_out, target, begin, [&](int i) { return load(e + i) * factor; });
+      }
       const float* x = kept ? nullptr : load_block(problem_.student, row, begin, count, problem_.transform, scratch);
       if (kept) {
-        scaled_values(exponentials(context) + begin, padded(count), static_cast<float>(slope + rest), g);
+        scaled_values(e, padded(count), static_cast<float>(slope + rest), g);
       } else if (full_) {
-        exponential_gradient(x, padded(count), reference, 1.0f, static_cast<float>(slope + rest), false, g);
+        const float factor = static_cast<float>((slope + rest) * anchor.factor(1.0));
+        exponential_gradient(x, padded(count), anchor.rounded, 1.0f, factor, false, g);
       } else {
         std::memset(g, 0, sizeof(float) * count);
       }
-      stored_gradient(row, begin, count, a, slope, reference, context, g);
+      stored_gradient(row, begin, count, a, slope, s.sums.reference, context, g);
       if (labelled && temperature_ != 1.0f) {
-        const float hard = static_cast<float>(c.cross_entropy / s.sums.label_sum);
-        exponential_gradient(x, padded(count), reference, temperature_, hard, true, g);
+        const float hard = static_cast<float>(c.cross_entropy / s.sums.label_sum * anchor.factor(temperature_));
+        exponential_gradient(x, padded(count), anchor.rounded, temperature_, hard, true, g);
       }
-      const int64_t label = labelled ? problem_.tokens.labels[row] - begin : -1;
-      if (label >= 0 && label < count) g[label] -= static_cast<float>(c.cross_entropy);
+      if (labelled_here) g[label] -= static_cast<float>(c.cross_entropy);
       kept ? scale_values(g, count, problem_.transform.scale) : transform_gradient(x, count, problem_.transform, g);
-      store_block(g, count, problem_.student.dtype, stream_out, target, begin);
+      store_block(g, count, dtype, stream_out, target, begin);
     });
   }
 
@@ -192,6 +210,13 @@ class TopkKlRows {
 
   bool is_stored(int64_t row, int64_t j) const { return problem_.teacher_logprobs[row * problem_.k + j] != -INFINITY; }
   int64_t id(int64_t row, int64_t j) const { return problem_.teacher_ids[row * problem_.k + j]; }
+
+  bool holds_stored(int64_t row, int64_t begin, int count) const {
+    for (int64_t j = 0; j < problem_.k; ++j) {
+      if (id(row, j) >= begin && id(row, j) < begin + count && is_stored(row, j)) return true;
+    }
+    return false;
+  }
 
   // log Σ e^value(j), −∞ for none.
   template <class Value>
@@ -213,44 +238,51 @@ class TopkKlRows {
     return block_max(load_block(problem_.student, row, 0, count, problem_.transform, scratch), padded(count));
   }
 
-  TopkSums block_sums(int64_t row, int64_t begin, int count, float first, const RowContext& context) const {
-    alignas(64) float scratch[kRoom];
+  TopkSums block_sums(int64_t row, int64_t begin, int count, Reference first, const RowContext& context) const {
+    alignas(64) float scratch[kRoom], local[kRoom];
+    const bool keep = keeps_ && context.keep;
+    float* e = keep ? exponentials(context) + begin : local;
+    if (first.is_finite()) {
+      const Prefetch ahead(keep ? address(problem_.student, context.next, begin)
+                                : address(problem_.student, row, begin + kPrefetchColumns),
+                           size_of(problem_.student.dtype));
+      const TopkSums sums =
+          with_values(block_values(problem_.student, row, begin, count, problem_.transform, scratch),
+                      [&](const auto* x) { return sums_of(row, begin, count, x, first, e, ahead); });
+      if (std::isfinite(sums.rest + sums.stored + sums.label_sum)) return sums;
+    }
     const float* x = load_block(problem_.student, row, begin, count, problem_.transform, scratch);
-    TopkSums sums;
-    if (std::isfinite(first)) sums = sums_of(row, begin, count, x, scratch, first, context);
-    if (std::isfinite(first) && std::isfinite(sums.rest + sums.stored + sums.label_sum)) return sums;
-    x = load_block(problem_.student, row, begin, count, problem_.transform, scratch);
     const float own = block_max(x, padded(count));
-    sums = sums_of(row, begin, count, x, scratch, own == -kInfinity ? 0.0f : own, context);
+    TopkSums sums = sums_of(row, begin, count, x, Reference(own == -kInfinity ? 0.0f : own), e, Prefetch(x, 0));
     sums.plain = false;
     if (sums.rest + sums.stored == 0) sums.reference = -INFINITY;
     return sums;
   }
 
-  // `scratch` may be x itself; the stored ids are taken out of it.
-  TopkSums sums_of(int64_t row, int64_t begin, int count, const float* x, float* scratch, float reference,
-                   const RowContext& context) const {
+  // `e` gets the block's exponentials, 0 at the stored ids.
+  template <class T>
+  TopkSums sums_of(int64_t row, int64_t begin, int count, const T* x, Reference m, float* e, Prefetch ahead) const {
     TopkSums sums;
-    sums.reference = reference;
+    sums.reference = m.value();
     sums.rest_count = count;
-    const bool keep = keeps_ && context.keep;
-    const Prefetch ahead(keep ? address(problem_.student, context.next, begin)
-                              : address(problem_.student, row, begin + kPrefetchColumns),
-                         size_of(problem_.student.dtype));
     if (problem_.tokens.labels != nullptr && temperature_ != 1.0f) {
-      sums.label_sum = sum_exponentials(x, padded(count), reference, temperature_, nullptr, ahead);
+      sums.label_sum = sum_exponentials(x, padded(count), m, temperature_, e, ahead);
+    }
+    sums.rest = sum_exponentials(x, padded(count), m, 1.0f, e, ahead);
+    if (!holds_stored(row, begin, count)) return sums;
+    constexpr float kTaken = -1.0f;
+    for (int64_t j = 0; j < problem_.k; ++j) {
+      const int64_t column = id(row, j) - begin;
+      if (column < 0 || column >= count || !is_stored(row, j) || e[column] == kTaken) continue;
+      sums.stored += e[column];
+      e[column] = kTaken;
+      --sums.rest_count;
     }
     for (int64_t j = 0; j < problem_.k; ++j) {
       const int64_t column = id(row, j) - begin;
-      if (column < 0 || column >= count || !is_stored(row, j)) continue;
-      if (x != scratch) std::memcpy(scratch, x, sizeof(float) * padded(count));
-      x = scratch;
-      if (scratch[column] == kPadding) continue;
-      sums.stored += std::exp(static_cast<double>(scratch[column]) - reference);
-      scratch[column] = kPadding;
-      --sums.rest_count;
+      if (column >= 0 && column < count && is_stored(row, j)) e[column] = 0.0f;
     }
-    sums.rest = sum_exponentials(x, padded(count), reference, 1.0f, keep ? exponentials(context) + begin : nullptr, ahead);
+    sums.rest = sum_values(e, padded(count));
     return sums;
   }
 
@@ -291,7 +323,7 @@ class TopkKlRows {
   }
 
   // Sets g at the stored ids of a block, which E's slope for the others has filled wrongly.
-  void stored_gradient(int64_t row, int64_t begin, int count, double a, double slope, float reference,
+  void stored_gradient(int64_t row, int64_t begin, int count, double a, double slope, double reference,
                        const RowContext& context, float* g) const {
     for (const bool first : {true, false}) {
       for (int64_t j = 0; j < problem_.k; ++j) {

@@ -1,6 +1,5 @@
 """Gumbel-TopK sampling of exactly k ones, with a straight-through gradient."""
 
-import math
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from e3kernels.backends import resolve
 from e3kernels.contract import RELAXATIONS
-from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, code, scalar_tensor
+from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, check_number, code, scalar_tensor
 from e3kernels.registration import Operator, declare
 
 
@@ -26,16 +25,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _make_backward(overload: Any) -> Callable[..., Any]:
-    @once_differentiable
     def backward(ctx: Any, grad_mask: Tensor | None, grad_probs: Tensor | None) -> tuple[Tensor | None, ...]:
         # Straight-through: the mask's gradient is that of probs, so the two incoming gradients add.
         incoming = [gradient for gradient in (grad_mask, grad_probs) if gradient is not None]
         if not incoming:
             return (None,) * 6
         logits, probs, scalars = ctx.saved_tensors
-        return overload(sum(incoming[1:], incoming[0]), logits, probs, scalars, *ctx.codes), *(None,) * 5
+        total = incoming[0] if len(incoming) == 1 else incoming[0] + incoming[1]
+        return overload(total, logits, probs, scalars, *ctx.codes), *(None,) * 5
 
-    return backward
+    guarded = once_differentiable(backward)
+
+    def guarded_if_needed(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        # The guard against a second differentiation costs as much as the kernel; without create_graph there is none.
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return guarded_if_needed
 
 
 _ARGUMENTS = "Tensor scalars, SymInt k, SymInt seed, SymInt step, int relaxation"
@@ -94,37 +99,49 @@ def gumbel_topk(
         RuntimeError: the backend asked for cannot serve.
     """
     check_dtype("logits", logits, FLOAT_DTYPES)
-    _check(logits, k, tau, noise_scale, seed, step)
-    rows = logits if logits.dim() <= 2 else logits.reshape(-1, logits.shape[-1])
+    length = logits.shape[-1] if logits.dim() else 0
+    if length == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (..., L) with L at least 1")
     device = logits.device.type
     backend = resolve("gumbel_topk", device, logits.dtype)
-    codes = (k, seed, step, code("relaxation", relaxation, RELAXATIONS))
+    rows = logits if logits.dim() <= 2 else logits.reshape(-1, logits.shape[-1])
     if _is_plain(logits):
+        _check_counter(seed, step)
+        scalars, relaxation_code = _checked(length, k, tau, noise_scale, relaxation)
         sample, differentiable_sample = _direct(backend, device)
         call = differentiable_sample if logits.requires_grad and torch.is_grad_enabled() else sample
-        mask, probs = call(rows, _cached_scalars(tau, noise_scale), *codes)
+        mask, probs = call(rows, scalars, k, seed, step, relaxation_code)
     else:
+        if not torch.compiler.is_compiling():
+            _check_counter(seed, step)
+        _check(length, k, tau, noise_scale)
+        codes = (k, seed, step, code("relaxation", relaxation, RELAXATIONS))
         mask, probs = getattr(OPERATOR.packet, backend)(rows, scalar_tensor((tau, noise_scale)), *codes)
     if rows is logits:
         return GumbelTopK(mask, probs)
     return GumbelTopK(mask.reshape(logits.shape), probs.reshape(logits.shape))
 
 
-def _check(logits: Tensor, k: int, tau: float, noise_scale: float, seed: int, step: int) -> None:
-    length = logits.shape[-1] if logits.dim() else 0
-    if length == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (..., L) with L at least 1")
+def _check(length: int, k: int, tau: float, noise_scale: float) -> None:
     if not 0 <= k <= length:
         raise ValueError(f"k is {k}; it must be at least 0 and at most L = {length}")
-    if torch.compiler.is_compiling():
-        return
-    if not 0 < tau < math.inf:
-        raise ValueError(f"tau is {tau}; it must be finite and greater than 0")
-    if not 0 <= noise_scale < math.inf:
-        raise ValueError(f"noise_scale is {noise_scale}; it must be finite and at least 0")
-    for name, value in (("seed", seed), ("step", step)):
-        if not 0 <= value < 1 << 63:
-            raise ValueError(f"{name} is {value}; it must be at least 0 and less than 2**63")
+    check_number("tau", tau, 0)
+    check_number("noise_scale", noise_scale, 0, open_low=False)
+
+
+def _check_counter(seed: int, step: int) -> None:
+    if not (0 <= seed < 1 << 63 and 0 <= step < 1 << 63):
+        name, value = ("step", step) if 0 <= seed < 1 << 63 else ("seed", seed)
+        raise ValueError(f"{name} is {value}; it must be at least 0 and less than 2**63")
+
+
+@lru_cache(maxsize=256)
+def _checked(length: int, k: int, tau: float, noise_scale: float, relaxation: str) -> tuple[Tensor, int]:
+    """The scalars and the relaxation's code, checked and made once for a search's many samples."""
+    _check(length, k, tau, noise_scale)
+    # A tensor born in inference mode could not be saved for a later backward.
+    with torch.inference_mode(False):
+        return scalar_tensor((tau, noise_scale)), code("relaxation", relaxation, RELAXATIONS)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -135,13 +152,6 @@ def _is_plain(tensor: Tensor) -> bool:
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
     )
-
-
-@lru_cache(maxsize=256)
-def _cached_scalars(tau: float, noise_scale: float) -> Tensor:
-    # Made once for a search's many samples; a tensor born in inference mode could not be saved for a later backward.
-    with torch.inference_mode(False):
-        return scalar_tensor((tau, noise_scale))
 
 
 @cache

@@ -22,15 +22,25 @@ from e3kernels.reference.token_loss import denominator
 REFERENCE_LOGITS = 4 << 20
 # Bytes of a weight that are cast, or of its gradient that are multiplied out, at a time.
 _BLOCK_BYTES = 8 << 20
+# Tiles of more rows than this hold a multiple of it, as matrix units like them.
+_ROW_MULTIPLE = 8
 
 
 class TileKernel(NamedTuple):
     """The dense operation on one tile of logits: forward and backward with the operators' arguments, and how many
-    logits of one model a tile may hold for the kernel's temporaries to stay in its workspace."""
+    fp32 logits of one model a tile may hold for the kernel's temporaries to stay in its workspace. The gradient may
+    replace the student's logits. A `lean` kernel has no temporaries but the logits: of a narrower dtype it takes more.
+    """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., Tensor]
     logits: int
+    lean: bool = False
+
+    def rows(self, vocabulary: int, dtype: torch.dtype) -> int:
+        """Rows of a tile whose logits have `dtype`."""
+        rows = self.logits * (4 if self.lean else dtype.itemsize) // dtype.itemsize // vocabulary
+        return max(1, rows // _ROW_MULTIPLE * _ROW_MULTIPLE or rows)
 
 
 class Head(NamedTuple):
@@ -46,16 +56,17 @@ class Head(NamedTuple):
         step = max(1, _BLOCK_BYTES // (width * self.weight.element_size()))
         return (slice(start, start + step) for start in range(0, vocabulary, step))
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """Logits (rows, V) of `hidden` (rows, H)."""
+    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Logits (rows, V) of `hidden` (rows, H), written to `out`."""
         hidden = hidden.to(self.dtype)
         if self.weight.dtype == self.dtype:
-            return F.linear(hidden, self.weight, self.bias)
-        logits = hidden.new_empty(len(hidden), len(self.weight))
+            if self.bias is None:
+                return torch.mm(hidden, self.weight.t(), out=out)
+            return torch.addmm(self.bias.to(self.dtype), hidden, self.weight.t(), out=out)
         for block in self.blocks():
             bias = None if self.bias is None else self.bias[block].to(self.dtype)
-            logits[:, block] = F.linear(hidden, self.weight[block].to(self.dtype), bias)
-        return logits
+            out[:, block] = F.linear(hidden, self.weight[block].to(self.dtype), bias)
+        return out
 
 
 class HeadGradients:
@@ -114,12 +125,14 @@ class HeadGradients:
 class LinearLoss:
     """A linear loss: the student's head, its needs, and what makes a tile.
 
-    `tile(rows)` gives (student logits, the dense operator's teacher tensors) of a slice of rows; `codes` are the dense
-    operator's arguments from `scalars` on, without the reduction.
+    `tile(rows, workspace)` gives (student logits, the dense operator's teacher tensors) of a slice of rows; the logits
+    of the `models` that it projects lie one below the other in the workspace. `codes` are the dense operator's
+    arguments from `scalars` on, without the reduction.
     """
 
     head: Head
-    tile: Callable[[slice], tuple[Tensor, tuple[Tensor, ...]]]
+    models: int
+    tile: Callable[[slice, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
     labels: Tensor | None
     token_mask: Tensor | None
     codes: tuple[Any, ...]
@@ -128,10 +141,13 @@ class LinearLoss:
 
     def _tiles(self) -> Iterator[tuple[slice, tuple[Any, ...]]]:
         """Each slice of rows with the dense operator's inputs for it."""
-        step = max(1, self.kernel.logits // len(self.head.weight))
-        for start in range(0, len(self.head.hidden), step):
-            rows = slice(start, start + step)
-            student, teacher = self.tile(rows)
+        head = self.head
+        vocabulary, count = len(head.weight), len(head.hidden)
+        step = min(self.kernel.rows(vocabulary, head.dtype), count)
+        workspace = head.hidden.new_empty(self.models * step, vocabulary, dtype=head.dtype)
+        for start in range(0, count, max(1, step)):
+            rows = slice(start, min(start + step, count))
+            student, teacher = self.tile(rows, workspace[: self.models * (rows.stop - start)])
             tokens = (None if tensor is None else tensor[rows] for tensor in (self.labels, self.token_mask))
             yield rows, (student, *teacher, *tokens, *self.codes)
 

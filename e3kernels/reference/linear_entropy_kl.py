@@ -37,16 +37,17 @@ def problem(
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, compute_dtype or teacher_hidden.dtype)
     shared = _same(student_weight, teacher_weight) and _same(student_bias, teacher_bias)
 
-    def tile(rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if not shared:
-            return student.project(student_hidden[rows]), (teacher.project(teacher_hidden[rows]),)
-        # One head for both models: its weight is read, and cast, once.
-        both = student.project(torch.cat((student_hidden[rows], teacher_hidden[rows])))
-        logits, teacher_logits = both.chunk(2)
+    def tile(rows: slice, workspace: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        logits, teacher_logits = workspace.chunk(2)
+        if shared:  # one head for both models: its weight is read, and cast, once
+            student.project(torch.cat((student_hidden[rows], teacher_hidden[rows])), workspace)
+        else:
+            student.project(student_hidden[rows], logits)
+            teacher.project(teacher_hidden[rows], teacher_logits)
         return logits, (teacher_logits,)
 
     codes = (scalars, weighting, divergence, ignore_index)
-    return LinearLoss(student, tile, labels, token_mask, codes, needs, kernel)
+    return LinearLoss(student, 2, tile, labels, token_mask, codes, needs, kernel)
 
 
 linear_entropy_kl, linear_entropy_kl_backward = kernels(problem, KERNEL)

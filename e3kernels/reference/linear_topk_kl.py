@@ -29,11 +29,11 @@ def problem(
     """The linear loss of the operator's arguments, with `kernel` as its sparse operation."""
     student = Head(student_hidden, student_weight, student_bias, compute_dtype or student_hidden.dtype)
 
-    def tile(rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return student.project(student_hidden[rows]), (teacher_logprobs[rows], teacher_ids[rows])
+    def tile(rows: slice, workspace: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return student.project(student_hidden[rows], workspace), (teacher_logprobs[rows], teacher_ids[rows])
 
     codes = (scalars, weighting, divergence, ignore_index, tail)
-    return LinearLoss(student, tile, labels, token_mask, codes, needs, kernel)
+    return LinearLoss(student, 1, tile, labels, token_mask, codes, needs, kernel)
 
 
 linear_topk_kl, linear_topk_kl_backward = kernels(problem, KERNEL)

@@ -110,6 +110,52 @@ def test_threads_change_no_bit_of_a_gate(rows):
             assert torch.equal(one, other)
 
 
+def test_a_large_gradient_takes_the_memory_that_a_freed_one_left():
+    student, teacher = (torch.randn(4, 1 << 21, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+
+    def gradient(scale):
+        leaf = (student * scale).requires_grad_()
+        return torch.autograd.grad(e3k.entropy_kl(leaf, teacher), leaf)[0]
+
+    with e3k.use_backend("native"):
+        torch.ops.e3.release_memory()
+        first = gradient(1)
+        kept = first.clone()
+        second = gradient(2)
+        assert second.data_ptr() != first.data_ptr()  # the first one lives
+        place = first.data_ptr()
+        del first
+        third = gradient(3)
+        assert third.data_ptr() == place
+        del third
+        torch.ops.e3.release_memory()
+        assert torch.equal(gradient(1), kept)
+        assert torch.equal(gradient(2), second)
+
+
+def test_a_tile_is_replaced_by_its_gradient():
+    student, teacher = (torch.randn(5, 999, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6))
+    ids = torch.arange(10).mul(97).expand(5, 10).contiguous()
+    logprobs = teacher.log_softmax(-1).gather(-1, ids)
+    incoming = torch.linspace(-1, 1, 5)
+    for name, others, scalars, codes in (
+        ("entropy_kl", (teacher,), SCALARS, (1, 0, -100)),
+        ("topk_kl", (logprobs, ids), SCALARS[:6].clone(), (1, 0, -100, 0)),
+    ):
+        inputs = (*others, None, None, scalars, *codes)
+        loss, stats, grad = getattr(torch.ops.e3, name).native(student, *inputs, 2, None, True)
+        tile = student.clone()
+        tile_loss, tile_stats, tile_grad = getattr(torch.ops.e3, f"{name}_tile")(tile, *inputs, 2, None, True)
+        assert tile_grad.data_ptr() == tile.data_ptr()
+        for ours, theirs in ((tile_loss, loss), (tile_stats, stats), (tile, grad)):
+            assert torch.equal(ours, theirs)
+        tile = student.clone()
+        getattr(torch.ops.e3, f"{name}_tile_backward")(incoming, tile, *inputs)
+        assert torch.equal(tile, getattr(torch.ops.e3, f"{name}_backward").native(incoming, student, *inputs))
+        with pytest.raises(RuntimeError, match="student must be contiguous to be replaced"):
+            getattr(torch.ops.e3, f"{name}_tile")(torch.randn(5, 1000)[:, :999], *inputs, 2, None, True)
+
+
 SCALARS = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
 CODES = (1, 0, -100, 1, None, True)
 

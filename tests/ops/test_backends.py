@@ -127,6 +127,15 @@ def test_a_damaged_native_module_leaves_the_reference(tmp_path, monkeypatch):
     assert backends.unavailable["native"].startswith("_ops.abi3.so cannot be loaded: ")
 
 
+def test_a_native_module_of_other_sources_leaves_the_reference(monkeypatch):
+    if "native" in backends.unavailable:
+        pytest.skip(backends.unavailable["native"])
+    monkeypatch.setattr(backends, "unavailable", {})
+    monkeypatch.setattr(backends, "_NEWEST_OPERATOR", "made_tomorrow")
+    backends._load_native()
+    assert "built from other sources" in backends.unavailable["native"]
+
+
 def test_import_touches_neither_transformers_nor_the_compiler():
     code = (
         "import sys, e3kernels; "

@@ -52,6 +52,14 @@ def test_no_tile_has_more_logits_than_the_kernel_allows():
     assert sizes == [(46, 46)] * 5 + [(23, 23)]
 
 
+def test_a_lean_kernel_takes_more_rows_of_a_narrow_dtype():
+    kernel = TileKernel(entropy_kl, entropy_kl_backward, 1000)
+    assert [kernel.rows(10, dtype) for dtype in (torch.float32, torch.bfloat16)] == [96, 96]
+    kernel = kernel._replace(lean=True)
+    assert [kernel.rows(10, dtype) for dtype in (torch.float32, torch.bfloat16)] == [96, 200]
+    assert kernel.rows(5000, torch.float32) == 1
+
+
 def test_a_frozen_model_asks_for_no_gradient_of_the_logits():
     asked = []
 
@@ -67,8 +75,10 @@ def test_a_frozen_model_asks_for_no_gradient_of_the_logits():
 
 def test_a_shared_head_is_multiplied_once(monkeypatch):
     products = []
-    plain = torch.nn.functional.linear
-    monkeypatch.setattr(linear.F, "linear", lambda *inputs: products.append(inputs[0].shape) or plain(*inputs))
+    plain = linear.Head.project
+    monkeypatch.setattr(
+        linear.Head, "project", lambda head, hidden, out: products.append(hidden.shape) or plain(head, hidden, out)
+    )
     inputs = list(arguments(torch.float32, None))
     inputs[3:6] = [torch.randn(11, 6), inputs[1], inputs[2]]
     forward, _ = linear.kernels(problem, TileKernel(entropy_kl, entropy_kl_backward, 1 << 20))

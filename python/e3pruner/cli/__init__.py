@@ -7,7 +7,7 @@ from collections.abc import Callable
 import transformers
 import typer
 
-from e3pruner.cli import demo, distill, evaluate, generate, info, profile, prune, report, search
+from e3pruner.cli import bench, demo, distill, evaluate, generate, info, profile, prune, report, search
 from e3pruner.cli.command import Command
 
 app = typer.Typer(name="e3", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.evaluate,
     "generate": generate.generate,
     "report": report.report,
+    "bench": bench.bench,
 }
 for name, function in COMMANDS.items():
     app.command(name, cls=Command)(function)

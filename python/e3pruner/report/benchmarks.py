@@ -45,6 +45,12 @@ def complete(rows: list[Row], environment: dict[str, Any]) -> list[Row]:
     ]
 
 
+def merge(old: Iterable[Row], new: list[Row]) -> list[Row]:
+    """`new`, after the rows of `old` that it does not measure again."""
+    measured = {(case_of(row), row["provider"]) for row in new}
+    return [row for row in old if (case_of(row), row["provider"]) not in measured] + new
+
+
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Write JSON lines to `path` and the table beside it as Markdown."""
     rows = list(rows)

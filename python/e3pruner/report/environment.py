@@ -53,4 +53,5 @@ def commit(folder: Path) -> str | None:
     if not git("ls-files", "--", "."):
         return None
     head = git("rev-parse", "HEAD")
-    return f"{head}+changes" if git("status", "--porcelain", "--untracked-files=no") else head
+    code = (":(top)", ":(top,exclude)bench/results")  # the figures themselves are no change of what is measured
+    return f"{head}+changes" if git("status", "--porcelain", "--untracked-files=no", "--", *code) else head

@@ -1,0 +1,104 @@
+"""e3 bench: the kernels against their peers and their physical floor, and against an earlier run."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import e3pruner
+from e3pruner.cli.command import FAILURE
+from e3pruner.cli.tables import PIPE_WIDTH
+from e3pruner.report.benchmarks import Change, compare, read, slower
+
+
+def bench(
+    out: Annotated[
+        Path, typer.Option(help="JSON lines, the table beside it as .md; rows of cases not measured now stay.")
+    ] = Path("bench.jsonl"),
+    only: Annotated[
+        str | None, typer.Option(help="Run the cases that match, as pytest's -k: 'topk_kl and e3'.")
+    ] = None,
+    compare_with: Annotated[
+        Path | None, typer.Option("--compare", help="JSON lines of an earlier run to compare the new times with.")
+    ] = None,
+    fail_if_slower: Annotated[
+        str | None, typer.Option(help="Exit with 1 if a case lost more than this against --compare, such as 5%.")
+    ] = None,
+) -> None:
+    """Measure every kernel, its peers and the physical floor: minutes on a quiet machine, from a source tree.
+
+    Times are compared relative to the floor that each run measured, so that a slower machine is not slower code.
+
+    Examples:
+
+    `e3 bench --out before.jsonl`
+
+    `e3 bench --compare before.jsonl --fail-if-slower 5%`
+    """
+    limit = None if fail_if_slower is None else share_of(fail_if_slower)
+    if limit is not None and compare_with is None:
+        raise ValueError(f"--fail-if-slower {fail_if_slower} needs --compare, the run to be slower than")
+    old = None if compare_with is None else read(compare_with)
+    measure(out, only)
+    if old is None:
+        return
+    changes = compare(old, read(out))
+    if not changes:
+        raise ValueError(f"--compare {compare_with} has none of the cases in {out}")
+    print_changes(changes)
+    if limit is not None and (lost := slower(changes, limit)):
+        print(f"{len(lost)} of {len(changes)} cases are more than {fail_if_slower} slower")
+        raise typer.Exit(FAILURE)
+
+
+def share_of(percent: str) -> float:
+    """0.05 for "5%"."""
+    number = percent.removesuffix("%")
+    try:
+        share = float(number) / 100
+    except ValueError:
+        share = -1.0
+    if number == percent or not 0 <= share < float("inf"):
+        raise ValueError(f"--fail-if-slower is {percent!r}; it must be a percentage such as 5%")
+    return share
+
+
+def suites() -> Path:
+    """The folder of the benchmarks; FileNotFoundError outside a source tree."""
+    folder = Path(e3pruner.__file__).parents[2] / "bench" / "ops"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there: the benchmarks are in the source tree, not in the package")
+    return folder
+
+
+def measure(out: Path, only: str | None) -> None:
+    """Run the suites into `out`; what they print goes to the terminal."""
+    folder = suites()
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise ModuleNotFoundError("pytest-benchmark is not installed: pip install 'e3kernels[bench]'")
+    selection = [] if only is None else ["-k", only]
+    root = folder.parents[1]
+    command = [sys.executable, "-m", "pytest", "-c", str(root / "pyproject.toml"), "--rootdir", str(root), str(folder)]
+    options = ["--benchmark-only", "--benchmark-quiet", "-p", "no:cacheprovider", "--jsonl", str(out.resolve())]
+    done = subprocess.run([*command, *options, *selection], check=False)
+    if done.returncode:
+        raise RuntimeError(f"the benchmarks ended with exit code {done.returncode}; what they print says why")
+
+
+def print_changes(changes: list[Change]) -> None:
+    """One row a case, the slowest first: times relative to the floor of their own run."""
+    table = Table(title="× floor, before and now", title_justify="left")
+    for heading in ("case", "before", "now", "change"):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for change in changes:
+        case = " ".join(str(part) for part in change.case if part is not None)
+        table.add_row(case, f"{change.before:.2f}", f"{change.after:.2f}", f"{change.factor - 1:+.1%}")
+    terminal = Console()
+    (terminal if terminal.is_terminal else Console(width=PIPE_WIDTH)).print(table)
