@@ -194,9 +194,10 @@ def _of_steps(ranges: list[Range], skip: int = 0) -> tuple[float, dict[str, floa
 class _EagerProblem(SearchProblem):
     """The search with its divergence from whole logits, as plain PyTorch computes it."""
 
-    def _kl(self, student: Tensor, teacher: Tensor) -> float:
-        log_p, log_q = (F.log_softmax(self._head.logits(x).float(), -1) for x in (teacher, student))
-        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    def _divergences(self, students: list[Tensor], teacher: Tensor) -> list[float]:
+        log_p = F.log_softmax(self._head.logits(teacher).float(), -1)
+        logits = (F.log_softmax(self._head.logits(student).float(), -1) for student in students)
+        return [float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) for log_q in logits]
 
 
 class _EagerTeacher(LiveTeacher):
