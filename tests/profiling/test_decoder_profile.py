@@ -18,7 +18,13 @@ from e3pruner.report import describe_environment
 CEILINGS = Ceilings(read=2e10, copy=2e10, gemm={"float32": 1e11}, dispatch=1e-6)
 
 
-@pytest.mark.parametrize("model_type", [*TINY_CONFIGS, *EXTRA_CONFIGS])
+FAST = ("llama", "gemma2", "gpt2", "opt", "jamba")
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in [*TINY_CONFIGS, *EXTRA_CONFIGS]],
+)
 def test_every_model_type_has_its_parts(model_type):
     model = tiny_model(model_type)
     profile = profile_decoder(model, prompt=6, tokens=2, rounds=1, removed=(2,))

@@ -12,7 +12,7 @@ from e3pruner.report import describe_environment
 
 SEARCH = {"teacher forward", "student forward", "loss", "optimizer"}
 RECOVERY = {"data", "teacher forward", "student forward", "loss", "backward", "clip", "optimizer"}
-FAST = ("llama", "gpt2", "qwen3_moe")
+FAST = ("llama", "qwen3_moe")
 
 
 def check_profiles(profiles):
@@ -27,14 +27,11 @@ def check_profiles(profiles):
         assert ("gradients" in peak) == (profile.kind == "recovery")
 
 
-@pytest.mark.parametrize("model_type", FAST)
-def test_steps_have_their_phases(model_type):
-    check_profiles(profile_steps(tiny_model(model_type), tiny_tokens(8, 12), drop=2, batch=2, rounds=1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", [*TINY_CONFIGS, *EXTRA_CONFIGS])
-def test_steps_of_every_model_type(model_type):
+@pytest.mark.parametrize(
+    "model_type",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in [*TINY_CONFIGS, *EXTRA_CONFIGS]],
+)
+def test_steps_of_every_model_type_have_their_phases(model_type):
     check_profiles(profile_steps(tiny_model(model_type), tiny_tokens(8, 12), drop=2, batch=2, rounds=1))
 
 

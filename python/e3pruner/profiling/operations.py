@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Case(NamedTuple):
     """
 
     leaf: Tensor
-    ours: Callable[[Tensor], Tensor]
+    ours: Callable[[Tensor], Any]
     eager: Callable[[Tensor], Tensor]
     work: float
     unit: str
