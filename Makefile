@@ -30,6 +30,7 @@ lint: $(VENV)/installed
 
 # On a machine with a GPU: the kernels against the oracle, then against their peers -> bench/results/gpu.json
 gpu: $(VENV)/bench
+	$(BIN)/pip install -q 'liger-kernel>=0.8'
 	$(BIN)/pytest tests/ops -m gpu
 	$(BIN)/python -m bench.gpu
 

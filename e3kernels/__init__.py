@@ -16,6 +16,7 @@ from e3kernels.ops.gumbel_topk import GumbelTopK, gumbel_topk
 from e3kernels.ops.linear_entropy_kl import linear_entropy_kl
 from e3kernels.ops.linear_topk_kl import linear_topk_kl
 from e3kernels.ops.topk_kl import topk_kl
+from e3kernels.profiling import profile
 
 backends.load()
 
@@ -35,6 +36,7 @@ __all__ = [
     "linear_entropy_kl",
     "linear_topk_kl",
     "nn",
+    "profile",
     "topk_kl",
     "use_backend",
 ]

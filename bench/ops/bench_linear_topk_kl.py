@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from heads import SIZES, make, products
 from measure import errors_of, gradient_of, measure
-from textbook import topk_kl as textbook
 
 import e3kernels as e3k
+from e3pruner.profiling.textbook import topk_kl as textbook
 
 
 def eager(hidden, weight, logprobs, ids):

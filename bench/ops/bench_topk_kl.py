@@ -3,9 +3,9 @@
 import pytest
 import torch
 from measure import errors_of, gradient_of, measure
-from textbook import topk_kl as textbook
 
 import e3kernels as e3k
+from e3pruner.profiling.textbook import topk_kl as textbook
 
 SIZES = [(512, 49_152, 10), (512, 151_936, 10)]
 

@@ -12,6 +12,7 @@ import argparse
 import resource
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,27 @@ from e3pruner import LayerSkipRuntime, PruningPlan, prune
 from e3pruner.models.smollm2 import load_smollm2
 
 NEW = 256
+SHORT = 64
+WARM_UP = 16
 PROMPT = 32
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What the demo's search removes first; `--keep-plan` takes a plan of one's own.
 REMOVED = {4: [13, 14, 15, 16], 8: [12, 13, 14, 15, 16, 17, 18, 26], 12: [*range(10, 21), 26]}
 
 
-def read_bandwidth(rounds: int = 9) -> float:
+class ReadProbe:
     """Bytes per second that all threads read from memory: the faster of a sum and a matrix-vector product of 1 GiB."""
-    matrix = torch.ones(1 << 14, 1 << 14)
-    vector = torch.ones(1 << 14)
-    times = seconds_of(matrix.sum, lambda: matrix @ vector, rounds=rounds)
-    return matrix.nbytes / min(statistics.median(mine) for mine in times)
+
+    def __init__(self) -> None:
+        self.matrix, self.vector = torch.ones(1 << 14, 1 << 14), torch.ones(1 << 14)
+
+    def __call__(self) -> float:
+        times = seconds_of(self.matrix.sum, lambda: self.matrix @ self.vector, rounds=5)
+        return self.matrix.nbytes / min(statistics.median(mine) for mine in times)
+
+
+def keep_without(removed: Iterable[int]) -> list[int]:
+    return sorted(set(range(30)) - set(removed))
 
 
 def loaded(dtype: str) -> tuple[PreTrainedModel, torch.Tensor, Any]:
@@ -79,64 +89,94 @@ def bench_parity(record: Recorder, _: argparse.Namespace) -> None:
 
 
 def bench_decode(record: Recorder, options: argparse.Namespace) -> None:
-    for dtype in DTYPES:
+    """The bandwidth is read right before and after each provider's run: the share of the limit takes the larger."""
+    probe = ReadProbe()
+    for dtype in options.dtypes:
         model, ids, _ = loaded(dtype)
         runtime = LayerSkipRuntime(model)
-        bandwidth = read_bandwidth()
         peer = llama_cpp(options.gguf, dtype)
-        actions = {
-            "runtime": lambda runtime=runtime, ids=ids: runtime.generate(ids, max_new_tokens=NEW),
-            "huggingface": lambda model=model, ids=ids: hugging_face(model, ids),
+        actions: dict[str, Callable[[int], Any]] = {
+            "runtime": lambda new, runtime=runtime, ids=ids: runtime.generate(ids, max_new_tokens=new),
+            "huggingface": lambda new, model=model, ids=ids: hugging_face(model, ids, new),
         }
         if peer is not None:
-            actions["llama.cpp"] = lambda peer=peer, ids=ids: _llama_tokens(peer, ids)
+            actions["llama.cpp"] = lambda new, peer=peer, ids=ids: _llama_tokens(peer, ids, new)
         for action in actions.values():
-            action()
-        times = seconds_of(*actions.values(), rounds=options.rounds)
-        bandwidth = max(bandwidth, read_bandwidth())
-        limit = bandwidth / runtime.weight_bytes
-        for provider, mine in zip(actions, times, strict=True):
-            figures = spread([NEW / seconds for seconds in mine])
-            share = figures["tokens_per_second"] / limit
-            record("decode", provider, dtype=dtype, **figures, share_of_limit=share, read_gb_per_second=bandwidth / 1e9)
+            action(WARM_UP)
+        speeds: dict[str, list[float]] = {provider: [] for provider in actions}
+        limits: dict[str, list[float]] = {provider: [] for provider in actions}
+        for _ in range(options.rounds):
+            before = probe()
+            for provider, action in actions.items():
+                speeds[provider].append(NEW / seconds_of(lambda action=action: action(NEW), rounds=1)[0][0])
+                after = probe()
+                limits[provider].append(max(before, after) / runtime.weight_bytes)
+                before = after
+        for provider, mine in speeds.items():
+            share = statistics.median(a / b for a, b in zip(mine, limits[provider], strict=True))
+            bandwidth = statistics.median(limits[provider]) * runtime.weight_bytes / 1e9
+            ratio = statistics.median(a / b for a, b in zip(speeds["runtime"], mine, strict=True))
+            record(
+                "decode",
+                provider,
+                dtype=dtype,
+                **spread(mine),
+                share_of_limit=share,
+                read_gb_per_second=bandwidth,
+                runtime_is_faster_by=ratio,
+            )
 
 
-def _llama_tokens(peer: Any, ids: torch.Tensor) -> None:
-    peer.reset()
-    for count, _ in enumerate(peer.generate(ids[0].tolist(), temp=0.0), 1):
-        if count == NEW:
-            return
+def _llama_tokens(peer: Any, ids: torch.Tensor, new: int) -> None:
+    """Greedy by its C interface and NumPy's argmax: the binding's own sampling would be charged to the peer."""
+    import llama_cpp as api
+    import numpy as np
+
+    peer._ctx.kv_cache_clear()
+    tokens = ids[0].tolist()
+    for _ in range(new):
+        batch = api.llama_batch_get_one((api.llama_token * len(tokens))(*tokens), len(tokens))
+        if api.llama_decode(peer.ctx, batch):
+            raise RuntimeError(f"llama_decode failed on {len(tokens)} tokens")
+        logits = np.ctypeslib.as_array(api.llama_get_logits_ith(peer.ctx, -1), (peer.n_vocab(),))
+        tokens = [int(logits.argmax())]
 
 
 def bench_masks(record: Recorder, options: argparse.Namespace) -> None:
+    """Short texts and many rounds: what is compared differs by a few per cent, and the machine drifts by more."""
     model, ids, _ = loaded("bf16")
     runtime = LayerSkipRuntime(model)
     dense_bytes = runtime.weight_bytes
-    keeps = {drop: [i for i in range(30) if i not in removed] for drop, removed in REMOVED.items()}
+    keeps = {drop: keep_without(removed) for drop, removed in REMOVED.items()}
     pruned = {drop: LayerSkipRuntime(prune(model, keep, copy_weights=False)) for drop, keep in keeps.items()}
 
     def masked(keep: list[int] | None) -> None:
         runtime.keep = keep
-        runtime.generate(ids, max_new_tokens=NEW)
+        runtime.generate(ids, max_new_tokens=SHORT)
 
     actions = {"dense": lambda: masked(None)}
     for drop, keep in keeps.items():
         actions[f"mask {drop}"] = lambda keep=keep: masked(keep)
-        actions[f"pruned {drop}"] = lambda drop=drop: pruned[drop].generate(ids, max_new_tokens=NEW)
+        actions[f"pruned {drop}"] = lambda drop=drop: pruned[drop].generate(ids, max_new_tokens=SHORT)
     for action in actions.values():
         action()
-    times = dict(zip(actions, seconds_of(*actions.values(), rounds=options.rounds), strict=True))
-    dense = statistics.median(times["dense"])
+    times = dict(zip(actions, seconds_of(*actions.values(), rounds=3 * options.rounds), strict=True))
+
+    def paired(slow: str, fast: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+
     for drop in keeps:
         ratio = dense_bytes / pruned[drop].weight_bytes
         for kind in ("mask", "pruned"):
-            gain = dense / statistics.median(times[f"{kind} {drop}"])
-            figures = spread([NEW / seconds for seconds in times[f"{kind} {drop}"]])
-            record(f"masks-{drop}", kind, dtype="bf16", **figures, speed_up=gain, share_of_byte_ratio=gain / ratio)
+            gain = paired("dense", f"{kind} {drop}")
+            figures = spread([SHORT / seconds for seconds in times[f"{kind} {drop}"]])
+            figures |= {"speed_up": gain, "share_of_byte_ratio": gain / ratio}
+            figures["speed_of_pruned"] = paired(f"pruned {drop}", f"{kind} {drop}")
+            record(f"masks-{drop}", kind, dtype="bf16", **figures)
 
 
 def bench_prefill(record: Recorder, options: argparse.Namespace) -> None:
-    for dtype in DTYPES:
+    for dtype in options.dtypes:
         model, _ids, _ = loaded(dtype)
         ids = torch.randint(0, model.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))
         runtime = LayerSkipRuntime(model)
@@ -198,43 +238,59 @@ def bench_overhead(record: Recorder, options: argparse.Namespace) -> None:
 
 
 def bench_speculative(record: Recorder, options: argparse.Namespace) -> None:
+    """Drafts of ever fewer layers, and one that keeps all attention: the same text, how fast, how often accepted."""
     model, _ids, tokenizer = loaded("bf16")
     runtime = LayerSkipRuntime(model)
-    drafts = {f"drop {drop}": [i for i in range(30) if i not in removed] for drop, removed in REMOVED.items()}
+    dense_bytes = runtime.weight_bytes
+    drafts: dict[str, Any] = {f"drop {drop}": keep_without(removed) for drop, removed in REMOVED.items()}
+    drafts["drop 20"] = keep_without(set(range(30)) - {0, 1, 2, 7, 8, 9, 11, 27, 28, 29})
+    drafts["drop 12 MLPs"] = {"attention": range(30), "mlp": keep_without(REMOVED[12])}
     if options.keep_plan:
         drafts = {"plan": PruningPlan.load(options.keep_plan).kept} | drafts
-    texts = [tokenizer(text, return_tensors="pt").input_ids[:, :PROMPT] for text in prompts()[:5]]
-    for name, draft in drafts.items():
-        drafted = accepted = verified = 0
-        times: list[list[float]] = [[], []]
-        for ids in texts:
-            plain = runtime.generate(ids, max_new_tokens=NEW)
-            if not torch.equal(runtime.generate(ids, max_new_tokens=NEW, draft_keep=draft), plain):
+    gains: dict[str, list[float]] = {name: [] for name in drafts}
+    counts = {name: torch.zeros(3, dtype=torch.long) for name in drafts}
+    for text in prompts()[:4]:
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, :PROMPT]
+        plain, seconds = timed(lambda ids=ids: runtime.generate(ids, max_new_tokens=NEW))
+        for name, draft in drafts.items():
+            drafted, mine = timed(
+                lambda ids=ids, draft=draft: runtime.generate(ids, max_new_tokens=NEW, draft_keep=draft)
+            )
+            if not torch.equal(drafted, plain):
                 raise AssertionError(f"speculative text differs with draft {name}")
-            counts = runtime.speculation
-            drafted, accepted, verified = (
-                drafted + counts.drafted,
-                accepted + counts.accepted,
-                verified + counts.verifications,
-            )
-            pair = seconds_of(
-                lambda ids=ids: runtime.generate(ids, max_new_tokens=NEW),
-                lambda ids=ids, draft=draft: runtime.generate(ids, max_new_tokens=NEW, draft_keep=draft),
-                rounds=1,
-            )
-            for mine, new in zip(times, pair, strict=True):
-                mine += new
-        gain = statistics.median(a / b for a, b in zip(*times, strict=True))
+            gains[name].append(seconds / mine)
+            of_run = runtime.speculation
+            counts[name] += torch.tensor([of_run.drafted, of_run.accepted, of_run.verifications])
+    for name, draft in drafts.items():
+        runtime.keep = draft
+        cost = runtime.weight_bytes / dense_bytes
+        tried, accepted, verified = counts[name].tolist()
         record(
             "speculative",
             name,
             dtype="bf16",
-            layers=len(draft),
-            speed_up=gain,
-            acceptance=accepted / max(1, drafted),
-            drafted_per_verification=drafted / verified,
-            identical_texts=len(texts),
+            texts_identical=len(gains[name]),
+            speed_up=statistics.median(gains[name]),
+            acceptance=accepted / max(1, tried),
+            acceptance_needed=least_acceptance(cost),
+            draft_cost=cost,
+            drafted=tried,
+            verifications=verified,
         )
+
+
+def timed(action: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    began = time.perf_counter()
+    out = action()
+    return out, time.perf_counter() - began
+
+
+def least_acceptance(cost: float, gain: float = 1.2, longest: int = 7) -> float | None:
+    """The acceptance rate from which the best draft length gains `gain`, were verification free; None: none does."""
+    for rate in (i / 1000 for i in range(1000)):
+        if any((1 - rate ** (k + 1)) / (1 - rate) / (1 + k * cost) >= gain for k in range(1, longest + 1)):
+            return rate
+    return None
 
 
 CASES = {name.removeprefix("bench_"): value for name, value in dict(globals()).items() if name.startswith("bench_")}
@@ -244,6 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", default=list(CASES))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of decode and prefill")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep-plan", type=Path)
     parser.add_argument("--gguf", type=Path, help="folder of smollm2-bf16.gguf and smollm2-fp32.gguf for llama.cpp")

@@ -1,48 +1,51 @@
-"""One JSON line a measurement, with what is needed to repeat it."""
+"""One JSON line a measurement, with what is needed to repeat it, and the table of all lines beside it."""
 
 from __future__ import annotations
 
 import json
-import platform
+import os
+import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return {
-        "commit": commit,
-        "processor": f"{names[0]} x {len(names)}" if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "command": " ".join(sys.argv),
-    }
+from e3pruner.report.environment import describe_environment
+from e3pruner.storage import replacing_file
 
 
 class Recorder:
+    """Appends to `path`, where one is given, so that the cases may be measured in several runs."""
+
     def __init__(self, path: Path | None) -> None:
-        self.path, self.common = path, environment()
+        self.path = path
+        self.common = describe_environment() | {"command": shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])}
+        del self.common["backends"]  # those of the operations, which take no part
 
     def __call__(self, case: str, provider: str, **values: Any) -> None:
-        line = json.dumps({"suite": "runtime", "case": case, "provider": provider} | values | self.common)
-        shown = (
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
-        )
-        print(f"{case:28} {provider:22}", ", ".join(shown), flush=True)
+        print(f"{case:16} {provider:14} {_shown(values)}", flush=True)
         if self.path is not None:
+            row = {"suite": "runtime", "case": case, "provider": provider, "values": values} | self.common
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(row) + "\n")
+            _write_table(self.path)
+
+
+def _shown(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in values.items()
+    )
+
+
+def _write_table(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = ["| case | provider | figures |", "| --- | --- | --- |"]
+    lines += [f"| {row['case']} | {row['provider']} | {_shown(row['values'])} |" for row in rows]
+    with replacing_file(path.with_suffix(".md")) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def seconds_of(*actions: Callable[[], Any], rounds: int) -> list[list[float]]:

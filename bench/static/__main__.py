@@ -1,8 +1,9 @@
 """Compile every kernel variant for every target and record what the binaries say; nothing is run.
 
-python -m bench.static                    all variants and the peers -> bench/results/triton_static.json
-python -m bench.static --check NAME ...   compile the named variants (none named: all) and fail on a spill or on more
-                                          bytes per element than recorded
+python -m bench.static            all variants, the peers, the runtime's CUDA kernels -> bench/results/static.{json,md}
+python -m bench.static --check    compile the launches whose kernel or arguments are not those recorded, and fail on a
+                                  spill, or on more bytes per element or narrower accesses than recorded
+python -m bench.static --check NAME ...    of the named variants only
 """
 
 import argparse
@@ -10,56 +11,33 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from bench.static.binary import report
-from bench.static.capture import TARGETS, compiled
+from bench.static.capture import TARGETS
+from bench.static.measure import check, measure
 from bench.static.roofline import estimates
+from bench.static.table import markdown
+from bench.static.toolkit import cuda_kernels
 from bench.static.variants import ours, peers
 
-RESULTS = Path(__file__).parents[1] / "results" / "triton_static.json"
-Rows = dict[str, dict[str, dict[str, Any]]]
-
-
-def measure(calls: dict[str, Callable[[], Any]], families: list[str]) -> Rows:
-    """variant -> kernel -> family -> what the binary says."""
-    rows: Rows = {}
-    for name, call in calls.items():
-        for family in families:
-            for kernel, binary in compiled(family, call).items():
-                rows.setdefault(name, {}).setdefault(kernel, {})[family] = report(binary).row()
-        print(f"{name}: {', '.join(rows.get(name, ()))}", file=sys.stderr)
-    return rows
-
-
-def findings(rows: Rows, recorded: Rows) -> list[str]:
-    """Each spill, and each kernel that moves more bytes an element than recorded."""
-    found = []
-    for name, kernels in rows.items():
-        for kernel, families in kernels.items():
-            for family, row in families.items():
-                where = f"{name} {kernel} {family}"
-                if row["spills"]:
-                    found.append(f"{where}: {row['spills']} spill instructions or registers")
-                before = recorded.get(name, {}).get(kernel, {}).get(family)
-                if before is None:
-                    found.append(f"{where}: not recorded; run `python -m bench.static`")
-                    continue
-                moved, allowed = row["bytes_per_element"] or 0, before["bytes_per_element"] or 0
-                if moved > allowed:
-                    found.append(f"{where}: {moved} bytes an element, recorded {allowed}")
-    return found
+RESULTS = Path(__file__).parents[1] / "results" / "static.json"
 
 
 def _git_commit() -> str:
     return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _write(rows: Rows, peer_rows: Rows) -> None:
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def record() -> None:
+    """Compile everything and write the results."""
     packages = ("torch", "triton", "liger_kernel", "trl")
     document = {
         "what": "Compiled ahead of time and read; no kernel of this file has run on a GPU.",
@@ -67,28 +45,29 @@ def _write(rows: Rows, peer_rows: Rows) -> None:
         "commit": _git_commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "ours": rows,
-        "peers": peer_rows,
+        "ours": measure((name, family) for family in TARGETS for name in ours()),
+        "peers": measure((name, family) for family in TARGETS for name in peers()),
+        "cuda": cuda_kernels(),
         "roofline_estimates": estimates(),
     }
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    for _ in range(2):  # a row a line: the innermost objects, then what holds them
+        text = re.sub(r"\{[^{}]*\}", lambda row: " ".join(row[0].split()), text)
     RESULTS.parent.mkdir(exist_ok=True)
-    partial = RESULTS.with_suffix(".tmp")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(RESULTS)
+    _replace(RESULTS, text + "\n")
+    _replace(RESULTS.with_suffix(".md"), markdown(document))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", nargs="*", metavar="NAME")
-    parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="with --check; default: all")
     arguments = parser.parse_args()
-    families = arguments.target or list(TARGETS)
-    calls = ours()
     if arguments.check is None:
-        _write(measure(calls, families), measure(peers(), families))
+        record()
         return
-    names = arguments.check or list(calls)
-    found = findings(measure({name: calls[name] for name in names}, families), json.loads(RESULTS.read_text())["ours"])
+    recorded = json.loads(RESULTS.read_text(encoding="utf-8"))["ours"]
+    found = check(arguments.check or list(ours()), arguments.target or list(TARGETS), recorded)
     print("\n".join(found))
     sys.exit(bool(found))
 

@@ -2,7 +2,8 @@
 
 Access widths are those of the global loads and stores inside the innermost loops of the machine code (of the whole
 kernel where it has none). Bytes per element are counted in Triton's own dialect, where every loop appears once and
-unrolling does not multiply its body: bytes of a loop's tile accesses over its step, summed over the loops that load.
+unrolling does not multiply its body: bytes of a loop's tile accesses over its step, summed over the loops that load (or
+the one that only stores, where none loads). A kernel of matrix products has no such number: its tiles share operands.
 """
 
 import re
@@ -33,7 +34,10 @@ _AMD_WIDTHS = {
 
 @dataclass(frozen=True)
 class Report:
-    """One compiled kernel; widths in bits, `accesses` counts instructions of the hot loops by direction and width."""
+    """One compiled kernel; widths in bits, `accesses` counts instructions of the hot loops by direction and width.
+
+    `spills` counts NVIDIA's instructions on local memory; AMD's registers spilled, scalar ones included.
+    """
 
     registers: int
     spills: int
@@ -56,7 +60,7 @@ def _tool(name: str, *arguments: str, binary: bytes) -> str:
 
 
 def _hot(lines: list[str], label: re.Pattern[str], branch: re.Pattern[str], access: re.Pattern[str]) -> list[str]:
-    """The lines of the innermost loops that hold an access; a loop ends with a conditional branch back to it."""
+    """The lines of the innermost loops that hold an access; a loop ends with a branch back to its label."""
     at = {match[1]: number for number, line in enumerate(lines) if (match := label.match(line.strip()))}
     loops = [
         (at[match[1]], number)
@@ -73,7 +77,7 @@ _AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)\b")
 
 
 def _nvidia_accesses(sass: str) -> dict[str, int]:
-    label, branch = re.compile(r"(\.L_x_\d+):"), re.compile(r"@!?U?P\d+ BRA.*`\((\.L_x_\d+)\)")
+    label, branch = re.compile(r"(\.L_x_\d+):"), re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
     counts: dict[str, int] = {}
     for kind, modifiers in _NVIDIA_ACCESS.findall("\n".join(_hot(sass.splitlines(), label, branch, _NVIDIA_ACCESS))):
         width = next((bits for text, bits in _NVIDIA_WIDTHS.items() if f".{text}" in modifiers), 32)
@@ -83,7 +87,7 @@ def _nvidia_accesses(sass: str) -> dict[str, int]:
 
 
 def _amd_accesses(assembly: str) -> dict[str, int]:
-    label, branch = re.compile(r"(\.LBB\d+_\d+):"), re.compile(r"s_cbranch\w*\s+(\.LBB\d+_\d+)")
+    label, branch = re.compile(r"(\.LBB\d+_\d+):"), re.compile(r"s_c?branch\w*\s+(\.LBB\d+_\d+)")
     counts: dict[str, int] = {}
     for kind, width in _AMD_ACCESS.findall("\n".join(_hot(assembly.splitlines(), label, branch, _AMD_ACCESS))):
         size = width.removesuffix("_d16_hi").removesuffix("_d16")
@@ -103,9 +107,12 @@ def _bits(dtype: str) -> int:
 
 def bytes_per_element(ttir: str) -> float | None:
     """Global bytes that the tile accesses move for one element of a row; None for a kernel without such accesses."""
-    loops: list[tuple[int, int, int, int]] = []  # depth, step, loads, bytes
-    stack: list[list[int]] = []
-    outside, depth, total, found = 0.0, 0, 0.0, False
+    if "tt.dot" in ttir:
+        return None
+    loading: list[float] = []
+    storing: list[float] = []
+    stack: list[list[int]] = []  # depth, step, loads, bytes
+    outside, depth, found = 0.0, 0, False
     for line in ttir.splitlines():
         loop = _LOOP.search(line)
         access = _ACCESS.search(line)
@@ -124,11 +131,9 @@ def bytes_per_element(ttir: str) -> float | None:
                     outside += _bits(access[3]) / 8
         depth += line.count("{") - line.count("}")
         while stack and depth <= stack[-1][0]:
-            loops.append(tuple(stack.pop()))  # type: ignore[arg-type]
-    for _, step, loads, size in loops:
-        if loads:
-            total += size / step
-    return (total or outside) if found else None
+            _, step, loads, size = stack.pop()
+            (loading if loads else storing).append(size / step)
+    return (sum(loading) or max(storing, default=0) or outside) if found else None
 
 
 def report(kernel: CompiledKernel) -> Report:

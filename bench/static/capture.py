@@ -1,17 +1,23 @@
 """Compile whatever a function launches, for a GPU that is not there.
 
 Triton's own launch path chooses signature, specialisation and options; only its driver is replaced by one that names
-the target, and the launch itself is left out. Arguments live on torch's meta device.
+the target, and the launch itself is left out. Arguments live on torch's meta device. A launch's fingerprint is a hash
+of all that its binary depends on, so that a kernel whose binary has been read before need not be compiled again.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 from torch._library.triton import set_wrap_triton_enabled
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
@@ -25,6 +31,13 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 148),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 304),
 }
+
+
+class Launch(NamedTuple):
+    """A kernel's launch; `binary` is None where its fingerprint was known already."""
+
+    fingerprint: str
+    binary: CompiledKernel | None
 
 
 class _Driver:
@@ -44,6 +57,22 @@ class _Driver:
         return 0
 
 
+def _source(kernel: JITFunction) -> dict[str, str]:
+    """The text of `kernel`, of every function that it calls, and the constants that they name."""
+    text: dict[str, str] = {}
+    pending = [kernel]
+    while pending:
+        function = pending.pop()
+        text[function.__name__] = function.src
+        for name in set(re.findall(r"\w+", function.src)) - text.keys():
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, JITFunction):
+                pending.append(value)
+            elif isinstance(value, tl.constexpr):
+                text[name] = repr(value.value)
+    return text
+
+
 @contextmanager
 def _target(family: str) -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -60,16 +89,26 @@ def _target(family: str) -> Iterator[None]:
         launch.configured_sweep.cache_clear()
 
 
-def compiled(family: str, call: Callable[[], Any]) -> dict[str, CompiledKernel]:
-    """The kernels that `call` launches, by name, compiled for `family`; `call` allocates on the meta device."""
-    kernels: dict[str, CompiledKernel] = {}
+def launches(family: str, call: Callable[[], Any], known: Collection[str] | None) -> dict[str, Launch]:
+    """The launches that `call` makes, by kernel, each compiled for `family` unless its fingerprint is `known`; None
+    knows them all. `call` allocates on the meta device."""
+    found: dict[str, Launch] = {}
     run = JITFunction.run
 
-    def warm(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> CompiledKernel:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        kernels[self.__name__] = kernel
-        return kernel
+    def fingerprinted(*, key: str, fn: Any, **_: Any) -> bool:
+        kernel = fn.jit_function
+        identity = f"{triton.__version__} {family} {key} {sorted(_source(kernel).items())}"
+        fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        found[kernel.__name__] = Launch(fingerprint, None)
+        return known is None or fingerprint in known
 
-    with _target(family), mock.patch.object(JITFunction, "run", warm), torch.device("meta"):
+    def warm(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> CompiledKernel | None:
+        self.device_caches.clear()  # so that the hook sees every launch
+        binary = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found[self.__name__] = found[self.__name__]._replace(binary=binary)
+        return binary
+
+    hook = mock.patch.object(knobs.runtime, "jit_cache_hook", fingerprinted)
+    with _target(family), hook, mock.patch.object(JITFunction, "run", warm), torch.device("meta"):
         call()
-    return kernels
+    return found

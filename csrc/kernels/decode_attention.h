@@ -66,6 +66,27 @@ inline float score_block(const float* query, const T* keys, std::int64_t begin, 
   return horizontal_sum(total);
 }
 
+// out += Σ_j weights[j]·rows[j], rows of `dim` elements: a tile of the output stays in registers over all rows.
+template <int kTile, class T>
+inline void add_tile(float* out, const float* weights, const T* rows, std::int64_t count, std::int64_t dim) {
+  Vf total[kTile];
+  for (int i = 0; i < kTile; ++i) total[i] = load(out + i * kLanes);
+  for (std::int64_t j = 0; j < count; ++j)
+    for (int i = 0; i < kTile; ++i)
+      total[i] = fma(broadcast(weights[j]), load(rows + j * dim + i * kLanes), total[i]);
+  for (int i = 0; i < kTile; ++i) store(out + i * kLanes, total[i]);
+}
+
+template <class T>
+inline void add_weighted(float* out, const float* weights, const T* rows, std::int64_t count, std::int64_t dim) {
+  constexpr int kTile = 4;
+  std::int64_t i = 0;
+  for (; i + kTile * kLanes <= dim; i += kTile * kLanes) add_tile<kTile>(out + i, weights, rows + i, count, dim);
+  for (; i + kLanes <= dim; i += kLanes) add_tile<1>(out + i, weights, rows + i, count, dim);
+  for (; i < dim; ++i)
+    for (std::int64_t j = 0; j < count; ++j) out[i] += weights[j] * load_one(rows + j * dim + i);
+}
+
 // `part.output` holds `dim` zeros at the start; keys and values are (position, dim), dense.
 template <class T>
 void attend(const float* query, const T* keys, const T* values, std::int64_t begin, std::int64_t end,
@@ -74,7 +95,7 @@ void attend(const float* query, const T* keys, const T* values, std::int64_t beg
   for (std::int64_t first = begin; first < end; first += kPositionBlock) {
     const std::int64_t last = first + kPositionBlock < end ? first + kPositionBlock : end;
     part.total += score_block(query, keys, first, last, dim, scale, softcap, scores, part);
-    for (std::int64_t j = first; j < last; ++j) add_scaled(part.output, scores[j - first], values + j * dim, dim);
+    add_weighted(part.output, scores, values + first * dim, last - first, dim);
   }
 }
 

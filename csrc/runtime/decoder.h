@@ -1,6 +1,8 @@
 // Runs tokens through the kept layers of a model: by the fused CPU path where it applies, else by the generic one.
 #pragma once
 
+#include <ATen/record_function.h>
+
 #include <mutex>
 
 #include "runtime/fused.h"
@@ -52,6 +54,8 @@ class Decoder {
 
  private:
   at::Tensor run(const Cache& cache, const Plan& plan, const at::Tensor& ids, std::int64_t keep) {
+    // A range of torch.profiler: nothing but a look at thread-local state while none records.
+    RECORD_USER_SCOPE(ids.size(1) > 1 ? "runtime prefill" : "runtime decode");
     if (model_->device().is_cpu() && ids.numel() <= FusedDecoder::kMaxTokens)
       return append_fused(cache, plan, ids, keep);
 #ifdef E3_WITH_CUDA

@@ -53,6 +53,7 @@ inline Sequences generate(Decoder& decoder, Cache& cache, const at::Tensor& prom
   at::Tensor ids = prompt;
   for (std::int64_t step = 0; step < request.max_new_tokens; ++step) {
     const at::Tensor logits = decoder.append(cache, ids, 1).to(at::kCPU).contiguous();
+    RECORD_USER_SCOPE("runtime sample");
     for (std::int64_t b = 0; b < batch; ++b) {
       float* row = logits.data_ptr<float>() + b * vocabulary;
       if (finished[b])

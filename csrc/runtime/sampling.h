@@ -6,7 +6,10 @@
 #include <ATen/core/PhiloxRNGEngine.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace e3 {
@@ -39,21 +42,59 @@ class Uniform {
   at::Philox4_32 engine_;
 };
 
+// The largest of `count` logits and whether one of them is NaN, in vectors: this runs once a token on one thread.
+inline std::pair<float, bool> largest_and_nan(const float* logits, std::int64_t count) {
+  typedef float Vector __attribute__((vector_size(16)));
+  typedef std::int32_t Mask __attribute__((vector_size(16)));
+  constexpr int kLanes = 4, kVectors = 8, kStep = kLanes * kVectors;
+  float largest = -std::numeric_limits<float>::infinity();
+  Vector maxima[kVectors];
+  Mask nans{};
+  std::fill_n(maxima, kVectors, Vector{} + largest);
+  std::int64_t i = 0;
+  for (; i + kStep <= count; i += kStep)
+    for (int v = 0; v < kVectors; ++v) {
+      Vector x;
+      std::memcpy(&x, logits + i + v * kLanes, sizeof x);
+      maxima[v] = x > maxima[v] ? x : maxima[v];
+      nans |= x != x;
+    }
+  bool nan = nans[0] | nans[1] | nans[2] | nans[3];
+  for (const Vector& lanes : maxima)
+    for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, lanes[lane]);
+  for (; i < count; ++i) {
+    largest = std::max(largest, logits[i]);
+    nan |= logits[i] != logits[i];
+  }
+  return {largest, nan};
+}
+
+// The lowest index of the largest logit. Raises where a logit is NaN or the largest is infinite.
+inline std::int64_t index_of_largest(const float* logits, std::int64_t count) {
+  constexpr std::int64_t kBlock = 4096;
+  const float* best = logits;
+  float largest = -std::numeric_limits<float>::infinity();
+  for (std::int64_t begin = 0; begin < count; begin += kBlock) {
+    const auto [of_block, nan] = largest_and_nan(logits + begin, std::min(kBlock, count - begin));
+    TORCH_CHECK(!nan, "the logits of the next token are not finite");
+    if (of_block > largest) {
+      largest = of_block;
+      best = logits + begin;
+    }
+  }
+  TORCH_CHECK(std::isfinite(largest), "the logits of the next token are not finite");
+  return std::find(best, logits + count, largest) - logits;
+}
+
 class Sampler {
  public:
   Sampler(const Sampling& sampling, std::int64_t vocabulary) : sampling_(sampling), vocabulary_(vocabulary) {}
 
-  // Probabilities of the next token after all processors; for greedy decoding all mass on the largest logit, the lowest
-  // index of equals. `logits` is overwritten. `context` holds the tokens so far.
+  // Probabilities of the next token after all processors. `logits` is overwritten; `context` holds the tokens so far.
   const std::vector<float>& probabilities(float* logits, const std::vector<std::int64_t>& context) {
     penalise(logits, context);
-    const float largest = *std::max_element(logits, logits + vocabulary_);
-    TORCH_CHECK(std::isfinite(largest) && logits[0] == logits[0], "the logits of the next token are not finite");
+    const float largest = logits[index_of_largest(logits, vocabulary_)];
     probabilities_.assign(vocabulary_, 0.0f);
-    if (!sampling_.sample) {
-      probabilities_[std::find(logits, logits + vocabulary_, largest) - logits] = 1.0f;
-      return probabilities_;
-    }
     const float threshold = sampling_.top_k && sampling_.top_k < vocabulary_ ? kth_largest(logits)
                                                                              : -std::numeric_limits<float>::infinity();
     double total = 0;
@@ -67,12 +108,10 @@ class Sampler {
     return probabilities_;
   }
 
-  // Greedy decoding without the probabilities.
+  // Greedy decoding: the largest logit after the repetition penalty, the lowest index of equals.
   std::int64_t largest(float* logits, const std::vector<std::int64_t>& context) const {
     penalise(logits, context);
-    const float* best = std::max_element(logits, logits + vocabulary_);
-    TORCH_CHECK(std::isfinite(*best) && logits[0] == logits[0], "the logits of the next token are not finite");
-    return best - logits;
+    return index_of_largest(logits, vocabulary_);
   }
 
   // The token whose share of the cumulated weights holds u ∈ [0, 1).

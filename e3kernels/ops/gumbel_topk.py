@@ -145,9 +145,10 @@ def _checked(length: int, k: int, tau: float, noise_scale: float, relaxation: st
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Eager, with no tensor subclass and no dispatch mode that would have to see the operator."""
+    """Eager, with no tensor subclass, dispatch mode or profiler that would have to see the operator."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.autograd._profiler_enabled()
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
     )

@@ -3,10 +3,12 @@
 `load` registers the overloads `e3::<op>.triton` the way `torch.library.triton_op` registers a whole operator: eager
 calls launch directly, and where AOTAutograd functionalises, the launches are traced into the graph, so that the
 compiler sees them. Two kinds stay one node: the linear losses, whose loop over tiles would be unrolled, and
-`gumbel_topk`, whose bits depend on a compile option (no fused multiply-adds) that a traced launch cannot carry.
+`gumbel_topk`, whose bits depend on a compile option (no fused multiply-adds) that a traced launch cannot carry. Under
+the interpreter all of them do: a launch that is run by Python cannot be traced.
 """
 
 import importlib
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -55,6 +57,6 @@ def load(register: Callable[..., None], devices: tuple[str, ...], dtypes: tuple[
         names = operation, f"{operation}_backward"
         kernels = [getattr(module, name) for name in names]
         register("triton", operation, *map(_eager, kernels), devices=devices, dtypes=dtypes)
-        if operation in TRACED:
+        if operation in TRACED and os.environ.get("TRITON_INTERPRET") != "1":
             for name, kernel in zip(names, kernels, strict=True):
                 _trace(f"e3::{name}.triton", kernel)

@@ -337,7 +337,7 @@ def token_statistics(d: Dense, partial: Tensor, mixture: Tensor | None, vocabula
     wrap_triton(entropy_kl_tokens)[(triton.cdiv(N, rows),)](
         partial, mixture, d.labels, d.mask, d.scalars, *out, N, splits, math.log(vocabulary), d.ignore_index,
         HAS_LABELS=d.labels is not None, HAS_MASK=d.mask is not None, DIVERGENCE=d.divergence, WEIGHTING=d.weighting,
-        SPLITS=triton.next_power_of_2(splits), ROWS=rows, **warps(1),
+        SPLITS=triton.next_power_of_2(int(splits)), ROWS=rows, **warps(1),
     )  # fmt: skip
     return out
 

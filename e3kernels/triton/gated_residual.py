@@ -12,17 +12,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from e3kernels.triton.launch import warps
+from e3kernels.triton.launch import lanes
 
-BLOCK = 2048
+LANES = 256
+BLOCK = 8 * LANES
 
 
 @triton.jit
 def _locate(run_size, BLOCK: tl.constexpr):
     """(run, offsets, mask) of this program's block within its run of `run_size` elements."""
     blocks = tl.cdiv(run_size, BLOCK)
-    program = tl.program_id(0)
-    run = (program // blocks).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    run = program // blocks
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     return run, run * run_size + columns, columns < run_size
 
@@ -91,7 +92,7 @@ def gated_residual(hidden: Tensor, branch_out: Tensor, gate: Tensor) -> Tensor:
     if hidden.numel():
         wrap_triton(gated_residual_forward)[grid](
             hidden.contiguous(), branch_out.contiguous(), values, out, size, gates,
-            FULL=full, BLOCK=BLOCK, **warps(8),
+            FULL=full, BLOCK=BLOCK, **lanes(LANES, hidden.device),
         )  # fmt: skip
     return out
 
@@ -108,7 +109,7 @@ def gated_residual_backward(
     if hidden.numel():
         wrap_triton(gated_residual_gradient)[(runs * blocks,)](
             grad.contiguous(), hidden.contiguous(), branch_out.contiguous(), values, grad_hidden, grad_branch, sums,
-            size, gates, FULL=full, BLOCK=BLOCK, **warps(8),
+            size, gates, FULL=full, BLOCK=BLOCK, **lanes(LANES, hidden.device),
         )  # fmt: skip
     grad_gate = sums.sum_to_size(gate.shape) if full else sums.sum((0, 2)).reshape(gate.shape)
     return grad_hidden, grad_branch, grad_gate.to(gate.dtype)

@@ -133,7 +133,7 @@ def gumbel_topk_sample(
     logits_ptr, scalars_ptr, mask_ptr, probs_ptr, L, k, seed: tl.int64, step: tl.int64,
     RELAXATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < L
     tau = tl.load(scalars_ptr)
@@ -170,7 +170,7 @@ def gumbel_topk_gradient(
     RELAXATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of `probs`; steps_ptr holds the successive softmaxes of the row, (k, L)."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < L
     at = row * L + columns
@@ -185,7 +185,7 @@ def gumbel_topk_gradient(
         out = k * _softmax_gradient(p / k, g) / tau
     else:
         s = _finite(_scores(logits_ptr, scalars_ptr, seed, step, row, L, columns, inside), inside, tau)
-        steps = steps_ptr + row.to(tl.int64) * k * L + columns
+        steps = steps_ptr + row * k * L + columns
         for j in range(k):
             a = _softmax(s, inside, tau)
             tl.store(steps + j * L, a, mask=inside)

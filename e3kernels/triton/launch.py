@@ -50,6 +50,11 @@ def warps(count: int, **options: Any) -> dict[str, Any]:
     return {"num_warps": count, **options, **fusion}
 
 
+def lanes(count: int, device: torch.device) -> dict[str, Any]:
+    """The warps, or the half as many wavefronts of AMD, that hold `count` lanes."""
+    return warps(count // device_of(device.type, device.index).warp)
+
+
 forced: dict[str, Sweep] = {}
 
 
@@ -63,39 +68,43 @@ def device_of(kind: str, index: int | None) -> Device:
         if torch.version.hip:
             return Device(properties.gcnArchName.split(":")[0], 64, properties.multi_processor_count)
         return Device(f"sm_{properties.major}{properties.minor}", 32, properties.multi_processor_count)
+    if kind == "xpu" and torch.xpu.is_available():
+        return Device("xpu", 32, torch.xpu.get_device_properties(index).gpu_subslice_count)
     return Device("generic", 32, PROCESSORS)
 
 
 @functools.cache
-def _table(family: str) -> dict[str, list[dict[str, Any]]]:
+def table_of(family: str) -> dict[str, list[dict[str, Any]]]:
     path = CONFIGS / f"{family}.json"
     return json.loads(path.read_text())["kernels"] if path.exists() else {}
 
 
 @functools.cache
 def configured_sweep(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
-    """The tile that the family's file names, else the heuristic's: 128-bit accesses and at most eight warps."""
+    """The tile that the family's file names, else the heuristic's: 128-bit accesses, at most eight warps, and two
+    rounds a step where that does not cost a wide wavefront its registers."""
     family, warp, _ = device_of(device.type, device.index)
-    for entry in _table(family).get(kernel, ()):
+    for entry in table_of(family).get(kernel, ()):
         limit = entry["columns"]
         if entry["itemsize"] == itemsize and (limit is None or columns <= limit):
             return Sweep(entry["warps"] * warp, entry["vec"], entry["unroll"], entry["warps"])
     vec, count = 16 // itemsize, 8
     while count > 1 and count * warp * vec >= 2 * columns:
         count //= 2
-    return Sweep(count * warp, vec, 1 if count < 8 else 2, count)
+    return Sweep(count * warp, vec, 2 if count == 8 and warp == 32 else 1, count)
 
 
 def sweep_of(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
-    """The tile for rows of `columns` items of `itemsize` bytes; `forced` while tuning."""
-    return forced.get(kernel) or configured_sweep(kernel, device, itemsize, columns)
+    """The tile for rows of `columns` items of `itemsize` bytes; `forced` while tuning. A graph is traced for one
+    vocabulary and any number of rows."""
+    return forced.get(kernel) or configured_sweep(kernel, device, itemsize, int(columns))
 
 
 def split_of(sweep: Sweep, device: torch.device, rows: int, columns: int) -> tuple[int, int]:
     """(number, size) of a row's parts: one where the rows alone fill the device, at most 32, whole steps each."""
     wanted = 4 * device_of(device.type, device.index).processors
-    steps = triton.cdiv(columns, sweep.step)
-    splits = max(1, min(steps, 32, triton.cdiv(wanted, max(rows, 1))))
+    steps = triton.cdiv(int(columns), sweep.step)
+    splits = int(max(1, min(steps, 32, triton.cdiv(wanted, max(rows, 1)))))
     size = triton.cdiv(steps, splits) * sweep.step
     return triton.cdiv(columns, size), size
 

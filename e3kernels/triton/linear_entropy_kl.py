@@ -98,7 +98,7 @@ def on_chip_tokens(
     """Per-token results with no logit in memory; forward and reverse divergence, one dtype."""
     d = prepared(student_hidden, teacher_hidden, labels, mask, *codes)
     (N, width), V, device = student_hidden.shape, student_weight.shape[0], student_hidden.device
-    tiles = tiling(N, V, device)
+    tiles = tiling(N, V, student_hidden)
     partial = torch.empty(N, tiles.splits, PAIR_FIELDS.value, dtype=torch.float32, device=device)
     flags = d.flags()
     del flags["HAS_MASK"]

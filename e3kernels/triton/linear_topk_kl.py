@@ -71,7 +71,7 @@ def on_chip_tokens(
     """Per-token results with no logit but the stored ids' in memory; `rest` are the operator's arguments from there."""
     s = prepared(hidden, teacher_logprobs, teacher_ids, *rest)
     (N, width), V, k, device = hidden.shape, weight.shape[0], teacher_ids.shape[1], hidden.device
-    tiles = tiling(N, V, device)
+    tiles = tiling(N, V, hidden)
     partial = torch.empty(N, tiles.splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)
     gathered = torch.empty(N, k, dtype=torch.float32, device=device)
     wrap_triton(linear_topk_kl_statistics)[(tiles.blocks, tiles.splits)](

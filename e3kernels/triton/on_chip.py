@@ -35,9 +35,15 @@ class Tiling(NamedTuple):
         return tile | warps(8, num_stages=3)
 
 
-def tiling(rows: int, vocabulary: int, device: torch.device) -> Tiling:
-    """Enough splits of the vocabulary for two programs a multiprocessor, at most 32."""
-    bm, bn, bk = (16, 32, 16) if device.type == "cpu" else (64, 128, 64)
+def tiling(rows: int, vocabulary: int, hidden: Tensor) -> Tiling:
+    """Enough splits of the vocabulary for two programs a multiprocessor, at most 32.
+
+    fp32 products have no matrix unit: their operands are held in registers, so their tiles are smaller.
+    """
+    device = hidden.device
+    bm, bn, bk = (64, 128, 64) if hidden.element_size() == 2 else (64, 64, 16)
+    if device.type == "cpu":
+        bm, bn, bk = 16, 32, 16
     blocks, steps = triton.cdiv(rows, bm), triton.cdiv(vocabulary, bn)
     splits = max(1, min(steps, 32, 2 * device_of(device.type, device.index).processors // max(blocks, 1)))
     size = triton.cdiv(steps, splits) * bn

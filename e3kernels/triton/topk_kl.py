@@ -41,7 +41,7 @@ BUCKET: tl.constexpr = tl.constexpr(0)
 RENORM: tl.constexpr = tl.constexpr(1)
 NONE = REDUCTIONS.index("none")
 ROW_FIELDS: tl.constexpr = tl.constexpr(5)  # log rest, log Z at T = 1, G, kd, ce
-ROWS = 8  # tokens of one program of the tokens and stored kernels
+ROWS = 4  # tokens of one program of the tokens and stored kernels
 
 
 @triton.jit
@@ -75,20 +75,9 @@ def topk_kl_statistics(
     ids = tl.load(ids_ptr + row * k + columns, mask=columns < k, other=0)
     ids = tl.where((log_p != float("-inf")) & (ids >= first), ids, V)
     my, ss, cs = sweep_unstored(
-        student_row,
-        ids,
-        first,
-        last,
-        V,
-        1.0 / scalar(scalars_ptr, TEMPERATURE),
-        scale,
-        softcap,
-        HAS_LABELS,
-        CAP,
-        LANES,
-        VEC,
-        UNROLL,
-    )
+        student_row, ids, first, last, V, 1.0 / scalar(scalars_ptr, TEMPERATURE), scale, softcap,
+        HAS_LABELS, CAP, LANES, VEC, UNROLL,
+    )  # fmt: skip
     p = partial_ptr + (row * tl.num_programs(1) + split) * STUDENT_FIELDS
     if HAS_LABELS:
         label = tl.load(labels_ptr + row)
@@ -319,7 +308,7 @@ class Sparse(NamedTuple):
     @property
     def padded(self) -> int:
         """k rounded up to the power of two that a tile needs."""
-        return triton.next_power_of_2(self.teacher_ids.shape[1])
+        return triton.next_power_of_2(int(self.teacher_ids.shape[1]))
 
 
 class Tokens(NamedTuple):
@@ -367,7 +356,7 @@ def token_statistics(s: Sparse, partial: Tensor, gathered: Tensor | None) -> Tok
         student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial, *out,
         N, student.stride(0), splits, k, math.log(k), s.ignore_index,
         DIVERGENCE=s.divergence, WEIGHTING=s.weighting, TAIL=s.tail, GATHERED=gathered is not None, K=s.padded,
-        SPLITS=triton.next_power_of_2(splits), ROWS=ROWS, **s.flags(), **warps(4),
+        SPLITS=triton.next_power_of_2(int(splits)), ROWS=ROWS, **s.flags(), **warps(4),
     )  # fmt: skip
     return out
 

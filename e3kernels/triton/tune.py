@@ -1,5 +1,7 @@
 """Fill a device family's launch file by measuring on the device at hand. Never run yet: no GPU was at hand.
 
+`path = tune(torch.device("cuda"))` is the whole interface; the next launch in the process uses the new file.
+
 For each kernel class and dtype, rows of each vocabulary are timed under every candidate tile; the fastest is recorded
 up to that vocabulary, and the last for all longer rows.
 """
@@ -15,16 +17,16 @@ from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 
 from e3kernels.triton import entropy_kl
-from e3kernels.triton.launch import CONFIGS, Sweep, configured_sweep, device_of, forced
+from e3kernels.triton.launch import CONFIGS, Sweep, configured_sweep, device_of, forced, table_of
 
 VOCABULARIES = (8192, 32768, 151936)
 DTYPES = (torch.bfloat16, torch.float32)
 
 
 def candidates(warp: int, itemsize: int) -> Iterator[Sweep]:
-    """Tiles of one or two 128-bit accesses a lane, 4 to 16 warps, 1 to 4 such rounds a step."""
-    for count, accesses, unroll in itertools.product((4, 8, 16), (1, 2), (1, 2, 4)):
-        yield Sweep(count * warp, accesses * 16 // itemsize, unroll, count)
+    """Tiles of one or two 128-bit accesses a lane, 128 to 1024 lanes, 1 to 4 such rounds a step."""
+    for lanes, accesses, unroll in itertools.product((128, 256, 512, 1024), (1, 2), (1, 2, 4)):
+        yield Sweep(lanes, accesses * 16 // itemsize, unroll, lanes // warp)
 
 
 def _launches(student: Tensor, teacher: Tensor) -> dict[str, Callable[[], Any]]:
@@ -64,7 +66,12 @@ def measure(device: torch.device, time: Callable[..., float]) -> dict[str, list[
 
 
 def tune(device: torch.device) -> str:
-    """Measure on `device` and write its family's launch file; returns the file's path."""
+    """Measure on `device`, a CUDA, ROCm or XPU device, and write its family's launch file; returns the file's path.
+
+    ValueError for any other device; nothing is written then.
+    """
+    if device.type not in ("cuda", "xpu"):
+        raise ValueError(f"device is {device}; tiles can be timed on a cuda (ROCm too) or an xpu device")
     with set_wrap_triton_enabled(False):
         table = measure(device, lambda launch: triton.testing.do_bench(launch, return_mode="median"))
     path = CONFIGS / f"{device_of(device.type, device.index).family}.json"
@@ -72,5 +79,6 @@ def tune(device: torch.device) -> str:
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps({"source": f"measured on {name}", "kernels": table}, indent=2) + "\n")
     partial.replace(path)
+    table_of.cache_clear()
     configured_sweep.cache_clear()
     return str(path)

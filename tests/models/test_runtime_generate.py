@@ -39,6 +39,18 @@ def test_greedy_text_is_hugging_faces(model_type):
     assert torch.equal(actual, hugging_face(model, ids))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_long_greedy_texts_are_hugging_faces(model_type):
+    """20 prompts, 256 new tokens, in batches that the fused path takes."""
+    model, ids = tiny_model(model_type, max_position_embeddings=300), tiny_tokens(batch=20, length=16)
+    runtime = LayerSkipRuntime(model)
+    for prompts in ids.split(10):
+        assert torch.equal(
+            runtime.generate(prompts, max_new_tokens=256), hugging_face(model, prompts, max_new_tokens=256)
+        )
+
+
 def test_a_left_padded_batch_gives_every_row_its_own_text():
     model = tiny_model("gemma3_text")
     rows = [tiny_tokens(batch=1, length=length, seed=length) for length in (3, 9, 6)]
@@ -290,14 +302,29 @@ def test_speculation_and_streaming_take_one_sequence():
         runtime.generate(ids, max_new_tokens=4, streamer=Recorder())
 
 
-def test_logits_that_are_not_finite_stop_the_request():
+@pytest.mark.parametrize("part", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_logits_that_are_not_finite_stop_the_request(part):
+    """All of them, or that of one token of the vocabulary."""
     model, ids = tiny_model("llama"), tiny_tokens(batch=1, length=9)
     runtime = LayerSkipRuntime(model)
     with torch.no_grad():
-        model.model.norm.weight.fill_(float("nan"))
+        weight = model.get_parameter(part)
+        unused = max(set(range(VOCAB_SIZE)) - set(ids.flatten().tolist()))
+        weight[unused if weight.shape[0] == VOCAB_SIZE else slice(None)] = float("nan")
     for options in ({}, {"do_sample": True}, {"draft_keep": [0]}):
         with pytest.raises(RuntimeError, match="not finite"):
             runtime.generate(ids, max_new_tokens=4, **options)
+
+
+def test_the_largest_logit_of_a_large_vocabulary_is_taken_and_the_first_of_equals():
+    model, ids = tiny_model("llama", vocab_size=10_001), tiny_tokens(batch=2, length=9)
+    runtime = LayerSkipRuntime(model)
+    text = runtime.generate(ids, max_new_tokens=NEW)
+    assert torch.equal(text, hugging_face(model, ids))
+    assert text.max() > 8192
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[:1].clone()
+    assert (runtime.generate(ids, max_new_tokens=4)[:, 9:] == 0).all()
 
 
 class Ban(LogitsProcessor):

@@ -17,6 +17,9 @@ def test_info_names_a_backend_and_a_reason_for_every_operation():
     assert report["versions"]["torch"] == torch.__version__
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert set(report["native_modules"]) == {"_ops", "_runtime"}
+    assert report["build"]["torch"]
+    assert all(isinstance(name, str) for name in report["cpu"]["instruction_sets"])
+    assert set(report["caches"]) == {"triton", "torch.compile"}
 
 
 def test_info_reports_a_backend_that_cannot_serve():

@@ -1,7 +1,7 @@
 """A training step and its CUDA launches traced without a GPU; run by test_triton_compiled.py in a process of its own.
 
-PyTorch without CUDA has no autograd for CUDA tensors, not even fake ones, so the step with its gradient is traced for
-CPU tensors (nothing is launched), and for CUDA tensors the operators that it calls, backward ones included.
+PyTorch without CUDA has no autograd engine for CUDA tensors, not even fake ones, so the step with its gradient is
+traced for CPU tensors (nothing is launched), and for CUDA tensors the operators that it calls, backward ones included.
 Prints a line each: number of graphs, forward nodes, backward nodes, number of CUDA graphs, CUDA nodes.
 """
 
@@ -17,18 +17,19 @@ from e3kernels import backends
 
 def step(student, teacher, labels, theta, hidden, branch, temperature, tau):
     sample = e3k.gumbel_topk(theta, 3, tau=tau, seed=1, step=2)
-    out = e3k.gated_residual(hidden, branch, sample.mask[0])
+    out = e3k.gated_residual(hidden, branch, sample.mask.select(0, 0))
     dense = e3k.entropy_kl(2 * student, teacher, labels, temperature=temperature, kd_ratio=0.5)
     stored, ids = teacher.log_softmax(-1).topk(4)
     sparse = e3k.topk_kl(3 * student, stored, ids, labels, temperature=temperature)
-    return dense + sparse + out.sum()
+    linear = e3k.linear_entropy_kl(out, student[:, :64], branch, teacher[:, :64], temperature=temperature)
+    return dense + sparse + linear
 
 
 def launches(student, teacher, labels, theta, hidden, branch, temperature, tau):
     loss = step(student, teacher, labels, theta, hidden, branch, temperature, tau)
     scalars = torch.tensor([temperature, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     grad = torch.ops.e3.entropy_kl_backward.triton(labels.float(), student, teacher, labels, None, scalars, 1, 0, -100)
-    return loss, grad, torch.ops.e3.gated_residual_backward.triton(hidden, hidden, branch, theta[0])
+    return loss, grad, torch.ops.e3.gated_residual_backward.triton(hidden, hidden, branch, theta.select(0, 0))
 
 
 def kernels(graph: torch.fx.GraphModule) -> list[str]:
@@ -44,12 +45,15 @@ def kernels(graph: torch.fx.GraphModule) -> list[str]:
 
 
 def trace(function, device: str, gradient: bool) -> AotEagerAndRecordGraphs:
+    """Four steps, each with other scalars and another number of tokens."""
     record = AotEagerAndRecordGraphs()
     compiled = torch.compile(function, backend=record, fullgraph=True)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), e3k.use_backend("triton"):
-        student, theta, hidden = (torch.randn(shape).requires_grad_(gradient) for shape in ((8, 512), (6,), (2, 3, 64)))
-        teacher, labels, branch = torch.randn(8, 512), torch.zeros(8, dtype=torch.long), torch.randn(2, 3, 64)
+        theta, hidden = (torch.randn(shape).requires_grad_(gradient) for shape in ((6,), (2, 3, 64)))
+        branch = torch.randn(2, 3, 64)
         for i in range(4):
+            student, teacher = torch.randn(8 + 8 * i, 512).requires_grad_(gradient), torch.randn(8 + 8 * i, 512)
+            labels = torch.zeros(8 + 8 * i, dtype=torch.long)
             result = compiled(student, teacher, labels, theta, hidden, branch, 1.0 + i / 3, 0.5 + i / 7)
             if gradient:
                 result.backward()

@@ -16,7 +16,7 @@ def search(checkpoint=None, **arguments):
 
 
 def interrupt_after(monkeypatch, count):
-    real, calls = e3kernels.linear_entropy_kl, []
+    real, calls = e3kernels.entropy_kl, []
 
     def interrupting(*args, **kwargs):
         if len(calls) == count:
@@ -24,7 +24,7 @@ def interrupt_after(monkeypatch, count):
         calls.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(e3kernels, "linear_entropy_kl", interrupting)
+    monkeypatch.setattr(e3kernels, "entropy_kl", interrupting)
     return calls
 
 
@@ -42,7 +42,7 @@ def test_an_interrupted_search_ends_with_the_same_plan(method, count, monkeypatc
     assert list(tmp_path.iterdir()) == [path]
     kept = len(json.loads(path.read_text())["measured"])
     assert search(path, method=method) == expected
-    assert kept <= count
+    assert kept <= count + len(BATCHES)  # block influence is measured without a divergence
     assert len(json.loads(path.read_text())["measured"]) > kept
 
 

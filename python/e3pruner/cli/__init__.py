@@ -7,7 +7,7 @@ from collections.abc import Callable
 import transformers
 import typer
 
-from e3pruner.cli import bench, demo, distill, evaluate, generate, info, prune, report, search
+from e3pruner.cli import bench, demo, distill, evaluate, generate, info, profile, prune, report, search
 from e3pruner.cli.command import Command
 
 app = typer.Typer(name="e3", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
@@ -43,3 +43,4 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, function in COMMANDS.items():
     app.command(name, cls=Command)(function)
+app.add_typer(profile.app, name="profile")

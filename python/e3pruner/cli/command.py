@@ -24,6 +24,12 @@ def error_line(error: BaseException) -> str:
     return message if speaks else f"{type(error).__name__}: {message}".rstrip(": ")
 
 
+def name_of(ctx: Any) -> str:
+    """The command as it is typed: "e3 search", "e3 profile model"."""
+    outer = ctx.parent.info_name if ctx.parent.parent is not None else None
+    return " ".join(filter(None, ("e3", outer, ctx.info_name)))
+
+
 class Command(TyperCommand):
     """A sub-command whose failure is one line on stderr and an exit code; `E3_DEBUG=1` lets the traceback through."""
 
@@ -33,12 +39,12 @@ class Command(TyperCommand):
         except (typer.Exit, typer.Abort, typer.BadParameter):  # Typer prints wrong usage itself
             raise
         except KeyboardInterrupt:
-            stderr.print(f"[bold]e3 {ctx.info_name}[/]: interrupted")
+            stderr.print(f"[bold]{name_of(ctx)}[/]: interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             if os.environ.get("E3_DEBUG") == "1":
                 raise
-            stderr.print(f"[bold red]e3 {ctx.info_name}: error:[/] ", end="")
+            stderr.print(f"[bold red]{name_of(ctx)}: error:[/] ", end="")
             stderr.print(error_line(error), markup=False)
             usage = isinstance(error, USAGE_ERRORS)
             if not usage:

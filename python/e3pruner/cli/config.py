@@ -9,6 +9,7 @@ from typing import Any
 import typer
 import yaml
 
+from e3pruner.cli.command import name_of
 from e3pruner.storage import replacing_file
 
 CONFIG_FILE = "e3.yaml"
@@ -33,7 +34,7 @@ def load_config(ctx: typer.Context, path: Path | None) -> Path | None:
     known = {parameter.name for parameter in ctx.command.params} - {"config", "help"}
     if unknown := sorted(values.keys() - known):
         names = ", ".join(sorted(str(name) for name in known))
-        raise typer.BadParameter(f"{path} has unknown keys: {', '.join(unknown)}; e3 {ctx.info_name} knows: {names}")
+        raise typer.BadParameter(f"{path} has unknown keys: {', '.join(unknown)}; {name_of(ctx)} knows: {names}")
     ctx.default_map = {key: as_argument(value) for key, value in values.items()}
     return path
 
@@ -73,6 +74,6 @@ def plain(value: Any) -> Any:
 
 def save_config(ctx: typer.Context, path: Path) -> None:
     """Writes the resolved options to `path`, ready for `--config`."""
-    head = f"# The options of this run; e3 {ctx.info_name} --config {path.name} takes them again.\n"
+    head = f"# The options of this run; {name_of(ctx)} --config {path.name} takes them again.\n"
     with replacing_file(path) as temporary:
         temporary.write_text(head + yaml.safe_dump(resolved(ctx), sort_keys=False), encoding="utf-8")

@@ -46,7 +46,7 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend: sequences, steps, points of the curve, and new tokens a prompt."""
+    """What a run may spend: sequences, steps, points of the curve, new tokens a prompt, and timings a model."""
 
     calibration: int = 16
     held_out: int = 16
@@ -55,12 +55,20 @@ class Budget:
     compensation: int = 32
     training_steps: int = 50
     new_tokens: int = 48
+    repeats: int = 3
     batch: int = 4
 
 
 FULL = Budget()
 QUICK = Budget(
-    calibration=8, held_out=8, search_steps=6, curve_points=0, compensation=16, training_steps=10, new_tokens=16
+    calibration=4,
+    held_out=4,
+    search_steps=4,
+    curve_points=0,
+    compensation=8,
+    training_steps=6,
+    new_tokens=16,
+    repeats=1,
 )
 
 
@@ -202,7 +210,7 @@ class Pipeline:
         }
 
     def time(self) -> dict[str, Any]:
-        return {name: latency(self.load(name)) for name in MODELS}
+        return {name: latency(self.load(name), repeats=self.budget.repeats) for name in MODELS}
 
     def generate(self) -> list[dict[str, Any]]:
         models = {name: self.load(name) for name in MODELS}

@@ -16,11 +16,20 @@ PIPE_WIDTH = 140
 def print_table(results: dict[str, Any]) -> None:
     """Prints the results' models, one a row, to stdout."""
     headings, rows = model_table(results)
-    table = Table(title=results["title"], title_justify="left")
+    console().print(rich_table(results["title"], headings, rows))
+
+
+def rich_table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
+    """A table whose first column names the row and whose others are figures."""
+    table = Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def console() -> Console:
+    """Standard output, at the width of the terminal if it is one."""
     terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=PIPE_WIDTH)
-    console.print(table)
+    return terminal if terminal.is_terminal else Console(width=PIPE_WIDTH)

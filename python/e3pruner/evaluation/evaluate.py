@@ -19,7 +19,7 @@ import e3kernels as e3k
 from e3pruner.models import OutputHead, find_layers, last_hidden, output_head
 from e3pruner.models.stack import evaluating
 from e3pruner.models.tokens import check_token_batches
-from e3pruner.precision import autocast_dtype
+from e3pruner.precision import autocast_dtype, weights_in
 
 _TILE_VALUES = 2**23  # logits that exist at a time: 32 MiB in fp32, of student and teacher each
 
@@ -46,8 +46,8 @@ def evaluate(
     """Measure `model` on text: every token but the first of each sequence is predicted from those before it.
 
     token_batches: (B, T) token ids each, tensors or nested lists. teacher: the model to compare with, for example the
-    dense one. precision: "fp32" computes in the type of the weights, "bf16" under autocast, "auto" in bf16 where the
-    processor multiplies it. progress: show a bar on standard error.
+    dense one. precision: "fp32" computes in the type of the weights, "bf16" with the weights rounded to bfloat16
+    meanwhile, "auto" in bf16 where the processor multiplies it. progress: show a bar on standard error.
 
     Returns "perplexity" = exp of the mean cross-entropy in nats, "tokens" (predicted ones), "layers", "parameters"
     (tied ones count once), and with a teacher "kl", the mean KL(teacher ‖ model) in nats a token over the full
@@ -71,7 +71,8 @@ def evaluate(
     with ExitStack() as stack:
         for each in models:
             stack.enter_context(evaluating(each))
-        stack.enter_context(torch.autocast(model.device.type, dtype, enabled=dtype is not None))
+            if dtype is not None:
+                stack.enter_context(weights_in(each, dtype))
         for number, batch in enumerate(
             track(batches, "evaluate", console=Console(stderr=True), disable=not progress, transient=True)
         ):

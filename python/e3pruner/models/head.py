@@ -32,7 +32,9 @@ class OutputHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., H), in the dtype of the weight."""
-        scaled = self.scale * F.linear(hidden, self.weight, self.bias)
+        scaled = F.linear(hidden, self.weight, self.bias)
+        if self.scale != 1:
+            scaled = self.scale * scaled
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from e3kernels.profiling import named_range
 from e3pruner.models.runtime_hook import generate_with_runtime
 from e3pruner.models.stack import check_indices
 
@@ -46,6 +47,11 @@ class LayerSkipRuntime:
         self.speculation: _runtime.SpeculationCounts | None = None  # of the last request that had a draft
         self._description = describe(model)
         self._decoder = self._native.Decoder(self._description)
+        whole_or_part = ((True, True), (True, False), (False, True))  # attention and MLP
+        self._choices = [
+            {blocks: self._native.KeptLayer(index, *blocks) for blocks in whole_or_part}
+            for index in range(model.config.num_hidden_layers)
+        ]
         self._parameters = [
             (f"{prefix}.{name}" if prefix else name, module._parameters, name, parameter)
             for prefix, module in model.named_modules()
@@ -71,17 +77,16 @@ class LayerSkipRuntime:
 
     def plan(self, keep: Keep | None) -> list[_runtime.KeptLayer]:
         """`keep` as the compiled runtime takes it: the kept layers in ascending order."""
-        count = len(self._description.layers)
-        if keep is None:
-            keep = range(count)
-        blocks = keep if isinstance(keep, Mapping) else {"attention": keep, "mlp": keep}
-        if set(blocks) != {"attention", "mlp"}:
-            raise ValueError(f"keep has the keys {sorted(blocks)}; a mapping has 'attention' and 'mlp'")
-        attention, mlp = (check_indices("keep", blocks[block], count) for block in ("attention", "mlp"))
-        layers = sorted({*attention, *mlp})
-        if not layers:
+        count = len(self._choices)
+        if isinstance(keep, Mapping):
+            if set(keep) != {"attention", "mlp"}:
+                raise ValueError(f"keep has the keys {sorted(keep)}; a mapping has 'attention' and 'mlp'")
+            attention, mlp = (set(check_indices("keep", keep[block], count)) for block in ("attention", "mlp"))
+        else:
+            attention = mlp = set(range(count) if keep is None else check_indices("keep", keep, count))
+        if not attention | mlp:
             raise ValueError(f"keep is empty; the model has layers 0 to {count - 1} and at least one must stay")
-        return [self._native.KeptLayer(i, i in attention, i in mlp) for i in layers]
+        return [self._choices[layer][layer in attention, layer in mlp] for layer in sorted(attention | mlp)]
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +117,8 @@ class LayerSkipRuntime:
         Returns the logits of the last `logits_to_keep` tokens, (batch, logits_to_keep, V), fp32. Raises ValueError for
         ids outside the vocabulary, another batch size, or a context beyond the model's.
         """
-        return self._decoder.append(cache, input_ids, logits_to_keep)
+        with named_range("runtime append"):
+            return self._decoder.append(cache, input_ids, logits_to_keep)
 
     def generate(
         self,
@@ -164,7 +170,7 @@ class LayerSkipRuntime:
         cache = self.new_cache(prompt.shape[0], attention_mask, capacity=prompt.shape[1] + max_new_tokens)
         if streamer is not None:
             streamer.put(prompt)
-        with self._request():
+        with self._request(), named_range("runtime generate" if draft is None else "runtime speculate"):
             if draft is None:
                 rows = self._decoder.generate(cache, prompt, request, on_tokens)
             else:

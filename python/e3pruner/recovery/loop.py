@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from e3kernels.profiling import named_range
 from e3pruner.recovery.batches import shuffled_batch
 from e3pruner.recovery.interrupt import deferred_interrupt
 from e3pruner.recovery.loss import DistillLoss, HeldOut
@@ -89,7 +90,8 @@ class Training:
                 if last:
                     return result
                 try:
-                    self._step()
+                    with named_range("step"):
+                        self._step()
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{error}; {self._kept(folder)}") from None
 
@@ -100,23 +102,29 @@ class Training:
         weight, total, tokens = 0.0, 0.0, 0
         for micro in range(options.accumulation):
             start = (result.steps * options.accumulation + micro) * options.batch_size
-            batch = shuffled_batch(self.data, start, options.batch_size, options.seed).to(self.loss.student.device)
+            with named_range("data"):
+                batch = shuffled_batch(self.data, start, options.batch_size, options.seed)
+                batch = batch.to(self.loss.student.device)
             loss, stats = self.loss(batch, self.loss.targets(batch), "sum")
-            loss.backward()
+            with named_range("backward"):
+                loss.backward()
             total += float(loss.detach())
             weight += float(stats.weight.sum())
             tokens += batch.labels.numel()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         # The mean over all accumulated tokens, Σwℓ / Σw, and the clipping are one multiplication.
-        norm = float(nn.utils.get_total_norm(gradients)) / weight
+        with named_range("clip"):
+            norm = float(nn.utils.get_total_norm(gradients)) / weight
         step, mean = result.steps + 1, total / weight
         if not (abs(mean) < float("inf") and norm < float("inf")):
             raise FloatingPointError(f"step {step}: loss is {mean}, gradient norm {norm}; the step was not taken")
-        torch._foreach_mul_(gradients, min(1.0, options.max_grad_norm / max(norm, 1e-12)) / weight)
+        with named_range("clip"):
+            torch._foreach_mul_(gradients, min(1.0, options.max_grad_norm / max(norm, 1e-12)) / weight)
         rate = options.learning_rate(result.steps, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        with named_range("optimizer"):
+            self.optimizer.step()
         result.steps, result.tokens = step, result.tokens + tokens
         result.curve.append({"step": step, "loss": mean, "lr": rate, "grad_norm": norm})
 

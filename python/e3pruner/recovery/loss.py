@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from e3kernels.profiling import named_range
 from e3pruner.models import last_hidden, output_head
 from e3pruner.recovery.batches import IGNORED, Batch, in_order
 from e3pruner.recovery.options import DistillOptions
@@ -33,33 +34,34 @@ class DistillLoss:
             )
 
     def targets(self, batch: Batch) -> Any:
-        with self._autocast():
+        with self._autocast(), named_range("teacher forward"):
             return self.teacher.targets(batch)
 
     def __call__(self, batch: Batch, targets: Any, reduction: str = "mean") -> tuple[Tensor, Any]:
         """(loss, per-token statistics), as `e3kernels.linear_entropy_kl` gives them for positions 0 … S − 2."""
         with self._autocast():
-            return self.of_hidden(
-                last_hidden(self.student, batch.input_ids, batch.attention_mask), batch, targets, reduction
-            )
+            with named_range("student forward"):
+                hidden = last_hidden(self.student, batch.input_ids, batch.attention_mask)
+            return self.of_hidden(hidden, batch, targets, reduction)
 
     def of_hidden(self, hidden: Tensor, batch: Batch, targets: Any, reduction: str) -> tuple[Tensor, Any]:
         """The same from the student's last hidden states (B, S, H), for a loop that runs the model itself."""
         options = self.options
-        return self.teacher.loss(
-            hidden[:, :-1],
-            output_head(self.student),
-            targets,
-            batch.labels,
-            temperature=options.temperature,
-            weighting=options.weighting,
-            gamma=options.gamma,
-            kd_ratio=options.kd_ratio,
-            divergence=options.divergence,
-            ignore_index=IGNORED,
-            reduction=reduction,
-            return_stats=True,
-        )
+        with named_range("loss"):
+            return self.teacher.loss(
+                hidden[:, :-1],
+                output_head(self.student),
+                targets,
+                batch.labels,
+                temperature=options.temperature,
+                weighting=options.weighting,
+                gamma=options.gamma,
+                kd_ratio=options.kd_ratio,
+                divergence=options.divergence,
+                ignore_index=IGNORED,
+                reduction=reduction,
+                return_stats=True,
+            )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.student.device.type, self.dtype, enabled=self.dtype is not None)

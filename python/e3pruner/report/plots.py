@@ -164,8 +164,13 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
 
 
 def draw(name: str, results: Results, folder: Path) -> str:
+    return render(name, lambda: PLOTS[name](results), folder)
+
+
+def render(name: str, plot: Callable[[], Figure], folder: Path) -> str:
+    """Draws `plot()` in the report's style as `folder`/`name`.png; returns it as inline SVG."""
     with style(name):
-        figure = PLOTS[name](results)
+        figure = plot()
         with replacing_file(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=160)
         buffer = io.StringIO()

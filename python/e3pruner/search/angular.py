@@ -18,6 +18,7 @@ def angular(problem: SearchProblem) -> Search:
     starts = [start for start in problem.free if set(range(start, start + problem.drop)) <= set(problem.free)]
     if not starts:
         raise ValueError(f"protect leaves no {problem.drop} neighbouring layers that may all go; protect fewer")
+    problem.expect(len(problem.batches))
     distance = problem.state_distance(problem.drop, angle)
     best = min(starts, key=lambda start: distance[start])
     removed = list(range(best, best + problem.drop))

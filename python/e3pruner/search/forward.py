@@ -14,6 +14,7 @@ from typing import Any, Self
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from e3kernels.profiling import named_range
 from e3pruner.models import find_layers, last_hidden
 
 Mask = tuple[bool, ...]  # one entry a layer; True: the layer runs
@@ -70,7 +71,9 @@ class SkippingForward:
         ordered = shared_prefixes(masks)
         stored = frozenset(start for _, start in ordered)
         for mask, start in ordered:
-            yield mask, self._run(input_ids, mask, start, stored)
+            with named_range("student forward"):
+                hidden = self._run(input_ids, mask, start, stored)
+            yield mask, hidden
 
     def _run(self, input_ids: Tensor, mask: Mask, start: int, stored: frozenset[int]) -> Tensor:
         """One pass, from what an earlier one stored at layer `start`; it stores the inputs of the layers `stored`."""

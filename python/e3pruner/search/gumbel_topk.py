@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 
 import e3kernels as e3k
+from e3kernels.profiling import named_range
+from e3pruner.search.bi import cosine_distance
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.protocol import (
     Search,
@@ -18,6 +20,7 @@ from e3pruner.search.protocol import (
     check_positive,
     layers_of,
     leave_one_out_scores,
+    lowest,
     removed_share,
 )
 from e3pruner.search.quadratic import QuadraticModel
@@ -31,23 +34,27 @@ def gumbel_topk(
 ) -> Search:
     """Importance start, `steps` rounds of `samples` masks on one batch each, final choice on all calibration tokens.
 
-    1. I_l, the mean KL without layer l alone, is the prior of the model.
+    1. I_l, the mean KL without layer l alone, is the prior of the model. Two masks start: the lowest I_l, and the
+       lowest block influence, which costs a dense pass and often knows better which layers may go together.
     2. Each step draws samples − 1 masks, the K largest of θ + κ·g, beside the model's own best mask, measures them on
        the step's batch and fits the model again. κ falls geometrically from `noise` to 0.4 of it.
-    3. Of the masks measured so far the model's `finalists` best are measured on all batches. The best of them is final.
+    3. Of the masks measured so far the model's `finalists` best are measured on all batches, and so are both starts:
+       the best of them is final, and on the calibration tokens never worse than where it began.
     """
     check_integer("steps", steps, 1)
     check_integer("samples", samples, 2)
     check_integer("finalists", finalists, 1)
     check_positive("noise", noise)
     start = _start_batches(problem)
-    problem.expect(problem.num_layers * len(start) + steps * samples + finalists * len(problem.batches))
+    problem.expect(problem.num_layers * len(start) + steps * samples + (finalists + 3) * len(problem.batches))
     importance = leave_one_out_scores(problem, start)
     free = problem.free
     model = QuadraticModel(torch.tensor([importance[layer] for layer in free], dtype=torch.float64))
-    best = torch.zeros(len(free), dtype=torch.float64)
-    best[model.prior.topk(problem.drop, largest=False).indices] = 1
-    yield {"importance": importance, "removed": layers_of(problem, best)}
+    influence = problem.state_distance(1, cosine_distance)
+    starts = [lowest(values, free, problem.drop) for values in (importance, influence)]
+    first = torch.tensor([[float(layer in removed) for layer in free] for removed in starts], dtype=torch.float64)
+    best = first[0]
+    yield {"importance": importance, "removed": starts[0]}
 
     masks, batches, scores = best.new_empty(0, len(free)), torch.empty(0, dtype=torch.int64), best.new_empty(0)
     for step in range(steps):
@@ -61,13 +68,14 @@ def gumbel_topk(
             seed=problem.seed,
             step=step,
         ).mask
-        drawn = torch.cat([best[None], 1 - kept]).unique(dim=0)
+        drawn = torch.cat([best[None] if step else first, 1 - kept]).unique(dim=0)
         found = problem.score([problem.mask(layers_of(problem, mask)) for mask in drawn], [batch])
         masks = torch.cat([masks, drawn])
         batches = torch.cat([batches, torch.full((len(drawn),), batch)])
         scores = torch.cat([scores, scores.new_tensor(found)])
-        model.fit(masks, batches, scores)
-        best = model.descend(best)
+        with named_range("optimizer"):
+            model.fit(masks, batches, scores)
+            best = model.descend(best)
         yield {
             "score": sum(found) / len(found),
             "removed": layers_of(problem, best),
@@ -79,7 +87,7 @@ def gumbel_topk(
 
     known = torch.cat([best[None], masks.unique(dim=0)])
     order = model.predict(known).argsort(stable=True)[:finalists]
-    last = [layers_of(problem, mask) for mask in known[order].unique(dim=0)]
+    last = [layers_of(problem, mask) for mask in torch.cat([first, known[order]]).unique(dim=0)]
     found = problem.score([problem.mask(layers) for layers in last])
     removed = last[found.index(min(found))]
     yield {"score": min(found), "removed": removed, "finalists": last, "scores": found}

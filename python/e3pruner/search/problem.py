@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import e3kernels as e3k
+from e3kernels.profiling import named_range
 from e3pruner.models import output_head
 from e3pruner.models.stack import evaluating
 from e3pruner.precision import weights_in
 from e3pruner.search.forward import Mask, SkippingForward, shared_prefixes
 
 _PASS_TOKENS = 512  # of one forward pass: enough to tell good masks from bad ones, so that a step need not cost more
+_TILE_LOGITS = 1 << 24  # of one model that exist at a time
 
 
 class SearchProblem:
@@ -104,7 +106,6 @@ class SearchProblem:
 
         cos, in fp32, is that of the angle between what enters the run and what leaves it.
         """
-        self.expect(len(self.batches))
         table = [self._distances(span, measure, batch) for batch in range(len(self.batches))]
         return self._mean(table, range(len(self.batches)))
 
@@ -128,17 +129,22 @@ class SearchProblem:
             self._pay(keys[mask], batch, sum(mask[shared:]), head=True)
         return [self.measured[keys[mask]][0] for mask in masks]
 
-    def _measure(self, masks: Sequence[Mask], batch: int) -> Iterator[tuple[Mask, float]]:
+    def _measure(self, masks: Sequence[Mask], batch: int) -> list[tuple[Mask, float]]:
         input_ids = self._input_ids(batch)
         if batch not in self._teacher:
-            self._teacher[batch] = self.forward.dense(input_ids)
-        for mask, student in self.forward.last_hiddens(input_ids, masks):
-            value = self._kl(student, self._teacher[batch])
+            with named_range("teacher forward"):
+                self._teacher[batch] = self.forward.dense(input_ids).flatten(0, 1)
+        students: dict[Mask, Tensor] = {}
+        for mask, hidden in self.forward.last_hiddens(input_ids, masks):
+            students[mask] = hidden.flatten(0, 1)
+            self.advance()
+        with named_range("loss"):
+            values = self._divergences(list(students.values()), self._teacher[batch])
+        for mask, value in zip(students, values, strict=True):
             if not math.isfinite(value):
                 removed = [layer for layer, runs in enumerate(mask) if not runs]
                 raise FloatingPointError(f"the KL is {value} on batch {batch} without layers {removed}")
-            yield mask, value
-            self.advance()
+        return list(zip(students, values, strict=True))
 
     def _mean(self, table: list[list[float]], batches: Sequence[int]) -> list[float]:
         """The mean of the rows of `table`, one a batch, weighted by their tokens."""
@@ -146,22 +152,17 @@ class SearchProblem:
         shares = [size / sum(sizes) for size in sizes]
         return [sum(a * b for a, b in zip(shares, column, strict=True)) for column in zip(*table, strict=True)]
 
-    def _kl(self, student: Tensor, teacher: Tensor) -> float:
-        head = self._head
-        loss: Any = e3k.linear_entropy_kl(
-            student,
-            head.weight,
-            teacher,
-            head.weight,
-            student_bias=head.bias,
-            teacher_bias=head.bias,
-            student_softcap=head.softcap,
-            teacher_softcap=head.softcap,
-            student_scale=head.scale,
-            teacher_scale=head.scale,
-            weighting="none",
-        )
-        return float(loss)
+    def _divergences(self, students: list[Tensor], teacher: Tensor) -> list[float]:
+        """The mean KL of each of `students` from `teacher`, hidden states (N, H), the teacher's logits made once."""
+        sums = [0.0] * len(students)
+        size = max(1, _TILE_LOGITS // self._head.weight.shape[0])
+        for start in range(0, len(teacher), size):
+            rows = slice(start, start + size)
+            target = self._head.logits(teacher[rows])
+            for number, student in enumerate(students):
+                loss: Any = e3k.entropy_kl(self._head.logits(student[rows]), target, weighting="none", reduction="sum")
+                sums[number] += float(loss)
+        return [total / len(teacher) for total in sums]
 
     def _input_ids(self, batch: int) -> Tensor:
         return self.batches[batch].to(self._head.weight.device)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from e3kernels.profiling import named_range
 from e3pruner.recovery.batches import Batch
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
@@ -56,7 +57,10 @@ class DistillStep:
         outputs: list[Any] = []
         hook = base.register_forward_hook(lambda *call: outputs.append(call[-1]))
         try:
-            wrapper(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
+            with named_range("student forward"):
+                wrapper(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1
+                )
         finally:
             hook.remove()
         targets = self.loss.targets(batch)

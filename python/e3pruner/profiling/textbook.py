@@ -40,3 +40,13 @@ def gumbel_topk(logits: Tensor, k: int, tau: float, relaxation: str) -> Tensor:
         p = torch.sigmoid((s - (low + high).detach() / 2) / tau)
     mask = torch.zeros_like(s).scatter_(-1, s.topk(k).indices, 1.0)
     return mask + p - p.detach()
+
+
+def distillation(student: Tensor, teacher: Tensor, labels: Tensor, kd_ratio: float) -> tuple[Tensor, Tensor]:
+    """(Σw·(λ·KL + (1 − λ)·CE), the w of every token) of (..., V) logits with w = 1 + H/log V and no padding."""
+    log_p, log_q = F.log_softmax(teacher, -1), F.log_softmax(student, -1)
+    p = log_p.exp()
+    divergence = (p * (log_p - log_q)).sum(-1)
+    cross_entropy = -log_q.gather(-1, labels[..., None])[..., 0]
+    weight = 1 - (p * log_p).sum(-1) / math.log(student.shape[-1])
+    return (weight * (kd_ratio * divergence + (1 - kd_ratio) * cross_entropy)).sum(), weight

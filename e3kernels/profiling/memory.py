@@ -1,0 +1,82 @@
+"""Who holds memory when: the allocations of a trace by what they are for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from e3kernels.profiling.timeline import Timeline
+from e3kernels.profiling.trace import Trace
+
+CATEGORIES = ("weights", "optimizer", "gradients", "activations", "logits", "cache")
+
+# The innermost of these ranges in which a block was allocated says what it is for; outside all of them it is a copy of
+# weights or data made before the work began.
+_BORN_IN = {
+    "optimizer": "optimizer",
+    "backward": "activations",
+    "loss": "logits",
+    "head": "logits",
+    "cache": "cache",
+    "teacher forward": "activations",
+    "student forward": "activations",
+    "prefill": "activations",
+    "decode": "activations",
+}
+
+
+@dataclass(frozen=True)
+class MemoryTimeline:
+    """Bytes that tensors held: at each time, for each category what was allocated since the trace began and lives.
+
+    A block born in the loss or in the backward pass that outlives the backward pass is a gradient. `before` are bytes
+    that were held when the trace began, by category.
+    """
+
+    points: list[tuple[float, dict[str, int]]]
+    before: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trace: Trace, before: Mapping[str, int] | None = None) -> MemoryTimeline:
+        phases = trace.phases()
+        timeline = Timeline(phases)
+        ends = sorted(r.end for r in phases if r.name == "backward")
+        freed = _lifetimes(trace)
+        held: dict[str, int] = defaultdict(int)
+        categories: dict[tuple[int, int], str] = {}
+        points = []
+        for index, (time, size, address) in enumerate(trace.allocations):
+            if size > 0:
+                categories[address] = _category(timeline.at(time), time, freed.get(index, float("inf")), ends)
+            if address in categories:  # what was allocated before the trace began is not known
+                held[categories[address]] += size
+                points.append((time, dict(held)))
+            if size < 0:
+                categories.pop(address, None)
+        return cls(points, dict(before or {}))
+
+    def peak(self) -> dict[str, int]:
+        """Bytes by category, `before` included, at the moment at which most was held in all."""
+        most = max((held for _, held in self.points), key=lambda held: sum(held.values()), default={})
+        return {c: most.get(c, 0) + self.before.get(c, 0) for c in CATEGORIES if c in most or c in self.before}
+
+
+def _category(path: tuple[str, ...], born: float, freed: float, backward_ends: list[float]) -> str:
+    if "loss" in path or "backward" in path:
+        end = next((end for end in backward_ends if end > born), float("inf"))
+        if freed > end:
+            return "gradients"
+    return next((_BORN_IN[name] for name in reversed(path) if name in _BORN_IN), "weights")
+
+
+def _lifetimes(trace: Trace) -> dict[int, float]:
+    """For the index of each allocation the time at which it was given back."""
+    alive: dict[tuple[int, int], int] = {}
+    freed = {}
+    for index, allocation in enumerate(trace.allocations):
+        if allocation.size > 0:
+            alive[allocation.address] = index
+        elif allocation.address in alive:
+            freed[alive.pop(allocation.address)] = allocation.time
+    return freed

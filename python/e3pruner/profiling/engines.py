@@ -1,0 +1,105 @@
+"""What decodes: Hugging Face's own forward, or the compiled runtime. One prompt, then one token at a time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from e3kernels.profiling import named_range
+from e3pruner.models import LayerSkipRuntime
+from e3pruner.models.runtime import Keep
+
+Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
+
+
+class Speed(NamedTuple):
+    """Seconds to read the prompt, and for each token after it."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass
+class Eager:
+    """`model(...)` with its own cache, as `generate` calls it; `generate`'s own work around it is left out."""
+
+    model: PreTrainedModel
+    name = "eager"
+
+    def prefill(self, ids: Tensor) -> Any:
+        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return output.past_key_values, output.logits[:, -1:].argmax(-1)
+
+    def step(self, state: Any) -> Any:
+        cache, token = state
+        output = self.model(input_ids=token, past_key_values=cache, use_cache=True)
+        return output.past_key_values, output.logits[:, -1:].argmax(-1)
+
+
+@dataclass
+class Runtime:
+    """`LayerSkipRuntime` with the layers `keep`; `capacity` slots of its cache are allocated at once."""
+
+    runtime: LayerSkipRuntime
+    capacity: int
+    keep: Keep | None = None
+    name = "runtime"
+
+    def prefill(self, ids: Tensor) -> Any:
+        self.runtime.keep = self.keep
+        cache = self.runtime.new_cache(ids.shape[0], capacity=self.capacity)
+        return cache, self.runtime.append(cache, ids)[:, -1:].argmax(-1)
+
+    def step(self, state: Any) -> Any:
+        cache, token = state
+        return cache, self.runtime.append(cache, token)[:, -1:].argmax(-1)
+
+
+Engine = Eager | Runtime
+
+
+@torch.no_grad()
+def run(engine: Engine, ids: Tensor, tokens: int) -> Speed:
+    """One prompt (B, T) and `tokens` steps after it; ranges "prefill" and, for each step, "decode"."""
+    synchronize = synchronizer(ids.device)
+    began = now(synchronize)
+    with named_range("prefill"):
+        state = engine.prefill(ids)
+    read = now(synchronize)
+    for _ in range(tokens):
+        with named_range("decode"):
+            state = engine.step(state)
+    return Speed(read - began, (now(synchronize) - read) / tokens)
+
+
+def in_turns(actions: Mapping[Name, Callable[[], Result]], rounds: int) -> dict[Name, list[Result]]:
+    """What each action returned in each of `rounds`, in which all take turns so that drift hits all alike; one round
+    before them does not count.
+    """
+    results: dict[Name, list[Result]] = {name: [] for name in actions}
+    for _ in range(rounds + 1):
+        for name, action in actions.items():
+            results[name].append(action())
+    return {name: mine[1:] for name, mine in results.items()}
+
+
+def median_speed(rounds: Sequence[Speed]) -> Speed:
+    return Speed(*(statistics.median(column) for column in zip(*rounds, strict=True)))
+
+
+def synchronizer(device: torch.device) -> Callable[[], None] | None:
+    return None if device.type == "cpu" else lambda: torch.accelerator.synchronize(device)
+
+
+def now(synchronize: Callable[[], None] | None) -> float:
+    if synchronize is not None:
+        synchronize()
+    return time.perf_counter()

@@ -1,0 +1,78 @@
+"""The profile of a search step and of a recovery step."""
+
+import pytest
+from tiny_models import EXTRA_CONFIGS, TINY_CONFIGS, tiny_model, tiny_tokens
+
+from e3kernels.profiling import RangeRecorder
+from e3pruner import distill, prune
+from e3pruner.profiling.page import write_page
+from e3pruner.profiling.step import profile_steps
+from e3pruner.profiling.step_page import step_page
+from e3pruner.report import describe_environment
+
+SEARCH = {"teacher forward", "student forward", "loss", "optimizer"}
+RECOVERY = {"data", "teacher forward", "student forward", "loss", "backward", "clip", "optimizer"}
+FAST = ("llama", "qwen3_moe")
+
+
+def check_profiles(profiles):
+    assert [(p.kind, p.losses) for p in profiles] == [
+        ("search", "fused"), ("recovery", "fused"), ("search", "eager"), ("recovery", "eager")
+    ]  # fmt: skip
+    for profile in profiles:
+        assert set(profile.phases) == (SEARCH if profile.kind == "search" else RECOVERY)
+        assert 0 < sum(profile.phases.values()) <= 1.0001 * profile.seconds
+        peak = profile.memory.peak()
+        assert peak["weights"] > 0
+        assert ("gradients" in peak) == (profile.kind == "recovery")
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in [*TINY_CONFIGS, *EXTRA_CONFIGS]],
+)
+def test_steps_of_every_model_type_have_their_phases(model_type):
+    check_profiles(profile_steps(tiny_model(model_type), tiny_tokens(8, 12), drop=2, batch=2, rounds=1))
+
+
+def test_eager_losses_are_the_same_losses():
+    """The figures beside the fused losses are worth nothing if they are another objective's."""
+    from e3pruner.profiling.step import _EagerTeacher
+
+    teacher, data = tiny_model("llama"), tiny_tokens(8, 12)
+    curves = []
+    for source in (teacher, _EagerTeacher(teacher)):
+        student = prune(teacher, [0, 1, 3, 5])
+        curves.append(distill(student, teacher=source, data=data, steps=3, batch_size=2, precision="fp32").curve)
+    for fused, eager in zip(*curves, strict=True):
+        assert eager["loss"] == pytest.approx(fused["loss"], rel=1e-5)
+        assert eager["grad_norm"] == pytest.approx(fused["grad_norm"], rel=1e-4)
+
+
+def test_ranges_leave_training_as_it_is():
+    teacher, data = tiny_model("llama"), tiny_tokens(8, 12)
+    curves = []
+    for recorded in (False, True):
+        student = prune(teacher, [0, 1, 3, 5])
+        if recorded:
+            with RangeRecorder():
+                curves.append(distill(student, teacher=teacher, data=data, steps=2).curve)
+        else:
+            curves.append(distill(student, teacher=teacher, data=data, steps=2).curve)
+    assert curves[0] == curves[1]
+
+
+def test_the_page_and_its_traces(tmp_path):
+    profiles = profile_steps(tiny_model("llama"), tiny_tokens(8, 12), drop=2, batch=2, rounds=1, folder=tmp_path)
+    text = write_page(step_page(profiles, "tiny"), tmp_path, describe_environment(), "e3 profile step").read_text()
+    assert text.count("<svg") == 6
+    assert (tmp_path / "search" / "trace.json").exists()
+    assert (tmp_path / "recovery" / "trace.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"drop": 6}, "drop=6 must be from 1 to 5"), ({"rounds": 9}, "sequences has 8; 12 steps")]
+)
+def test_bad_input(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        profile_steps(tiny_model("llama"), tiny_tokens(8, 12), **({"drop": 2, "batch": 1, "rounds": 1} | wrong))
