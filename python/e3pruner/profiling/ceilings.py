@@ -52,7 +52,7 @@ def _gemm(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, *, budget: float = 0.25) -> float:
-    """The median of repeated calls, after one that does not count; `budget` seconds in all, but at least three calls."""
+    """The median of repeated calls, after one that does not count: `budget` seconds in all, at least three calls."""
 
     def once() -> float:
         began = time.perf_counter()
