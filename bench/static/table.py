@@ -1,5 +1,6 @@
 """The record of bench.static as Markdown tables."""
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -41,7 +42,7 @@ def _bytes(document: Document) -> Iterator[str]:
 
 
 def _widths(row: dict[str, Any]) -> str:
-    found = {int(access.lstrip("loadstre")) for access in row["accesses"]}
+    found = {int(re.sub(r"\D", "", access)) for access in row["accesses"]}
     return "/".join(str(width) for width in sorted(found, reverse=True))
 
 
