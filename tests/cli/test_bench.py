@@ -1,4 +1,6 @@
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,15 @@ import pytest
 from e3pruner.report.benchmarks import read
 
 ONLY = "gumbel_topk and e3 and value-30"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    """The suites run in a process of their own, no worker of ours: in a worker pytest-benchmark measures nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+            patch.delenv(name)
+        yield
 
 
 @pytest.fixture(scope="module")

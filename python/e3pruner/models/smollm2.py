@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,12 +35,13 @@ def _parsed_once() -> Iterator[None]:
     """Inside the block a GGUF file is parsed once, however often transformers opens it: its vocabulary takes 5 s."""
     import gguf  # of the extra `demo`; all else works without
 
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = cache(reader)
+    module: Any = gguf
+    reader = module.GGUFReader
+    module.GGUFReader = cache(reader)
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        module.GGUFReader = reader
 
 
 def smollm2_folder() -> Path:

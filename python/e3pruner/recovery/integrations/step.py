@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
-from e3pruner.recovery.batches import Batch
+from e3pruner.recovery.batches import IGNORED, Batch
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
@@ -19,7 +19,8 @@ from e3pruner.recovery.teacher import LiveTeacher, Teacher
 
 def batch_of(inputs: Mapping[str, Any]) -> Batch:
     """A `Batch` of what Hugging Face collators make: `input_ids` (B, S), and if given `labels` (B, S; −100 where none),
-    `attention_mask` (B, S) and `rows` (B,), the sequences' numbers in the data of a `TeacherCache`.
+    `attention_mask` (B, S) and `rows` (B,), the sequences' numbers in the data of a `TeacherCache`. Padding predicts
+    nothing, so the first token behind it is not learnt.
 
     Raises ValueError for sequences packed into one row, told apart by `position_ids`: they need another attention mask.
     """
@@ -27,8 +28,10 @@ def batch_of(inputs: Mapping[str, Any]) -> Batch:
         raise ValueError(
             "inputs hold position_ids: packed rows are not supported; set packing and padding_free to False"
         )
-    labels = inputs.get("labels", inputs["input_ids"])
-    return Batch(inputs["input_ids"], labels[:, 1:], inputs.get("rows"), inputs.get("attention_mask"))
+    labels, mask = inputs.get("labels", inputs["input_ids"])[:, 1:], inputs.get("attention_mask")
+    if mask is not None:
+        labels = labels.masked_fill(mask[:, :-1] == 0, IGNORED)
+    return Batch(inputs["input_ids"], labels, inputs.get("rows"), mask)
 
 
 class DistillStep:
