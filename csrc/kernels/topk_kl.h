@@ -125,9 +125,10 @@ class TopkKlRows {
   int64_t support() const { return problem_.k; }
   int64_t row_bytes() const { return problem_.vocabulary * size_of(problem_.student.dtype); }
 
-  // Two doubles a stored id, then, for a gradient that is a multiple of them, the row's exponentials.
+  // Two doubles a stored id, then, for a gradient that is a multiple of them, the row's exponentials and room past its end.
   int64_t scratch_floats(bool need_grad) const {
-    return id_floats() + (need_grad && keeps_ ? (problem_.vocabulary + kStep - 1) / kStep * kStep : 0);
+    const int64_t row = (problem_.vocabulary + kStep - 1) / kStep * kStep;
+    return id_floats() + (need_grad && keeps_ ? row + kLanes : 0);
   }
 
   double teacher_entropy(int64_t row, const RowContext&) const {
