@@ -57,6 +57,7 @@ def test_a_quicker_case_passes(e3, measured: Path, tmp_path: Path) -> None:
         (["--compare", "{old}", "--fail-if-slower", "-1%"], "must be a percentage"),
         (["--compare", "{folder}/none.jsonl"], "none.jsonl"),
         (["--compare", "{folder}/bad.jsonl"], "line 1: not a benchmark row"),
+        (["--out", "{folder}/bad.jsonl"], "line 1: not a benchmark row"),
     ],
 )
 def test_bad_usage_is_refused_before_anything_is_measured(

@@ -13,7 +13,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind", ["model", pytest.param("step", marks=pytest.mark.slow), "ops"])
 def test_each_profile_leaves_a_page(
     kind: str, model_folder: Path, text_file: Path, tmp_path: Path, e3: Command
 ) -> None:

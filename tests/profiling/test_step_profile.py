@@ -12,7 +12,6 @@ from e3pruner.report import describe_environment
 
 SEARCH = {"teacher forward", "student forward", "loss", "optimizer"}
 RECOVERY = {"data", "teacher forward", "student forward", "loss", "backward", "clip", "optimizer"}
-FAST = ("llama", "gpt2", "qwen3_moe")
 
 
 def check_profiles(profiles):
@@ -27,14 +26,19 @@ def check_profiles(profiles):
         assert ("gradients" in peak) == (profile.kind == "recovery")
 
 
-@pytest.mark.parametrize("model_type", FAST)
-def test_steps_have_their_phases(model_type):
-    check_profiles(profile_steps(tiny_model(model_type), tiny_tokens(8, 12), drop=2, batch=2, rounds=1))
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("steps")
+    return profile_steps(tiny_model("llama"), tiny_tokens(8, 12), drop=2, batch=2, rounds=1, folder=folder), folder
+
+
+def test_steps_have_their_phases(profiled):
+    check_profiles(profiled[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", [*TINY_CONFIGS, *EXTRA_CONFIGS])
-def test_steps_of_every_model_type(model_type):
+def test_steps_of_every_model_type_have_their_phases(model_type):
     check_profiles(profile_steps(tiny_model(model_type), tiny_tokens(8, 12), drop=2, batch=2, rounds=1))
 
 
@@ -65,12 +69,12 @@ def test_ranges_leave_training_as_it_is():
     assert curves[0] == curves[1]
 
 
-def test_the_page_and_its_traces(tmp_path):
-    profiles = profile_steps(tiny_model("llama"), tiny_tokens(8, 12), drop=2, batch=2, rounds=1, folder=tmp_path)
+def test_the_page_and_its_traces(profiled, tmp_path):
+    profiles, folder = profiled
     text = write_page(step_page(profiles, "tiny"), tmp_path, describe_environment(), "e3 profile step").read_text()
     assert text.count("<svg") == 6
-    assert (tmp_path / "search" / "trace.json").exists()
-    assert (tmp_path / "recovery" / "trace.json").exists()
+    assert (folder / "search" / "trace.json").exists()
+    assert (folder / "recovery" / "trace.json").exists()
 
 
 @pytest.mark.parametrize(

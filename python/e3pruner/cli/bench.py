@@ -46,6 +46,8 @@ def bench(
     if limit is not None and compare_with is None:
         raise ValueError(f"--fail-if-slower {fail_if_slower} needs --compare, the run to be slower than")
     old = None if compare_with is None else read(compare_with)
+    if out.exists():
+        read(out)  # minutes later the new rows will join these
     measure(out, only)
     if old is None:
         return

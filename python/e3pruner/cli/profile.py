@@ -123,7 +123,7 @@ def ops(
     provider: Annotated[
         list[str] | None, typer.Option(help="native, triton, reference or eager; may be repeated. All that serve here.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Tokens.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Tokens.")] = 256,
     vocabulary: Annotated[int, typer.Option(min=2, help="Entries of the vocabulary.")] = 49_152,
     hidden: Annotated[int, typer.Option(min=1, help="Width of the hidden states.")] = 576,
     type_: Annotated[

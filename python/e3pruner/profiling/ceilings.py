@@ -51,8 +51,8 @@ def _gemm(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * _GEMM**3 / seconds_of(lambda: torch.mm(a, b, out=out), device)
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, *, budget: float = 0.25, fewest: int = 5) -> float:
-    """The median of repeated calls, after one that does not count; `budget` seconds in all, at least `fewest` calls."""
+def seconds_of(call: Callable[[], object], device: torch.device, *, budget: float = 0.25) -> float:
+    """The median of repeated calls, after one that does not count: `budget` seconds in all, at least three calls."""
 
     def once() -> float:
         began = time.perf_counter()
@@ -61,5 +61,7 @@ def seconds_of(call: Callable[[], object], device: torch.device, *, budget: floa
             torch.accelerator.synchronize(device)
         return time.perf_counter() - began
 
-    first = min(once(), once())
-    return statistics.median(once() for _ in range(max(fewest, min(1000, int(budget / max(first, 1e-9))))))
+    once()
+    times = [once(), once(), once()]
+    more = min(1000, int(budget / max(min(times), 1e-9))) - len(times)
+    return statistics.median(times + [once() for _ in range(more)])

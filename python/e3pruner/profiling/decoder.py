@@ -119,9 +119,9 @@ def profile_decoder(
         runtimes, runtime_refusal = _runtimes(model, prompt + tokens)
         counts = [count for count in removed if 0 < count < layers]
         pruned, removal_refusal = _pruned(model, counts, runtimes)
+        engines: dict[Any, Engine] = {"eager": Eager(model), **runtimes, **pruned}
         actions: dict[Any, Callable[[], Any]] = {
-            key: partial(run, engine, ids, tokens)
-            for key, engine in {"eager": Eager(model), **runtimes, **pruned}.items()
+            key: partial(run, engine, ids, tokens) for key, engine in engines.items()
         }
         measured = in_turns(actions | {"parts": partial(_ranged, model, ids, tokens)}, rounds)
         rows = measured.pop("parts")

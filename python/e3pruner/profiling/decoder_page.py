@@ -27,7 +27,8 @@ def decoder_page(profile: DecoderProfile, title: str, ceilings: Ceilings, dtype:
 
 def _answer(profile: DecoderProfile, speedup: float) -> Section:
     """Predicted and measured speed without layers, and how many must go for `speedup`."""
-    rows, needed, curves, marks = [], [], {}, defaultdict(dict)
+    rows, needed, curves = [], [], {}
+    marks: dict[str, dict[int, float]] = defaultdict(dict)
     for engine in profile.whole:
         for phase in PHASES:
             whole = getattr(profile.whole[engine], phase)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Case(NamedTuple):
     """
 
     leaf: Tensor
-    ours: Callable[[Tensor], Tensor]
+    ours: Callable[[Tensor], Any]
     eager: Callable[[Tensor], Tensor]
     work: float
     unit: str
@@ -80,7 +80,7 @@ def profile_operations(
     operations: Sequence[str] | None = None,
     providers: Sequence[str] | None = None,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
-    rows: int = 512,
+    rows: int = 256,
     vocabulary: int = 49_152,
     hidden: int = 576,
     device: str = "cpu",
@@ -110,8 +110,9 @@ def profile_operations(
     measured, calls = [], []
     for operation in operations or list(CASES):
         for dtype in chosen:
+            tensors = _prepared(operation, sizes, dtype, on, seed)
             for provider in providers or _serving(operation, on, dtype):
-                row, call = _measure(operation, provider, dtype, sizes, on, seed, ceilings)
+                row, call = _measure(operation, provider, dtype, tensors, on, ceilings)
                 measured.append(row)
                 calls.append((f"{operation} {row.dtype} {provider}", call))
     if folder is not None:
@@ -128,22 +129,40 @@ def _serving(operation: str, device: torch.device, dtype: torch.dtype) -> list[s
     return [*serve, EAGER]
 
 
+class _Prepared(NamedTuple):
+    """One operation's cases: as asked for, the smallest, of few tokens, and those in fp64."""
+
+    case: Case
+    smallest: Case
+    few: Case
+    exact: Case
+
+
+def _prepared(operation: str, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> _Prepared:
+    make, few = CASES[operation], sizes._replace(rows=min(sizes.rows, _CHECKED_ROWS))
+    return _Prepared(
+        make(sizes, dtype, device, seed),
+        make(Sizes(1, 16, 8), dtype, device, seed),
+        make(few, dtype, device, seed),
+        make(few, dtype, device, seed, torch.float64),
+    )
+
+
 def _measure(
     operation: str,
     provider: str,
     dtype: torch.dtype,
-    sizes: Sizes,
+    tensors: _Prepared,
     device: torch.device,
-    seed: int,
     ceilings: Ceilings,
 ) -> tuple[OperationRow, Callable[[], object]]:
-    make = CASES[operation]
+    case = tensors.case
+    call = _call(case, provider)
     with nullcontext() if provider == EAGER else e3k.use_backend(provider):
-        case = make(sizes, dtype, device, seed)
-        call = _call(case, provider)
         seconds = seconds_of(call, device)
-        host = seconds_of(_call(make(Sizes(1, 16, 8), dtype, device, seed), provider), device, budget=0.05)
-        errors = _errors(make, sizes, dtype, device, seed, provider)
+        host = seconds_of(_call(tensors.smallest, provider), device, budget=0.05)
+        draws_otherwise = (operation, provider) == ("gumbel_topk", EAGER)
+        errors = None if draws_otherwise else _errors(tensors, provider)
     name = str(dtype).removeprefix("torch.")
     rate = case.work / seconds
     ceiling = ceilings.gemm[name] if case.unit == "FLOP" else ceilings.copy
@@ -165,21 +184,15 @@ def _call(case: Case, provider: str) -> Callable[[], object]:
     return gradient_of(lambda: function(leaf).sum(), leaf)
 
 
-def _errors(
-    make: Callable[..., Case], sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int, provider: str
-) -> tuple[float, float] | None:
-    """Against the reference in fp64, on the same numbers, which `dtype` can hold."""
-    few = sizes._replace(rows=min(sizes.rows, _CHECKED_ROWS))
-    case = make(few, dtype, device, seed)
-    if provider == EAGER and make is _gumbel_topk:
-        return None
-    exact = make(few, dtype, device, seed, torch.float64).ours
+def _errors(tensors: _Prepared, provider: str) -> tuple[float, float]:
+    """Against the reference in fp64, on the same numbers, which the dtype can hold."""
 
     def truth(leaf: Tensor) -> Tensor:
         with e3k.use_backend("reference"):
-            return exact(leaf)
+            return tensors.exact.ours(leaf)
 
-    return errors_of(case.eager if provider == EAGER else case.ours, truth, case.leaf)
+    few = tensors.few
+    return errors_of(few.eager if provider == EAGER else few.ours, truth, few.leaf)
 
 
 def _random(

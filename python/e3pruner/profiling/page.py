@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ class Section(NamedTuple):
     title: str
     note: str
     tables: list[Table]
-    plots: dict[str, Callable[[], Figure]]
+    plots: Mapping[str, Callable[[], Figure]]
 
 
 class Page(NamedTuple):

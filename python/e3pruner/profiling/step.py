@@ -81,8 +81,10 @@ def profile_steps(
         raise ValueError(f"sequences has {len(sequences)}; {rounds + 3} steps of batch={batch} need more")
     check_training_fits(model, batch, sequences.shape[1])
     found = []
+    measured: dict[str, list[float]] = {}
     for losses in ("fused", "eager"):
-        run = _Run(model, sequences, losses, drop, batch, rounds, seed, folder if losses == "fused" else None)
+        kept = folder if losses == "fused" else None
+        run = _Run(model, sequences, losses, drop, batch, rounds, seed, kept, measured)
         found.append(_search(run._replace(folder=run.folder and run.folder / "search")))
         found.append(_recovery(run._replace(folder=run.folder and run.folder / "recovery")))
     return found
@@ -99,26 +101,12 @@ class _Run(NamedTuple):
     rounds: int
     seed: int
     folder: Path | None
+    measured: dict[str, list[float]]  # by the search's importance start
 
 
 def _search(run: _Run) -> StepProfile:
     model, rounds = run.model, run.rounds
-    kind = SearchProblem if run.losses == "fused" else _EagerProblem
-    batches = list(run.sequences[: run.batch * (rounds + 3)].split(run.batch))
-    dtype = autocast_dtype("auto", model.device)
-
-    def started() -> tuple[SearchProblem, Search]:
-        problem = kind(model, batches, drop=run.drop, seed=run.seed, dtype=dtype)
-        return problem, METHODS["gumbel-topk"](problem, steps=rounds + 3)
-
-    problem, running = started()
-    with problem:
-        next(running)
-    importance = problem.measured
-    problem, running = started()
-    problem.measured = dict(importance)  # not computed again, and no batch has met the teacher: every step's is new
-    with problem:
-        next(running)
+    with _started(run) as (problem, running):
 
         def step() -> None:
             with named_range(STEP):
@@ -135,10 +123,35 @@ def _search(run: _Run) -> StepProfile:
             step()
         weights = sum(p.nbytes for p in model.parameters())
     own = sum(p.nbytes for p in model.parameters())
-    before = {"weights": own if dtype in (None, model.dtype) else own + weights}
+    before = {"weights": own if weights == own else own + weights}
     seconds, phases = _of_steps(recorder.ranges)
     memory = MemoryTimeline.of(traced.trace, before)
     return StepProfile("search", run.losses, seconds, phases, tokens, memory, growth, traced)
+
+
+@contextmanager
+def _started(run: _Run) -> Iterator[tuple[SearchProblem, Search]]:
+    """A search that has its importance start behind it. What that measured is taken from `run.measured`, or put there;
+    then no batch has met the teacher, and every step is one on new text.
+    """
+    kind = SearchProblem if run.losses == "fused" else _EagerProblem
+    batches = list(run.sequences[: run.batch * (run.rounds + 3)].split(run.batch))
+    dtype = autocast_dtype("auto", run.model.device)
+
+    def search() -> tuple[SearchProblem, Search]:
+        problem = kind(run.model, batches, drop=run.drop, seed=run.seed, dtype=dtype)
+        problem.measured = dict(run.measured)
+        return problem, METHODS["gumbel-topk"](problem, steps=run.rounds + 3)
+
+    if not run.measured:
+        problem, running = search()
+        with problem:
+            next(running)
+        run.measured.update(problem.measured)
+    problem, running = search()
+    with problem:
+        next(running)
+        yield problem, running
 
 
 def _recovery(run: _Run) -> StepProfile:
@@ -181,9 +194,10 @@ def _of_steps(ranges: list[Range], skip: int = 0) -> tuple[float, dict[str, floa
 class _EagerProblem(SearchProblem):
     """The search with its divergence from whole logits, as plain PyTorch computes it."""
 
-    def _kl(self, student: Tensor, teacher: Tensor) -> float:
-        log_p, log_q = (F.log_softmax(self._head.logits(x).float(), -1) for x in (teacher, student))
-        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    def _divergences(self, students: list[Tensor], teacher: Tensor) -> list[float]:
+        log_p = F.log_softmax(self._head.logits(teacher).float(), -1)
+        logits = (F.log_softmax(self._head.logits(student).float(), -1) for student in students)
+        return [float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) for log_q in logits]
 
 
 class _EagerTeacher(LiveTeacher):

@@ -47,14 +47,18 @@ class WorkCounter(TorchDispatchMode):
         return out
 
 
-def _traffic(func: Any, inputs: Any, out: Any) -> int:
-    if func.is_view or func._overloadpacket in _ROW_READERS:
-        return 0 if func.is_view else 2 * sum(t.nbytes for t in _tensors(out))
-    return sum(t.nbytes for t in _tensors((*inputs, out)))
-
-
+# These only look at memory in another shape, as views do, but are not declared so.
+_NO_TRAFFIC = (torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias)
 # These read as much of their table as they write.
 _ROW_READERS = (torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather)
+
+
+def _traffic(func: Any, inputs: Any, out: Any) -> int:
+    if func.is_view or func._overloadpacket in _NO_TRAFFIC:
+        return 0
+    if func._overloadpacket in _ROW_READERS:
+        return 2 * sum(t.nbytes for t in _tensors(out))
+    return sum(t.nbytes for t in _tensors((*inputs, out)))
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
