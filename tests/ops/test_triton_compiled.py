@@ -12,9 +12,7 @@ import torch
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "bench" / "results" / "static.json"
-needs_record = pytest.mark.skipif(
-    not RECORDED.exists(), reason="`python -m bench.static` has not recorded anything yet"
-)
+needs_record = pytest.mark.skipif(not RECORDED.exists(), reason="`python -m bench.static` has not been run")
 KEY_VARIANTS = ("entropy_kl/bf16/forward/row", "topk_kl/bf16/bucket")
 
 
