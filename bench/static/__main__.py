@@ -51,8 +51,9 @@ def record() -> None:
         "roofline_estimates": estimates(),
     }
     text = json.dumps(document, indent=1, ensure_ascii=False)
-    for _ in range(2):  # a row a line: the innermost objects, then what holds them
-        text = re.sub(r"\{[^{}]*\}", lambda row: " ".join(row[0].split()), text)
+    text = re.sub(
+        r'\{\s*"registers"[^{}]*(\{[^{}]*\}[^{}]*)?\}', lambda row: " ".join(row[0].split()), text
+    )  # a row a line
     RESULTS.parent.mkdir(exist_ok=True)
     _replace(RESULTS, text + "\n")
     _replace(RESULTS.with_suffix(".md"), markdown(document))

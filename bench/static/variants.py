@@ -87,7 +87,6 @@ def ours() -> dict[str, Callable[[], Any]]:
 
 def _liger(dtype: torch.dtype) -> None:
     from liger_kernel.ops.fused_linear_kl_div import _kl_div_kernel
-    from liger_kernel.ops.jsd import _jsd_kernel
     from liger_kernel.ops.kl_div import kldiv_backward_triton, kldiv_forward_triton
 
     x, y = (torch.empty(ROWS, VOCABULARY, dtype=dtype) for _ in range(2))
@@ -98,10 +97,6 @@ def _liger(dtype: torch.dtype) -> None:
     _kl_div_kernel[(ROWS,)](
         *rows, loss, 1, label, -100, VOCABULARY, 1.0, 1e-10, 1.0, BLOCK_SIZE=32768, HAS_LABEL=False, num_warps=32
     )
-    _jsd_kernel[(ROWS,)](
-        *rows, x, x.stride(0), x, x.stride(0), label, beta=0.5, n_non_ignore=ROWS, ignore_index=-100,
-        n_cols=VOCABULARY, BLOCK_SIZE=65536, HAS_LABEL=False,
-    )  # fmt: skip
 
 
 def _trl(dtype: torch.dtype) -> None:
@@ -116,5 +111,5 @@ def _trl(dtype: torch.dtype) -> None:
 
 
 def peers() -> dict[str, Callable[[], Any]]:
-    """Liger 0.8.5 in bf16, with the launch options that it has itself, and TRL 1.16, whose tiles are fp32."""
+    """Liger's KL in bf16, with the launch options that it has itself, and TRL's, whose tiles are fp32."""
     return {"liger/bf16": lambda: _liger(torch.bfloat16), "trl/fp32": lambda: _trl(torch.float32)}

@@ -41,7 +41,7 @@ def tiling(rows: int, vocabulary: int, hidden: Tensor) -> Tiling:
     fp32 products have no matrix unit: their operands are held in registers, so their tiles are smaller.
     """
     device = hidden.device
-    bm, bn, bk = (64, 128, 64) if hidden.element_size() == 2 else (64, 64, 16)
+    bm, bn, bk = (64, 128, 64) if hidden.element_size() == 2 else (32, 64, 16)
     if device.type == "cpu":
         bm, bn, bk = 16, 32, 16
     blocks, steps = triton.cdiv(rows, bm), triton.cdiv(vocabulary, bn)

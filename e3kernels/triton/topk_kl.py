@@ -41,7 +41,7 @@ BUCKET: tl.constexpr = tl.constexpr(0)
 RENORM: tl.constexpr = tl.constexpr(1)
 NONE = REDUCTIONS.index("none")
 ROW_FIELDS: tl.constexpr = tl.constexpr(5)  # log rest, log Z at T = 1, G, kd, ce
-ROWS = 4  # tokens of one program of the tokens and stored kernels
+ROWS = 2  # tokens of one program of the tokens and stored kernels
 
 
 @triton.jit
