@@ -1,7 +1,6 @@
 // Rows of logits, one block at a time: storage dtype <-> fp32 scratch that stays in the first-level cache.
 #pragma once
 
-#include <cmath>
 #include <memory>
 
 #include "kernels/parallel.h"
@@ -34,28 +33,6 @@ class Prefetch {
  private:
   const char* at_;
   int64_t bytes_;
-};
-
-// The reference m of a row's exponents: e^{x−m} = 2^y with y = (x − m)·log2 e. With a fused multiply-add y = x·log2 e − M in
-// one rounding and m is what M stands for; without, m is subtracted first, since x·log2 e alone would round away its end.
-class Reference {
- public:
-  explicit Reference(float maximum) : held_(kFused ? maximum * kLog2E : maximum) {}
-  double value() const { return kFused ? held_ / static_cast<double>(kLog2E) : held_; }
-  bool is_finite() const { return std::isfinite(held_); }
-  Vf exponent(Vf x) const { return kFused ? fma(x, broadcast(kLog2E), broadcast(-held_)) : (x - held_) * kLog2E; }
-
- private:
-  float held_;
-};
-
-// A reference in fp64 for arithmetic in fp32: the fp32 reference r next to it, and e^{T·(r−m)}, which makes terms relative to
-// r terms relative to m.
-struct Anchor {
-  explicit Anchor(double reference) : rounded(static_cast<float>(reference)), exact(reference) {}
-  double factor(double temperature) const { return std::exp(temperature * (rounded.value() - exact)); }
-  Reference rounded;
-  double exact;
 };
 
 // Widens `count` values and maps each vector of them.

@@ -44,8 +44,8 @@ struct JsdSums {
 };
 
 struct References {
-  Reference student;
-  Reference teacher;
+  float student;
+  float teacher;
 };
 
 struct Shift {
@@ -103,30 +103,29 @@ inline Vf limit_term(Vf first, Vf second, Vf term) {
   return select(Vi(first == -kInfinity), Vf{}, reachable);
 }
 
-// The sums of two chains; `unit` is what their terms of x − m are counted in.
-inline KlSums folded(const Lanes (&lanes)[2], double student_reference, double teacher_reference, double unit) {
+inline KlSums folded(const Lanes (&lanes)[2], float student_reference, float teacher_reference) {
   KlSums sums;
   sums.student_reference = student_reference;
   sums.teacher_reference = teacher_reference;
   sums.student_sum = horizontal_sum(lanes[0].student + lanes[1].student);
   sums.teacher_sum = horizontal_sum(lanes[0].teacher + lanes[1].teacher);
-  sums.teacher_energy = horizontal_sum(lanes[0].energy + lanes[1].energy) / unit;
-  sums.cross = horizontal_sum(lanes[0].cross + lanes[1].cross) / unit;
+  sums.teacher_energy = horizontal_sum(lanes[0].energy + lanes[1].energy);
+  sums.cross = horizontal_sum(lanes[0].cross + lanes[1].cross);
   return sums;
 }
 
 template <class T>
-KlSums sum_teacher(const T* xt, int count, Reference m, Prefetch ahead) {
+KlSums sum_teacher(const T* xt, int count, float reference, Prefetch ahead) {
   Lanes lanes[2];
   for (int i = 0; i < count; i += kStep) {
     ahead.step();
     for (int chain = 0; chain < 2; ++chain) {
-      const Vf y = m.exponent(load(xt + i + chain * kLanes)), e = exp2(y);
+      const Vf d = load(xt + i + chain * kLanes) - reference, e = exp(d);
       lanes[chain].teacher += e;
-      lanes[chain].energy = fma(e, y, lanes[chain].energy);
+      lanes[chain].energy = fma(e, d, lanes[chain].energy);
     }
   }
-  return folded(lanes, 0.0, m.value(), kLog2E);
+  return folded(lanes, 0.0f, reference);
 }
 
 // Where the exponentials of a block are kept for the gradient.
@@ -149,20 +148,20 @@ KlSums sum_block(const T* student, const T* teacher, int count, References m, Ah
     ahead.teacher.step();
     for (int chain = 0; chain < 2; ++chain) {
       const int at = i + chain * kLanes;
-      const Vf ys = m.student.exponent(load(student + at)), yt = m.teacher.exponent(load(teacher + at));
-      const Vf es = exp2(ys), et = exp2(yt);
+      const Vf ds = load(student + at) - m.student, dt = load(teacher + at) - m.teacher;
+      const Vf es = exp(ds), et = exp(dt);
       lanes[chain].student += es;
       lanes[chain].teacher += et;
-      lanes[chain].energy = fma(et, yt, lanes[chain].energy);
+      lanes[chain].energy = fma(et, dt, lanes[chain].energy);
       if constexpr (kKeep) {
         store(kept.student + at, es);
         store(kept.teacher + at, et);
       }
-      if constexpr (D == Divergence::forward) lanes[chain].cross = fma(et, yt - ys, lanes[chain].cross);
-      if constexpr (D == Divergence::reverse) lanes[chain].cross = fma(es, ys - yt, lanes[chain].cross);
+      if constexpr (D == Divergence::forward) lanes[chain].cross = fma(et, dt - ds, lanes[chain].cross);
+      if constexpr (D == Divergence::reverse) lanes[chain].cross = fma(es, ds - dt, lanes[chain].cross);
     }
   }
-  return folded(lanes, m.student.value(), m.teacher.value(), kLog2E);
+  return folded(lanes, m.student, m.teacher);
 }
 
 // The same where logits may be −∞ or far apart, relative to the block's own maxima.
@@ -178,15 +177,15 @@ KlSums sum_limits(const float* xs, const float* xt, int count, float student_ref
     if constexpr (D == Divergence::forward) lanes[0].cross += limit_term(t, s, et * (dt - ds));
     if constexpr (D == Divergence::reverse) lanes[0].cross += limit_term(s, t, es * (ds - dt));
   }
-  return folded(lanes, student_reference, teacher_reference, 1.0);
+  return folded(lanes, student_reference, teacher_reference);
 }
 
 // Σ e^{T·(x−m)}: the softmax without temperature that the cross-entropy needs.
-inline float sum_untempered(const float* x, int count, Reference m, float temperature) {
+inline float sum_untempered(const float* x, int count, float reference, float temperature) {
   Vf sum[2] = {};
   for (int i = 0; i < count; i += kStep) {
     for (int chain = 0; chain < 2; ++chain) {
-      sum[chain] += exp2(m.exponent(load(x + i + chain * kLanes)) * temperature);
+      sum[chain] += exp((load(x + i + chain * kLanes) - reference) * temperature);
     }
   }
   return horizontal_sum(sum[0] + sum[1]);
@@ -254,11 +253,11 @@ class EntropyKlRows {
   }
 
   double teacher_entropy(int64_t row, const RowContext& context) const {
-    const Reference first(first_max(problem_.teacher, row, problem_.teacher_transform));
+    const float first = first_max(problem_.teacher, row, problem_.teacher_transform);
     return entropy(fold(context.pool, [&](int64_t begin, int count) {
       alignas(64) float scratch[kRoom];
       const Transform& transform = problem_.teacher_transform;
-      if (first.is_finite()) {
+      if (std::isfinite(first)) {
         const Prefetch ahead = prefetch(problem_.teacher, row, begin + kPrefetchColumns);
         const KlSums sums =
             with_values(block_values(problem_.teacher, row, begin, count, transform, scratch),
@@ -272,8 +271,8 @@ class EntropyKlRows {
   }
 
   Statistics statistics(int64_t row, const RowContext& context) const {
-    const References first{Reference(first_max(problem_.student, row, problem_.student_transform)),
-                           Reference(first_max(problem_.teacher, row, problem_.teacher_transform))};
+    const References first{first_max(problem_.student, row, problem_.student_transform),
+                           first_max(problem_.teacher, row, problem_.teacher_transform)};
     Statistics s{};
     s.sums = fold(context.pool,
                   [&](int64_t begin, int count) { return block_sums(row, begin, count, first, context); });
@@ -329,7 +328,7 @@ class EntropyKlRows {
 
   KlSums block_sums(int64_t row, int64_t begin, int count, References first, const RowContext& context) const {
     alignas(64) float student[kRoom], teacher[kRoom];
-    if (first.student.is_finite() && first.teacher.is_finite()) {
+    if (std::isfinite(first.student) && std::isfinite(first.teacher)) {
       const KlSums sums = plain_sums(row, begin, count, first, context, student, teacher);
       if (is_finite(sums)) return sums;
     }
@@ -337,10 +336,7 @@ class EntropyKlRows {
     const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
     const float ms = finite_reference(block_max(xs, padded(count))), mt = finite_reference(block_max(xt, padded(count)));
     KlSums sums = sum_limits<D>(xs, xt, padded(count), ms, mt);
-    if (untempered_) {
-      const Anchor anchor(ms);
-      sums.label_sum = sum_untempered(xs, padded(count), anchor.rounded, temperature_) * anchor.factor(temperature_);
-    }
+    if (untempered_) sums.label_sum = sum_untempered(xs, padded(count), ms, temperature_);
     sums = without_empty(sums);
     sums.plain = false;
     return sums;
@@ -435,12 +431,10 @@ class EntropyKlRows {
                            float* g) const {
     if constexpr (D == Divergence::forward) {
       const Slopes slope = slopes(s, c);
-      const Anchor ms(s.sums.student_reference), mt(s.sums.teacher_reference);
-      const float student = static_cast<float>(slope.student * ms.factor(1.0));
-      const float teacher = static_cast<float>(slope.teacher * mt.factor(1.0));
+      const float ms = static_cast<float>(s.sums.student_reference), mt = static_cast<float>(s.sums.teacher_reference);
       for (int i = 0; i < count; i += kLanes) {
-        const Vf es = exp2(ms.rounded.exponent(load(xs + i))), et = exp2(mt.rounded.exponent(load(xt + i)));
-        store(g + i, fma(es, broadcast(student), et * -teacher));
+        const Vf es = exp(load(xs + i) - ms), et = exp(load(xt + i) - mt);
+        store(g + i, fma(es, broadcast(slope.student), et * -slope.teacher));
       }
     } else {
       const float beta = static_cast<float>(problem_.beta), ls = s.student_log_norm(), lt = s.teacher_log_norm();
@@ -460,11 +454,10 @@ class EntropyKlRows {
                       const Coefficients& c, float* g) const {
     if (problem_.tokens.labels == nullptr || c.cross_entropy == 0.0) return;
     if (untempered_ || D != Divergence::forward) {
-      const Anchor ms(s.sums.student_reference);
-      const float slope = static_cast<float>(c.cross_entropy / s.sums.label_sum * ms.factor(temperature_));
+      const float slope = static_cast<float>(c.cross_entropy / s.sums.label_sum);
+      const float ms = static_cast<float>(s.sums.student_reference);
       for (int i = 0; i < count; i += kLanes) {
-        const Vf e = exp2(ms.rounded.exponent(load(xs + i)) * temperature_);
-        store(g + i, fma(e, broadcast(slope), load(g + i)));
+        store(g + i, fma(exp((load(xs + i) - ms) * temperature_), broadcast(slope), load(g + i)));
       }
     }
     const int64_t column = problem_.tokens.labels[row] - begin;

@@ -65,12 +65,6 @@ inline void store_raw(T* target, const V& value) {
 
 inline Vf broadcast(float value) { return Vf{} + value; }
 
-#if defined(__FMA__) || defined(__aarch64__)
-inline constexpr bool kFused = true;
-#else
-inline constexpr bool kFused = false;
-#endif
-
 // a·b + c, fused where the hardware has it.
 inline Vf fma(Vf a, Vf b, Vf c) {
 #if defined(__AVX512F__)
@@ -290,12 +284,12 @@ class FlushSubnormals {
 #endif
 };
 
-inline constexpr float kLog2E = 1.44269504f;
-
-// 2^y = 2^n · P(y − n) with P of degree 6 (Remez, relative error 7e-9 with n = floor y, 2e-8 with n = round y). NaN in, NaN
-// out; 0 below −126; +∞ from 128 on at the latest, from 127.5 at the earliest.
-inline Vf exp2(Vf y) {
+// e^x = 2^y, y = x·log2 e:  2^y = 2^n · P(y − n) with P of degree 6 (Remez, relative error 7e-9 with n = floor y, 2e-8 with
+// n = round y). The rounding of y gives the error: relative (2.3 + 1.25·|x|)·2⁻²⁴. NaN in, NaN out; 0 below −87.3, where e^x
+// leaves the normal range; +∞ from 88.7 on at the latest, from 88.38 at the earliest.
+inline Vf exp(Vf x) {
 #if defined(__AVX512F__)
+  const Vf y = x * 1.44269504f;
   const Vf r = _mm512_reduce_ps(y, 1);  // y − floor y; scalef takes the floor itself
   Vf p = fma(r, broadcast(0x1.c72118p-13f), broadcast(0x1.461954p-10f));
   p = fma(p, r, broadcast(0x1.3d28p-7f));
@@ -305,9 +299,9 @@ inline Vf exp2(Vf y) {
   p = fma(p, r, broadcast(1.0f));
   return _mm512_scalef_ps(p, y);
 #else
-  const Vf held = min(broadcast(128.1f), max(broadcast(-150.0f), y));
-  const Vf shifted = held + 12582912.0f;  // 1.5·2^23: the sum holds round y in its low bits
-  const Vf r = held - (shifted - 12582912.0f);
+  const Vf y = min(broadcast(128.1f), max(broadcast(-150.0f), x * 1.44269504f));
+  const Vf shifted = y + 12582912.0f;  // 1.5·2^23: the sum holds round y in its low bits
+  const Vf r = y - (shifted - 12582912.0f);
   Vf p = fma(r, broadcast(0x1.41d334p-13f), broadcast(0x1.5f456ap-10f));
   p = fma(p, r, broadcast(0x1.3b2dbcp-7f));
   p = fma(p, r, broadcast(0x1.c6aed4p-5f));
@@ -315,12 +309,9 @@ inline Vf exp2(Vf y) {
   p = fma(p, r, broadcast(0x1.62e43p-1f));
   p = fma(p, r, broadcast(1.0f));
   const Vu power = (bits_as<Vu>(shifted) - (0x4b400000u - 127u)) << 23;
-  return select(Vi(held < -126.0f), Vf{}, Vf(p * bits_as<Vf>(power)));
+  return select(Vi(y < -126.0f), Vf{}, Vf(p * bits_as<Vf>(power)));
 #endif
 }
-
-// e^x = 2^y, y = x·log2 e, whose rounding gives the error: relative (2.3 + 1.25·|x|)·2⁻²⁴.
-inline Vf exp(Vf x) { return exp2(x * kLog2E); }
 
 // ln x for normal x > 0 (0 gives −87.3, a subnormal counts as 0); error at most 1.5·2⁻²³·max(|ln x|, ¼).
 //

@@ -75,13 +75,13 @@ inline void join(TopkSums& total, TopkSums part, double temperature) {
 
 // Σ e^{T·(x−m)}; the terms are kept in `kept`.
 template <class T>
-float sum_exponentials(const T* x, int count, Reference m, float temperature, float* kept, Prefetch ahead) {
+float sum_exponentials(const T* x, int count, float reference, float temperature, float* kept, Prefetch ahead) {
   Vf sum[2] = {};
   for (int i = 0; i < count; i += kStep) {
     ahead.step();
     for (int chain = 0; chain < 2; ++chain) {
       const int at = i + chain * kLanes;
-      const Vf e = exp2(m.exponent(load(x + at)) * temperature);
+      const Vf e = exp((load(x + at) - reference) * temperature);
       store(kept + at, e);
       sum[chain] += e;
     }
@@ -98,10 +98,10 @@ inline float sum_values(const float* x, int count) {
 }
 
 // g = or += slope·e^{T·(x−m)}.
-inline void exponential_gradient(const float* x, int count, Reference m, float temperature, float slope, bool add,
+inline void exponential_gradient(const float* x, int count, float reference, float temperature, float slope, bool add,
                                  float* g) {
   for (int i = 0; i < count; i += kLanes) {
-    const Vf term = exp2(m.exponent(load(x + i)) * temperature) * slope;
+    const Vf term = exp((load(x + i) - reference) * temperature) * slope;
     store(g + i, add ? load(g + i) + term : term);
   }
 }
@@ -143,7 +143,7 @@ class TopkKlRows {
   Statistics statistics(int64_t row, const RowContext& context) const {
     Statistics s{};
     if (full_) {
-      const Reference first(first_max(row));
+      const float first = first_max(row);
       s.sums = fold_blocks<TopkSums>(
           context.pool, problem_.vocabulary,
           [&](int64_t begin, int count) { return block_sums(row, begin, count, first, context); },
@@ -167,7 +167,7 @@ class TopkKlRows {
     const bool divergent = problem_.tail != Tail::renorm && a != 0.0;
     const double slope = b - (divergent ? a * s.slope_sum / (s.sums.rest + s.sums.stored) : 0.0);
     const double rest = divergent && s.sums.rest != 0 ? a * s.rest_slope / s.sums.rest : 0.0;
-    const Anchor anchor(s.sums.reference);
+    const float reference = static_cast<float>(s.sums.reference);
     const DType dtype = problem_.student.dtype;
     for_each_block(context.pool, problem_.vocabulary, [&](int64_t begin, int count) {
       alignas(64) float scratch[kRoom], g[kRoom];
@@ -183,15 +183,14 @@ class TopkKlRows {
       if (kept) {
         scaled_values(e, padded(count), static_cast<float>(slope + rest), g);
       } else if (full_) {
-        const float factor = static_cast<float>((slope + rest) * anchor.factor(1.0));
-        exponential_gradient(x, padded(count), anchor.rounded, 1.0f, factor, false, g);
+        exponential_gradient(x, padded(count), reference, 1.0f, static_cast<float>(slope + rest), false, g);
       } else {
         std::memset(g, 0, sizeof(float) * count);
       }
       stored_gradient(row, begin, count, a, slope, s.sums.reference, context, g);
       if (labelled && temperature_ != 1.0f) {
-        const float hard = static_cast<float>(c.cross_entropy / s.sums.label_sum * anchor.factor(temperature_));
-        exponential_gradient(x, padded(count), anchor.rounded, temperature_, hard, true, g);
+        const float hard = static_cast<float>(c.cross_entropy / s.sums.label_sum);
+        exponential_gradient(x, padded(count), reference, temperature_, hard, true, g);
       }
       if (labelled_here) g[label] -= static_cast<float>(c.cross_entropy);
       kept ? scale_values(g, count, problem_.transform.scale) : transform_gradient(x, count, problem_.transform, g);
@@ -238,11 +237,11 @@ class TopkKlRows {
     return block_max(load_block(problem_.student, row, 0, count, problem_.transform, scratch), padded(count));
   }
 
-  TopkSums block_sums(int64_t row, int64_t begin, int count, Reference first, const RowContext& context) const {
+  TopkSums block_sums(int64_t row, int64_t begin, int count, float first, const RowContext& context) const {
     alignas(64) float scratch[kRoom], local[kRoom];
     const bool keep = keeps_ && context.keep;
     float* e = keep ? exponentials(context) + begin : local;
-    if (first.is_finite()) {
+    if (std::isfinite(first)) {
       const Prefetch ahead(keep ? address(problem_.student, context.next, begin)
                                 : address(problem_.student, row, begin + kPrefetchColumns),
                            size_of(problem_.student.dtype));
@@ -253,7 +252,7 @@ class TopkKlRows {
     }
     const float* x = load_block(problem_.student, row, begin, count, problem_.transform, scratch);
     const float own = block_max(x, padded(count));
-    TopkSums sums = sums_of(row, begin, count, x, Reference(own == -kInfinity ? 0.0f : own), e, Prefetch(x, 0));
+    TopkSums sums = sums_of(row, begin, count, x, own == -kInfinity ? 0.0f : own, e, Prefetch(x, 0));
     sums.plain = false;
     if (sums.rest + sums.stored == 0) sums.reference = -INFINITY;
     return sums;
@@ -261,14 +260,15 @@ class TopkKlRows {
 
   // `e` gets the block's exponentials, 0 at the stored ids.
   template <class T>
-  TopkSums sums_of(int64_t row, int64_t begin, int count, const T* x, Reference m, float* e, Prefetch ahead) const {
+  TopkSums sums_of(int64_t row, int64_t begin, int count, const T* x, float reference, float* e,
+                   Prefetch ahead) const {
     TopkSums sums;
-    sums.reference = m.value();
+    sums.reference = reference;
     sums.rest_count = count;
     if (problem_.tokens.labels != nullptr && temperature_ != 1.0f) {
-      sums.label_sum = sum_exponentials(x, padded(count), m, temperature_, e, ahead);
+      sums.label_sum = sum_exponentials(x, padded(count), reference, temperature_, e, ahead);
     }
-    sums.rest = sum_exponentials(x, padded(count), m, 1.0f, e, ahead);
+    sums.rest = sum_exponentials(x, padded(count), reference, 1.0f, e, ahead);
     if (!holds_stored(row, begin, count)) return sums;
     constexpr float kTaken = -1.0f;
     for (int64_t j = 0; j < problem_.k; ++j) {

@@ -2,8 +2,11 @@
 
 PyTorch without CUDA has no autograd engine for CUDA tensors, not even fake ones, so the step with its gradient is
 traced for CPU tensors (nothing is launched), and for CUDA tensors the operators that it calls, backward ones included.
+The argument is the built cuda_guard.cpp where PyTorch has no CUDA.
 Prints a line each: number of graphs, forward nodes, backward nodes, number of CUDA graphs, CUDA nodes.
 """
+
+import sys
 
 import torch
 from torch._dynamo.testing import AotEagerAndRecordGraphs
@@ -17,7 +20,7 @@ from e3kernels import backends
 
 def step(student, teacher, labels, theta, hidden, branch, temperature, tau):
     sample = e3k.gumbel_topk(theta, 3, tau=tau, seed=1, step=2)
-    out = e3k.gated_residual(hidden, branch, sample.mask.select(0, 0))
+    out = e3k.gated_residual(hidden, branch, sample.mask[0])
     dense = e3k.entropy_kl(2 * student, teacher, labels, temperature=temperature, kd_ratio=0.5)
     stored, ids = teacher.log_softmax(-1).topk(4)
     sparse = e3k.topk_kl(3 * student, stored, ids, labels, temperature=temperature)
@@ -29,7 +32,7 @@ def launches(student, teacher, labels, theta, hidden, branch, temperature, tau):
     loss = step(student, teacher, labels, theta, hidden, branch, temperature, tau)
     scalars = torch.tensor([temperature, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     grad = torch.ops.e3.entropy_kl_backward.triton(labels.float(), student, teacher, labels, None, scalars, 1, 0, -100)
-    return loss, grad, torch.ops.e3.gated_residual_backward.triton(hidden, hidden, branch, theta.select(0, 0))
+    return loss, grad, torch.ops.e3.gated_residual_backward.triton(hidden, hidden, branch, theta[0])
 
 
 def kernels(graph: torch.fx.GraphModule) -> list[str]:
@@ -61,6 +64,8 @@ def trace(function, device: str, gradient: bool) -> AotEagerAndRecordGraphs:
 
 
 def main() -> None:
+    for guard in sys.argv[1:]:
+        torch.ops.load_library(guard)
     e3kernels.triton.load(backends.register, ("cpu", "cuda"), backends.FLOATS)
     training = trace(step, "cpu", gradient=True)
     print(len(training.graphs))

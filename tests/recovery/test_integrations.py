@@ -11,6 +11,7 @@ from e3pruner.recovery.integrations.step import DistillStep, batch_of
 
 LightningTrainer = pytest.importorskip("lightning", reason="needs e3kernels[lightning]").Trainer
 trl = pytest.importorskip("trl", reason="needs e3kernels[trl]")
+datasets = pytest.importorskip("datasets", reason="needs e3kernels[trl]")
 
 from e3pruner.recovery.integrations import lightning, trainer  # noqa: E402  imports the packages
 
@@ -169,7 +170,9 @@ def test_trl_equals_the_plain_loop(teacher, tmp_path):
     run = Trainer(
         student,
         arguments(trl.SFTConfig, tmp_path, 4, 2, **settings),
-        train_dataset=examples(),
+        train_dataset=datasets.Dataset.from_list(
+            [{k: v.tolist() for k, v in example.items()} for example in examples()]
+        ).with_format("torch"),
         data_collator=collate,
         processing_class=_tokenizer(),
         teacher=teacher,
