@@ -53,7 +53,7 @@ def profile(folder: str | os.PathLike[str] | None = None) -> Iterator[Profile]:
     if torch.accelerator.is_available():
         activities.append(getattr(ProfilerActivity, torch.accelerator.current_accelerator(True).type.upper()))  # type: ignore[union-attr]
     result = Profile()
-    recording = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True)
+    recording = torch.profiler.profile(activities=activities, profile_memory=True)
     recording.start()
     try:
         yield result
