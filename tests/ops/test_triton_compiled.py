@@ -59,17 +59,23 @@ def cuda_guard(tmp_path) -> list[str]:
     return [str(library)]
 
 
-def test_a_training_step_is_one_graph_that_holds_the_launches(cuda_guard):
+FORWARD = (
+    *("entropy_kl_statistics", "entropy_kl_gradient", "topk_kl_tokens", "gated_residual_forward"),
+    *("e3.gumbel_topk.triton", "e3.linear_entropy_kl.triton"),
+)
+
+
+def test_a_training_step_is_one_graph_that_holds_the_launches():
     """No break, every launch visible, and no graph more for other scalars or more tokens; fake tensors."""
-    lines = run(str(ROOT / "tests" / "ops" / "traced_step.py"), *cuda_guard).splitlines()[-5:]
-    graphs, forward, backward, cuda_graphs, on_cuda = lines
+    graphs, forward, backward = run(str(ROOT / "tests" / "ops" / "traced_step.py"), "cpu").splitlines()[-3:]
     assert int(graphs) == 2  # one with the first scalars and size as constants, one for all others
-    assert int(cuda_graphs) == 2
-    for kernel in ("entropy_kl_statistics", "entropy_kl_gradient", "topk_kl_tokens", "gated_residual_forward"):
-        assert kernel in forward
-        assert kernel in on_cuda
-    for operator in ("e3.gumbel_topk.triton", "e3.linear_entropy_kl.triton"):
-        assert operator in forward
-        assert operator in on_cuda
+    assert all(name in forward for name in FORWARD)
     assert "gated_residual_gradient" in backward
-    assert "gated_residual_gradient" in on_cuda
+
+
+@pytest.mark.slow
+def test_the_launches_of_a_step_on_cuda_tensors_are_one_graph(cuda_guard):
+    """The same for fake CUDA tensors, the backward operators called by name."""
+    graphs, nodes = run(str(ROOT / "tests" / "ops" / "traced_step.py"), "cuda", *cuda_guard).splitlines()[-2:]
+    assert int(graphs) == 2
+    assert all(name in nodes for name in (*FORWARD, "gated_residual_gradient"))

@@ -2,8 +2,8 @@
 
 PyTorch without CUDA has no autograd engine for CUDA tensors, not even fake ones, so the step with its gradient is
 traced for CPU tensors (nothing is launched), and for CUDA tensors the operators that it calls, backward ones included.
-The argument is the built cuda_guard.cpp where PyTorch has no CUDA.
-Prints a line each: number of graphs, forward nodes, backward nodes, number of CUDA graphs, CUDA nodes.
+Arguments: cpu or cuda, and for the latter the built cuda_guard.cpp where PyTorch has no CUDA.
+Prints a line each: number of graphs, forward nodes, and with the gradient, backward nodes.
 """
 
 import sys
@@ -64,16 +64,15 @@ def trace(function, device: str, gradient: bool) -> AotEagerAndRecordGraphs:
 
 
 def main() -> None:
-    for guard in sys.argv[1:]:
+    device, *guards = sys.argv[1:]
+    for guard in guards:
         torch.ops.load_library(guard)
     e3kernels.triton.load(backends.register, ("cpu", "cuda"), backends.FLOATS)
-    training = trace(step, "cpu", gradient=True)
-    print(len(training.graphs))
-    print(*kernels(training.fw_graphs[-1]))
-    print(*kernels(training.bw_graphs[-1]))
-    cuda = trace(launches, "cuda", gradient=False)
-    print(len(cuda.graphs))
-    print(*kernels(cuda.fw_graphs[-1]))
+    record = trace(step, "cpu", gradient=True) if device == "cpu" else trace(launches, "cuda", gradient=False)
+    print(len(record.graphs))
+    print(*kernels(record.fw_graphs[-1]))
+    if device == "cpu":
+        print(*kernels(record.bw_graphs[-1]))
 
 
 if __name__ == "__main__":
