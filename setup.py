@@ -149,7 +149,7 @@ def run(command: list[str]) -> None:
 
 
 def compile_jobs(module: Module, compiler: list[str], folder: Path) -> list[list[str]]:
-    """One compile command for each object of the module, the slow ones (kernels) first."""
+    """One compile command for each object of the module, the slow ones (those that read torch's headers) first."""
     # No fused multiply-add unless a kernel asks for it: the sampler's noise has the same bits on every backend.
     common = [
         *["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-uninitialized"],
@@ -158,13 +158,13 @@ def compile_jobs(module: Module, compiler: list[str], folder: Path) -> list[list
     ]
     sets = INSTRUCTION_SETS.get(platform.machine(), PORTABLE)
     jobs = []
+    for source in module.sources:
+        target = folder / f"{module.name}.{Path(source).stem}.o"
+        jobs.append([*compiler, *common, *module.flags(), "-c", source, "-o", str(target)])
     for source in (name for name in module.kernels if (ROOT / name).exists()):
         for isa, flags in reversed(sets.items()):
             target = folder / f"{module.name}.{Path(source).stem}.{isa}.o"
             jobs.append([*compiler, *common, *flags, f"-DE3_ISA_NAMESPACE={isa}", "-c", source, "-o", str(target)])
-    for source in module.sources:
-        target = folder / f"{module.name}.{Path(source).stem}.o"
-        jobs.append([*compiler, *common, *module.flags(), "-c", source, "-o", str(target)])
     return jobs
 
 
