@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,10 @@ def test_an_interrupted_demo_ends_as_if_it_had_not_been(
 ) -> None:
     out = tmp_path / "out"
     arguments = [str(argument) for argument in demo_arguments(model_folder, text_file, out)]
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], stderr=subprocess.PIPE, text=True) as process:
+    # A shell that runs the tests in its background has its children ignore Ctrl-C.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         while process.poll() is None and not (tmp_path / "out.partial" / "stage-1-search.json").exists():
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
