@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 
-from e3pruner.profiling.gradients import errors_of, gradient_of
 from e3pruner.profiling.process_memory import peak_above_inputs
-
-__all__ = ["errors_of", "gradient_of", "measure"]
 
 # Seconds of rounds a provider gets, and the bounds on their number.
 BUDGET, FEWEST, MOST = 1.0, 3, 200

@@ -10,7 +10,7 @@ def test_weights_are_narrow_inside_and_the_same_tensors_after_an_error():
     before = [(parameter, parameter.data_ptr(), parameter.clone()) for parameter in model.parameters()]
 
     def fail_inside():
-        with weights_in(model, torch.bfloat16):
+        with weights_in(model.parameters(), torch.bfloat16):
             assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
             assert model.lm_head.weight is model.model.embed_tokens.weight
             raise KeyboardInterrupt

@@ -4,9 +4,10 @@ from functools import cache, partial
 
 import pytest
 import torch
-from measure import errors_of, gradient_of, measure
+from measure import measure
 
 import e3kernels as e3k
+from e3pruner.profiling.gradients import errors_of, gradient_of
 from e3pruner.profiling.textbook import entropy_kl as textbook
 
 # Without weights the gradient's denominator is known beforehand: no teacher logit is read twice.

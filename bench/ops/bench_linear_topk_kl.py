@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from heads import SIZES, make, products
-from measure import errors_of, gradient_of, measure
+from measure import measure
 
 import e3kernels as e3k
+from e3pruner.profiling.gradients import errors_of, gradient_of
 from e3pruner.profiling.textbook import topk_kl as textbook
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,13 +31,13 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 @contextmanager
-def weights_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the block the parameters of `model` are rounded to `dtype`; then the very same tensors are back.
+def weights_in(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside the block `parameters` are rounded to `dtype` (None: they are not); then the very same tensors are back.
 
     For passes without a gradient. It takes the memory of autocast's copies of the weights and about half its time:
     norms and residual stream are narrow too.
     """
-    own = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
+    own = [(p, p.data) for p in parameters if p.is_floating_point()] if dtype is not None else []
     try:
         for parameter, data in own:
             parameter.data = data.to(dtype)

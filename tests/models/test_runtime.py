@@ -29,13 +29,7 @@ MORE_SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that meet every few microseconds crawl on a busy machine; the test that needs several asks for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def supported_model(model_type, **changes):

@@ -18,13 +18,7 @@ NEW = 24
 DRAWS = 1200
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that meet every few microseconds crawl on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def hugging_face(model, ids, **options):

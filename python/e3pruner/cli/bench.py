@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import e3pruner
 from e3pruner.cli.command import FAILURE
-from e3pruner.cli.tables import PIPE_WIDTH
+from e3pruner.cli.tables import console, rich_table
 from e3pruner.report.benchmarks import Change, compare, read, slower
 
 
@@ -96,11 +94,13 @@ def measure(out: Path, only: str | None) -> None:
 
 def print_changes(changes: list[Change]) -> None:
     """One row a case, the slowest first: times relative to the floor of their own run."""
-    table = Table(title="× floor, before and now", title_justify="left")
-    for heading in ("case", "before", "now", "change"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for change in changes:
-        case = " ".join(str(part) for part in change.case if part is not None)
-        table.add_row(case, f"{change.before:.2f}", f"{change.after:.2f}", f"{change.factor - 1:+.1%}")
-    terminal = Console()
-    (terminal if terminal.is_terminal else Console(width=PIPE_WIDTH)).print(table)
+    rows = [
+        [
+            " ".join(str(part) for part in change.case if part is not None),
+            f"{change.before:.2f}",
+            f"{change.after:.2f}",
+            f"{change.factor - 1:+.1%}",
+        ]
+        for change in changes
+    ]
+    console().print(rich_table("× floor, before and now", ["case", "before", "now", "change"], rows))

@@ -17,6 +17,7 @@ from e3pruner.cli.tables import print_table
 from e3pruner.cli.text import token_splits
 from e3pruner.models import find_layers
 from e3pruner.report import REPORT_FILE, build_report, save_results
+from e3pruner.search.protocol import check_drop
 
 BUILT_IN_TITLE = "SmolLM2-135M-Instruct"
 SUMMARY = f"Layers chosen by {METHOD}, cut out, the rest recovered by distillation from the dense model."
@@ -49,8 +50,7 @@ def demo(
         began = time.perf_counter()
         dense, tokenizer = load_model(model, dtype=options.Dtype.FLOAT32), load_tokenizer(model)
         layers = len(find_layers(dense))
-        if not 1 <= drop < layers:
-            raise ValueError(f"drop={drop} must be from 1 to {layers - 1}: the model has {layers} layers")
+        check_drop(drop, layers)  # the search would say so too, after the teacher has written its text
         tokens = token_splits(tokenizer, text, length=length, seed=seed, teacher=None if quick else dense)
         loading = round(time.perf_counter() - began, 1)
         pipeline = Pipeline(folder, dense, tokenizer, tokens, QUICK if quick else FULL, drop, seed)

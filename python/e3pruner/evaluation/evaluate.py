@@ -71,8 +71,7 @@ def evaluate(
     with ExitStack() as stack:
         for each in models:
             stack.enter_context(evaluating(each))
-            if dtype is not None:
-                stack.enter_context(weights_in(each, dtype))
+            stack.enter_context(weights_in(each.parameters(), dtype))
         for number, batch in enumerate(
             track(batches, "evaluate", console=Console(stderr=True), disable=not progress, transient=True)
         ):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 import e3kernels as e3k
 from e3pruner.models import OutputHead, last_hidden, output_head
+from e3pruner.precision import weights_in
 from e3pruner.recovery.batches import Batch
 from e3pruner.storage import fingerprint
 
@@ -41,21 +41,13 @@ class Teacher(Protocol):
         """
 
 
-@contextmanager
-def narrowed(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
+def narrowed(model: PreTrainedModel, dtype: torch.dtype | None) -> AbstractContextManager[None]:
     """Inside the block the linear layers of `model` hold their weights in `dtype`: the casts that autocast to `dtype`
     would repeat at every use, done once. Embeddings and the output head stay; so do weights shared with them.
     """
     kept = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in kept]
-    wide = [(p, p.data) for m in linears for p in m.parameters()] if dtype is not None else []
-    try:
-        for parameter, values in wide:
-            parameter.data = values.to(dtype)
-        yield
-    finally:
-        for parameter, values in wide:
-            parameter.data = values
+    return weights_in((p for m in linears for p in m.parameters()), dtype)
 
 
 class LiveTeacher:

@@ -74,8 +74,7 @@ class SearchProblem:
     def __enter__(self) -> Self:
         self._context.enter_context(evaluating(self.model))
         self._context.enter_context(torch.no_grad())
-        if self._dtype is not None:
-            self._context.enter_context(weights_in(self.model, self._dtype))
+        self._context.enter_context(weights_in(self.model.parameters(), self._dtype))
         self._context.enter_context(self.forward)
         return self
 

@@ -43,6 +43,16 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r} must be finite and above 0")
 
 
+def check_drop(drop: int, num_layers: int, num_protected: int = 0) -> None:
+    """Raises `TypeError` or `ValueError` unless `drop` of the layers can go, one stays, and the protected ones do."""
+    if isinstance(drop, bool) or not isinstance(drop, int):
+        raise TypeError(f"drop must be an integer, not {drop!r}")
+    if not 1 <= drop < num_layers:
+        raise ValueError(f"drop={drop} must be from 1 to {num_layers - 1}: the model has {num_layers} layers")
+    if drop > num_layers - num_protected:
+        raise ValueError(f"protect names {num_protected} layers, drop={drop} leaves only {num_layers - drop}")
+
+
 def layers_of(problem: SearchProblem, removed: Tensor) -> list[int]:
     """The layers whose entry in `removed`, one for each layer that may go, is not 0."""
     return [layer for layer, gone in zip(problem.free, removed.tolist(), strict=True) if gone]

@@ -27,7 +27,7 @@ from e3pruner.search.last_n import last_n
 from e3pruner.search.leave_one_out import leave_one_out
 from e3pruner.search.policy_gradient import policy_gradient
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Method, Search
+from e3pruner.search.protocol import Method, Search, check_drop
 from e3pruner.search.random_subset import random_subset
 from e3pruner.storage import fingerprint
 
@@ -82,7 +82,7 @@ def search(
     """
     num_layers = len(find_layers(model))
     protected = check_indices("protect", protect, num_layers)
-    _check_count("drop", drop, num_layers, len(protected))
+    check_drop(drop, num_layers, len(protected))
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
     dtype = autocast_dtype(precision, model.device)
@@ -134,15 +134,6 @@ def _method(name: str, options: dict[str, Any]) -> Method:
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"{unknown[0]} is no option of method={name!r}; it has {', '.join(known) or 'none'}")
     return METHODS[name]
-
-
-def _check_count(name: str, drop: int, num_layers: int, num_protected: int) -> None:
-    if isinstance(drop, bool) or not isinstance(drop, int):
-        raise TypeError(f"{name} must be an integer, not {drop!r}")
-    if not 1 <= drop < num_layers:
-        raise ValueError(f"{name}={drop} must be from 1 to {num_layers - 1}: the model has {num_layers} layers")
-    if drop > num_layers - num_protected:
-        raise ValueError(f"protect names {num_protected} layers, {name}={drop} leaves only {num_layers - drop}")
 
 
 def _progress(problem: SearchProblem, method: str) -> Progress:
