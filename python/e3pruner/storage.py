@@ -38,6 +38,12 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: str | Path) -> None:
+    """Deletes what writers to `folder` left there that were killed. Nobody else may be writing to it."""
+    for left in Path(folder).glob(".*.[0-9]*.tmp"):
+        left.unlink()
+
+
 @contextmanager
 def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder that takes the name `path` when the block ends well and vanishes when it raises.

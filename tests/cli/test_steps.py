@@ -1,6 +1,7 @@
 """search, prune, distill, eval, generate and report on a tiny real model, each on what the one before left."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,49 @@ def test_distill_lowers_the_divergence(recovered: Path) -> None:
     assert [step for step, _ in curve["held_out"]] == [0, 4, 8, 12]
     assert len(curve["train"]) == 12
     assert curve["held_out"][-1][1] < curve["held_out"][0][1]
+
+
+@pytest.fixture(scope="module")
+def cached(results: Path, model_folder: Path, text_file: Path, e3: Command) -> Path:
+    out = results / "cached"
+    made = e3("cache-teacher", "--teacher", model_folder, "--text", text_file, "--length", 32, "--k", 5, "--out", out)
+    assert_done(made)
+    assert "19.4 bytes each: 148,180 bytes of " in made.stderr
+    return out
+
+
+def test_distill_learns_from_a_cache(cached: Path, pruned: Path, text_file: Path, tmp_path: Path, e3: Command) -> None:
+    text = ("--text", text_file, "--held-out", 4)
+    arguments = ("--model", pruned, "--teacher-cache", cached, "--steps", 12, "--lr", 3e-4, *text)
+    result = e3("distill", *arguments, "--length", 32, "--out", tmp_path / "out")
+    assert_done(result)
+    curve = json.loads((tmp_path / "out" / "results.json").read_text())["recovery"]
+    assert curve["perplexity"][-1][1] < curve["perplexity"][0][1]
+    assert curve["held_out"] == []
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+    other = e3("distill", *arguments, "--length", 16, "--out", tmp_path / "other")
+    assert other.exit_code == 2
+    assert "is not what" in other.stderr
+
+
+def test_a_cache_is_verified(cached: Path, tmp_path: Path, e3: Command) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(cached, copy)
+    assert_done(e3("cache-teacher", "--verify", "--out", copy))
+    shard = copy / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    damaged = e3("cache-teacher", "--verify", "--out", copy)
+    assert damaged.exit_code == 2
+    assert "shard-00000.safetensors is damaged" in damaged.stderr
+
+
+@pytest.mark.parametrize("teachers", [(), ("--teacher", "a", "--teacher-cache", "b")])
+def test_distill_takes_one_teacher(teachers: tuple, pruned: Path, tmp_path: Path, e3: Command) -> None:
+    result = e3("distill", "--model", pruned, *teachers, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "give one of them" in result.stderr
 
 
 def test_eval_compares_with_the_teacher(

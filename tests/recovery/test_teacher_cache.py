@@ -57,6 +57,16 @@ def test_what_is_stored_is_what_the_teacher_predicts(teacher, tmp_path):
     cache.verify()
 
 
+def test_bf16_is_that_of_autocast(teacher, tmp_path):
+    cache = make(teacher, tmp_path / "cache", precision="bf16", k=VOCAB_SIZE)
+    batch = next(in_order(sequences(20), 20))
+    logprobs, ids = cache.targets(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = teacher(batch.input_ids).logits[:, :-1]
+    expected = expected.float().log_softmax(-1).gather(-1, ids)
+    torch.testing.assert_close(logprobs, expected.detach(), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("vocabulary", "per_token"), [(49_152, 40), (151_936, 60)])
 def test_bytes_per_token(vocabulary, per_token):
     assert cache_bytes(1000, 257, vocabulary) == 1000 * 256 * per_token
@@ -69,6 +79,44 @@ def test_the_disk_holds_what_was_estimated(teacher, tmp_path):
     assert estimate <= stored <= estimate + 3 * 400
 
 
+def test_a_large_vocabulary_takes_at_most_62_bytes_a_token(tmp_path):
+    teacher = tiny_model("llama", vocab_size=70_000)
+    data = torch.randint(3, 70_000, (4, 256), generator=torch.Generator().manual_seed(0))
+    cache = cache_teacher(teacher, data, tmp_path / "cache")
+    stored = sum(file.stat().st_size for file in cache.folder.iterdir())
+    assert 59 * data.numel() < stored <= 62 * data.numel()
+
+
+def left(logprobs):
+    """Log of the probability that is not in `logprobs`; rounding may leave less than none."""
+    return (1 - logprobs.exp().sum(-1, keepdim=True)).clamp_min(1e-20).log()
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renorm", "truncated"])
+def test_the_tail_is_treated_as_asked(teacher, tmp_path, tail):
+    make(teacher, tmp_path / "cache", k=5)
+    cache = TeacherCache(tmp_path / "cache", tail=tail)
+    student = prune(teacher, [0, 2, 5])
+    batch = next(in_order(sequences(20), 20))
+    logprobs, ids = cache.targets(batch)
+    log_q = student(batch.input_ids).logits[:, :-1].log_softmax(-1).gather(-1, ids).detach()
+    if tail == "renorm":
+        logprobs, log_q = logprobs.log_softmax(-1), log_q.log_softmax(-1)
+    elif tail == "bucket":
+        logprobs, log_q = (torch.cat([x, left(x)], -1) for x in (logprobs, log_q))
+    expected = (logprobs.exp() * (logprobs - log_q)).sum(-1).mean()
+    options = {"batch_size": 20, "precision": "fp32", "kd_ratio": 1.0, "weighting": "none"}
+    result = distill(student, teacher=cache, data=sequences(20), **options)
+    assert result.curve[0]["loss"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_another_tail_is_another_teacher(teacher, tmp_path):
+    make(teacher, tmp_path / "cache")
+    assert len({TeacherCache(tmp_path / "cache", tail=tail).identity for tail in ("bucket", "renorm")}) == 2
+    with pytest.raises(ValueError, match="tail='tail' must be one of"):
+        TeacherCache(tmp_path / "cache", tail="tail")
+
+
 def test_a_cache_of_the_whole_vocabulary_teaches_as_the_live_teacher(teacher, tmp_path):
     cache = make(teacher, tmp_path / "cache", k=VOCAB_SIZE)
     options = {"data": sequences(20), "steps": 3, "precision": "fp32"}
@@ -77,10 +125,11 @@ def test_a_cache_of_the_whole_vocabulary_teaches_as_the_live_teacher(teacher, tm
     assert [p["loss"] for p in stored.curve] == pytest.approx([p["loss"] for p in live.curve], rel=1e-3)
 
 
-def test_training_from_the_cache_lowers_loss_and_perplexity(teacher, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_from_the_cache_lowers_loss_and_perplexity(teacher, tmp_path, precision):
     cache = make(teacher, tmp_path / "cache")
     student = prune(teacher, [0, 1, 3, 5])
-    options = {"steps": 30, "precision": "fp32", "lr": 3e-3, "eval_every": 30}
+    options = {"steps": 30, "precision": precision, "lr": 3e-3, "eval_every": 30}
     result = distill(student, teacher=cache, data=sequences(20), held_out=sequences(20), **options)
     assert result.curve[-1]["loss"] < 0.8 * result.curve[0]["loss"]
     assert result.held_out[-1]["perplexity"] < 0.8 * result.held_out[0]["perplexity"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import transformers
 import typer
 
-from e3pruner.cli import bench, demo, distill, evaluate, generate, info, profile, prune, report, search
+from e3pruner.cli import bench, cache_teacher, demo, distill, evaluate, generate, info, profile, prune, report, search
 from e3pruner.cli.command import Command
 
 app = typer.Typer(name="e3", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "info": info.info,
     "search": search.search,
     "prune": prune.prune,
+    "cache-teacher": cache_teacher.cache_teacher,
     "distill": distill.distill,
     "eval": evaluate.evaluate,
     "generate": generate.generate,

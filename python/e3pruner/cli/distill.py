@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,10 +11,11 @@ import typer
 import e3pruner
 from e3pruner.cli import options
 from e3pruner.cli.config import parse_options
-from e3pruner.cli.models import copy_tokenizer, load_model, load_tokenizer
+from e3pruner.cli.models import load_model, load_tokenizer
 from e3pruner.cli.output import output_folder
 from e3pruner.cli.results import recovery_results, run_results
 from e3pruner.cli.text import take, token_splits
+from e3pruner.recovery import TeacherCache
 from e3pruner.recovery.state import STATE
 from e3pruner.report import save_results
 
@@ -23,8 +25,12 @@ TRAINING = "training"
 def distill(
     ctx: typer.Context,
     model: options.Model,
-    teacher: options.Teacher,
     out: options.Out,
+    teacher: options.Teacher = None,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `e3 cache-teacher`, made with the same text, length and seed: no teacher then."),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps; one pass over the text if not given.")
     ] = None,
@@ -48,28 +54,37 @@ def distill(
 
     `e3 distill --model pruned --teacher smollm2 --steps 50 --out recovered`
 
-    `e3 distill --model pruned --teacher my-model --text my.txt --option save_every=20 --out recovered`
+    `e3 distill --model pruned --teacher-cache cache --text my.txt --option save_every=20 --out recovered`
     """
     extra = parse_options(option)
-    tokens = token_splits(load_tokenizer(teacher), text, length=length, seed=seed)
+    if (teacher is None) == (teacher_cache is None):
+        raise typer.BadParameter("give one of them", param_hint="--teacher, --teacher-cache")
+    tokenizer = load_tokenizer(teacher or model)
+    source = TeacherCache(teacher_cache, tokenizer=tokenizer) if teacher_cache else load_model(str(teacher), device)
+    tokens = token_splits(tokenizer, text, length=length, seed=seed)
     evaluated = take(tokens.held_out, held_out, "--held-out")
     student = load_model(model, device, options.Dtype.FLOAT32)
-    source = load_model(teacher, device)
     with output_folder(ctx, out, force) as folder:
         settings: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "seed": seed, **extra}
         training = folder / TRAINING
+        resume = (training / STATE).exists()
         result = e3pruner.distill(
             student,
             teacher=source,
             data=tokens.training,
             held_out=evaluated,
             output=training,
-            resume=(training / STATE).exists(),
+            resume=resume,
+            force=not resume,
             **settings,
         )
         student.save_pretrained(folder)
-        copy_tokenizer(teacher, folder)
-        save_results(run_results(ctx, f"{model}, distilled from {teacher}") | recovery_results(result), folder)
+        tokenizer.save_pretrained(folder)
+        title = f"{model}, distilled from {teacher or teacher_cache}"
+        save_results(run_results(ctx, title) | recovery_results(result), folder)
+        # The state first: should the rest be cut short, the same command trains again instead of finding half of it.
+        (training / STATE).unlink()
         shutil.rmtree(training)
     last = result.held_out[-1]
-    print(f"{out}: held-out KL {last['kl']:.3f}, perplexity {last['perplexity']:.2f} after {result.steps} steps")
+    divergence = f"KL {last['kl']:.3f}, " if "kl" in last else ""
+    print(f"{out}: held-out {divergence}perplexity {last['perplexity']:.2f} after {result.steps} steps")

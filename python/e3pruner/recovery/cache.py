@@ -13,9 +13,10 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -26,8 +27,9 @@ from e3pruner.models import OutputHead, last_hidden, output_head
 from e3pruner.models.stack import evaluating
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.batches import Batch, sequences_of
-from e3pruner.storage import fingerprint, write_json, write_tensors
+from e3pruner.storage import fingerprint, remove_temporaries, write_json, write_tensors
 
+Tail = Literal["bucket", "renorm", "truncated"]
 MANIFEST = "manifest.json"
 FORMAT = 1
 SHARD_TOKENS = 1 << 17
@@ -52,12 +54,17 @@ class TeacherCache:
 
     Raises ValueError for a folder that is damaged, unfinished or of another format, and, given one, for a `tokenizer`
     other than the teacher's. Shards are memory-mapped: reading in any order costs no more memory than a batch.
+    `tail`: what its loss makes of the probability that is not stored, as in `e3kernels.topk_kl`.
     """
 
     any_text = False
 
-    def __init__(self, folder: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, tail: Tail = "bucket"
+    ) -> None:
+        if tail not in get_args(Tail):
+            raise ValueError(f"tail={tail!r} must be one of {get_args(Tail)}")
+        self.folder, self.tail = Path(folder), tail
         self.manifest = _read_manifest(self.folder)
         self.vocabulary: int = self.manifest["vocabulary"]
         self._open: OrderedDict[int, Any] = OrderedDict()
@@ -70,7 +77,7 @@ class TeacherCache:
 
     @property
     def identity(self) -> str:
-        return fingerprint(self.manifest)
+        return fingerprint(self.manifest, self.tail)
 
     def check(self, data: Tensor, temperature: float) -> None:
         """Raises ValueError unless the cache is of `data` (N, S) at `temperature`."""
@@ -85,7 +92,9 @@ class TeacherCache:
 
     def verify(self) -> None:
         """Reads everything. Raises ValueError naming the first shard whose content is not what was written."""
-        for index, file in enumerate(track(_shard_files(self.folder, self.manifest), description="verify")):
+        for index, file in enumerate(
+            track(_shard_files(self.folder, self.manifest), "verify", console=Console(stderr=True))
+        ):
             shard = self._shard(index)
             try:
                 content = {name: shard.get_tensor(name) for name in ("ids", "logprobs")}
@@ -102,10 +111,11 @@ class TeacherCache:
         logprobs, ids = [], []
         for row in batch.rows.tolist():
             shard, at = self._shard(row // per_shard), row % per_shard
-            logprobs.append(shard.get_slice("logprobs")[at : at + 1])
+            # Autocast on a CPU refuses to join fp16.
+            logprobs.append(shard.get_slice("logprobs")[at : at + 1].float())
             ids.append(shard.get_slice("ids")[at : at + 1])
         device = batch.input_ids.device
-        return torch.cat(logprobs).to(device, torch.float32), torch.cat(ids).to(device, torch.int64)
+        return torch.cat(logprobs).to(device), torch.cat(ids).to(device, torch.int64)
 
     def loss(
         self, hidden: Tensor, head: OutputHead, targets: tuple[Tensor, Tensor], labels: Tensor, **options: Any
@@ -118,6 +128,7 @@ class TeacherCache:
             student_bias=head.bias,
             student_softcap=head.softcap,
             student_scale=head.scale,
+            tail=self.tail,
             **options,
         )
 
@@ -144,13 +155,15 @@ def cache_teacher(
     temperature: float = 1.0,
     batch_size: int = 8,
     precision: str = "auto",
+    force: bool = False,
 ) -> TeacherCache:
     """Store the `k` likeliest next tokens of every position of `data` (N, S) in `folder`.
 
     A folder in which an earlier call was cut short, even by a kill, is completed: whole shards are kept.
 
     Raises ValueError for k outside 1 … vocabulary, for logits that are not finite, and for a folder whose cache is of
-    another model, tokenizer, data or setting, naming which; OSError if the disk has too little room, before it starts.
+    another model, tokenizer, data or setting, naming which; FileExistsError for a folder that holds other files, unless
+    `force`; OSError if the disk has too little room, before it starts.
     """
     folder = Path(folder)
     head = output_head(teacher)
@@ -174,20 +187,21 @@ def cache_teacher(
         # Whole batches, so that a resumed run computes the same ones.
         "shard_rows": max(1, SHARD_TOKENS // (rows.shape[1] * batch_size)) * batch_size,
     }
-    _start(folder, manifest)
+    _start(folder, manifest, force)
     todo = [i for i, file in enumerate(_shard_files(folder, manifest)) if not file.exists()]
-    with evaluating(teacher), torch.no_grad(), torch.autocast(teacher.device.type, dtype, enabled=dtype is not None):
-        for index in track(todo, description="cache the teacher"):
+    with evaluating(teacher), torch.no_grad():
+        for index in track(todo, description="cache the teacher", console=Console(stderr=True)):
             shard = rows.split(manifest["shard_rows"])[index]
-            parts = [_top(teacher, head, batch, k, temperature) for batch in shard.split(batch_size)]
+            parts = [_top(teacher, head, batch, k, temperature, dtype) for batch in shard.split(batch_size)]
             logprobs, ids = (torch.cat(column) for column in zip(*parts, strict=True))
             content = {"logprobs": logprobs, "ids": ids.to(_id_dtype(vocabulary))}
             write_tensors(_shard_file(folder, index), content, {"content": fingerprint(content)})
     return TeacherCache(folder, tokenizer=tokenizer)
 
 
-def _start(folder: Path, manifest: dict[str, Any]) -> None:
+def _start(folder: Path, manifest: dict[str, Any], force: bool) -> None:
     """Check `folder` and write its manifest."""
+    remove_temporaries(folder)
     if (folder / MANIFEST).exists():
         stored = _read_manifest(folder)
         for name, value in manifest.items():
@@ -196,7 +210,7 @@ def _start(folder: Path, manifest: dict[str, Any]) -> None:
                     f"{folder} holds a cache with {name} {stored.get(name)!r}, this one has {value!r}; choose another"
                 )
         return
-    if folder.exists() and any(folder.iterdir()):
+    if not force and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no cache; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     need = cache_bytes(manifest["sequences"], manifest["length"], manifest["vocabulary"], manifest["k"])
@@ -206,12 +220,16 @@ def _start(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _top(
-    teacher: PreTrainedModel, head: OutputHead, batch: Tensor, k: int, temperature: float
+    teacher: PreTrainedModel, head: OutputHead, batch: Tensor, k: int, temperature: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    hidden = last_hidden(teacher, batch.to(teacher.device))[:, :-1]
+    # Autocast on a CPU refuses to stack fp16: it is for the model only.
+    autocast = torch.autocast(teacher.device.type, dtype, enabled=dtype is not None)
+    with autocast:
+        hidden = last_hidden(teacher, batch.to(teacher.device))[:, :-1]
     logprobs, ids = [], []
     for sequence in hidden:  # one at a time: (S − 1, V) logits are all that is ever materialised
-        logits = head.logits(sequence).float() / temperature
+        with autocast:
+            logits = head.logits(sequence).float() / temperature
         if not logits.isfinite().all():
             raise ValueError("teacher: its logits hold NaN or infinity; nothing can be learnt from them")
         values, indices = logits.topk(k)

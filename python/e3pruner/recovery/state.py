@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from e3pruner.storage import write_json, write_tensors
+from e3pruner.storage import remove_temporaries, write_json, write_tensors
 
 STATE = "state.json"
 FORMAT = 1
@@ -19,7 +19,7 @@ FORMAT = 1
 class StateFolder:
     """Folder of one run. The JSON is written last: until then the previous state stands.
 
-    Raises FileExistsError if the folder has a state and neither `resume` nor `force` is given, FileNotFoundError if
+    Raises FileExistsError if the folder is not empty and neither `resume` nor `force` is given, FileNotFoundError if
     there is none to resume.
     """
 
@@ -31,6 +31,7 @@ class StateFolder:
         if not resume and not force and self.path.exists() and any(self.path.iterdir()):
             raise FileExistsError(f"output={self.path} is not empty; resume the run in it, choose another, or force")
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(self.path)
 
     def save(self, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         name = f"state-{content['step']:08d}.safetensors"

@@ -10,7 +10,8 @@ Keys (all but `title` and `environment` may be missing; the report then leaves t
 - `methods`: `[{"method", "removed", "cost", "seconds", ...the figures of a model}]`, the mask of each method on the
   held-out text, the one that was pruned first; `cost` in tokens times dense forward passes.
 - `curve`: `{method: [[layers removed, held-out KL], ...]}`.
-- `recovery`: `{"train": [[step, loss], ...], "held_out": [[step, KL], ...]}`.
+- `recovery`: `{"train": [[step, loss], ...], "held_out": [[step, KL], ...],
+  "perplexity": [[step, perplexity], ...]}`.
 - `models`: `[{"name", "layers", "parameters", "kl", "perplexity", "top1_agreement", "decode_tokens_per_s", ...}]`.
 - `generations`: `[{"prompt": str, "answers": {model name: str}}]`.
 """
