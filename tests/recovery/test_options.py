@@ -21,6 +21,8 @@ from e3pruner.recovery import DistillOptions
         {"kd_ratio": -0.1},
         {"weight_decay": -1.0},
         {"gamma": float("nan")},
+        {"lora_rank": 0},
+        {"spike": 1.0},
         {"weighting": "entropic"},
         {"divergence": "backward"},
         {"trainable": "head"},

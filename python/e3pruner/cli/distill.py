@@ -15,6 +15,7 @@ from e3pruner.cli.models import load_model, load_tokenizer
 from e3pruner.cli.output import output_folder
 from e3pruner.cli.results import recovery_results, run_results
 from e3pruner.cli.text import take, token_splits
+from e3pruner.models import PruningPlan
 from e3pruner.recovery import TeacherCache
 from e3pruner.recovery.state import STATE
 from e3pruner.report import save_results
@@ -30,6 +31,9 @@ def distill(
     teacher_cache: Annotated[
         Path | None,
         typer.Option(help="Folder of `e3 cache-teacher`, made with the same text, length and seed: no teacher then."),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="The plan of --model, for --option trainable=cuts.", exists=True, dir_okay=False)
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps; one pass over the text if not given.")
@@ -73,6 +77,7 @@ def distill(
             teacher=source,
             data=tokens.training,
             held_out=evaluated,
+            plan=PruningPlan.load(plan) if plan else None,
             output=training,
             resume=resume,
             force=not resume,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from e3pruner.models import output_head
+from e3pruner.models import PruningPlan, output_head
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.batches import sequences_of
 from e3pruner.recovery.loop import DistillResult, Training
@@ -31,6 +31,7 @@ def distill(
     teacher: PreTrainedModel | Teacher,
     data: Tensor | Iterable[Any],
     held_out: Tensor | Iterable[Any] | None = None,
+    plan: PruningPlan | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -74,7 +75,8 @@ def distill(
         "teacher": source.identity,
     }
     folder = None if output is None else StateFolder(output, resume=resume, force=force)
-    with casts, trained_parameters(pruned, chosen.trainable) as parameters:
+    with casts, trained_parameters(pruned, chosen, plan, dtype) as parameters:
+        settings["frozen weights"] = fingerprint({n: p for n, p in pruned.named_parameters() if n not in parameters})
         training = Training(loss, parameters, sequences, watched, steps, settings)
         if folder is not None and resume:
             training.restore(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,12 +18,15 @@ from e3pruner.recovery.interrupt import deferred_interrupt
 from e3pruner.recovery.loss import DistillLoss, HeldOut
 from e3pruner.recovery.state import StateFolder, pack_state, unpack_state
 
+SPIKE_WINDOW = 32
+
 
 @dataclass
 class DistillResult:
     """What a run of `distill` did: optimizer steps, tokens trained on, seconds, and its curves.
 
-    curve: one {"step", "loss", "lr", "grad_norm"} a step, the norm before clipping. held_out: {"step", "kl",
+    curve: one {"step", "loss", "lr", "grad_norm"} a step, the norm before clipping, and "skipped" where the loss was a
+    spike and nothing was learnt. held_out: {"step", "kl",
     "perplexity"} before the first step, every `eval_every` steps and after the last; no "kl" with a `TeacherCache`.
     """
 
@@ -31,6 +35,11 @@ class DistillResult:
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
     held_out: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> list[int]:
+        """The steps that were not taken."""
+        return [int(record["step"]) for record in self.curve if "skipped" in record]
 
 
 class Training:
@@ -65,8 +74,10 @@ class Training:
         for name, value in self.settings.items():
             if (saved := content["settings"].get(name)) != value:
                 raise ValueError(f"resume: {name} was {saved!r} in the saved run and is {value!r} now")
-        unpack_state(folder.tensors(content), content["step"], self.parameters, self.optimizer)
-        self.result = DistillResult(**content["result"])
+        result = DistillResult(**content["result"])
+        taken = result.steps - len(result.skipped)
+        unpack_state(folder.tensors(content), taken, self.parameters, self.optimizer)
+        self.result = result
 
     def run(self, folder: StateFolder | None) -> DistillResult:
         result, options = self.result, self.options
@@ -92,11 +103,18 @@ class Training:
                 try:
                     with named_range("step"):
                         self._step()
+                    if "skipped" in result.curve[-1]:
+                        progress.console.print(
+                            f"step {result.steps} skipped: its loss is {result.curve[-1]['loss']:.3g}"
+                        )
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{error}; {self._kept(folder)}") from None
 
     def _step(self) -> None:
-        """One optimizer step; raises FloatingPointError, with every weight as it was, if anything is not finite."""
+        """One optimizer step, or none if its loss is a spike.
+
+        Raises FloatingPointError, with every weight as it was, if anything is not finite.
+        """
         options, result = self.options, self.result
         self.optimizer.zero_grad()
         weight, total, tokens = 0.0, 0.0, 0
@@ -118,15 +136,24 @@ class Training:
         step, mean = result.steps + 1, total / weight
         if not (abs(mean) < float("inf") and norm < float("inf")):
             raise FloatingPointError(f"step {step}: loss is {mean}, gradient norm {norm}; the step was not taken")
-        with named_range("clip"):
-            torch._foreach_mul_(gradients, min(1.0, options.max_grad_norm / max(norm, 1e-12)) / weight)
         rate = options.learning_rate(result.steps, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with named_range("optimizer"):
-            self.optimizer.step()
+        record = {"step": step, "loss": mean, "lr": rate, "grad_norm": norm}
+        if self._is_spike(mean):
+            record["skipped"] = 1
+        else:
+            with named_range("clip"):
+                torch._foreach_mul_(gradients, min(1.0, options.max_grad_norm / max(norm, 1e-12)) / weight)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            with named_range("optimizer"):
+                self.optimizer.step()
         result.steps, result.tokens = step, result.tokens + tokens
-        result.curve.append({"step": step, "loss": mean, "lr": rate, "grad_norm": norm})
+        result.curve.append(record)
+
+    def _is_spike(self, loss: float) -> bool:
+        # Skipped steps are among the last ones too: what stays high is no spike, and is learnt from again.
+        recent = [record["loss"] for record in self.result.curve[-SPIKE_WINDOW:]]
+        return len(recent) >= SPIKE_WINDOW // 4 and loss > self.options.spike * statistics.median(recent) > 0
 
     def _watch(self, held_out: HeldOut | None, last: bool) -> None:
         result = self.result

@@ -15,7 +15,10 @@ class DistillOptions:
     accumulation: batches whose gradients make one step. lr: peak of AdamW's learning rate, reached after the fraction
     `warmup` of the steps and taken to 0 by a cosine. max_grad_norm: global gradient norm that a step is clipped to.
     temperature, weighting, gamma, kd_ratio, divergence: the loss, as in `e3kernels.linear_entropy_kl`.
-    trainable: "all" parameters, or the "decoder" layers only (embeddings, final norm and output head stay frozen).
+    trainable: "all" parameters; the "decoder" layers only (embeddings, final norm and output head stay frozen); "lora":
+    matrices of rank `lora_rank` beside all linear layers, merged at the end; "cuts": the layers beside the cuts only;
+    "norms": norms and biases only (PERP, arXiv 2312.15230).
+    spike: a step whose loss is above `spike` times the median of the last 32 is skipped; inf: none.
     precision: "bf16" (autocast over fp32 master weights), "fp32", or "auto": bf16 where the processor multiplies it.
     eval_every, save_every: steps between held-out evaluations and between saved states. seed: order of the data.
     """
@@ -32,7 +35,9 @@ class DistillOptions:
     gamma: float = 1.0
     kd_ratio: float = 0.9
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    trainable: Literal["all", "decoder"] = "all"
+    trainable: Literal["all", "decoder", "lora", "cuts", "norms"] = "all"
+    lora_rank: int = 16
+    spike: float = 3.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     eval_every: int = 25
     save_every: int = 100
@@ -43,7 +48,7 @@ class DistillOptions:
             value = getattr(self, name)
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ValueError(f"{name}={value!r} must be one of {get_args(kind)}")
-        for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulation", "lora_rank", "eval_every", "save_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -51,6 +56,8 @@ class DistillOptions:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value} must be finite and above 0")
+        if not self.spike > 1:
+            raise ValueError(f"spike={self.spike} must be above 1")
         for name in ("warmup", "kd_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")

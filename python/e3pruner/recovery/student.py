@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from e3pruner.models import find_layers
+from e3pruner.models import PruningPlan, find_layers
 from e3pruner.models.stack import evaluating
+from e3pruner.recovery.options import DistillOptions
 
 
 def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
@@ -21,27 +22,54 @@ def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
             raise ValueError(f"teacher shares the weight {name} with the student; give it a copy of its own")
 
 
+def beside_cuts(plan: PruningPlan) -> list[int]:
+    """The layers of the pruned model, by their index there, that lost a neighbour."""
+    dense = [-1, *plan.kept, plan.num_layers]
+    return [i for i in range(len(plan.kept)) if dense[i + 2] - dense[i] != 2]
+
+
+def _chosen(model: PreTrainedModel, trainable: str, plan: PruningPlan | None) -> Iterable[nn.Parameter]:
+    if trainable == "lora":
+        return [p for p in model.parameters() if p.requires_grad]  # peft has frozen all the others
+    if trainable == "norms":
+        return [p for p in model.parameters() if p.dim() <= 1]
+    if trainable == "decoder":
+        return find_layers(model).parameters()
+    if trainable == "all":
+        return model.parameters()
+    layers = find_layers(model)
+    if plan is None or len(plan.kept) != len(layers):
+        kept = "None" if plan is None else f"of {len(plan.kept)} kept layers"
+        raise ValueError(f"plan is {kept}; trainable='cuts' needs the one by which the {len(layers)} layers were kept")
+    return [p for i in beside_cuts(plan) for p in layers[i].parameters()]
+
+
 @contextmanager
-def trained_parameters(model: PreTrainedModel, trainable: str) -> Iterator[dict[str, nn.Parameter]]:
+def trained_parameters(
+    model: PreTrainedModel, options: DistillOptions, plan: PruningPlan | None, dtype: torch.dtype | None
+) -> Iterator[dict[str, nn.Parameter]]:
     """Yields the parameters to train, by name, as fp32 master weights; the others need no gradient meanwhile.
 
-    `trainable`: "all", or "decoder" for the decoder layers only. Inside, `model` is in evaluation mode: without
-    dropout it has one function to fit, and a step depends on nothing but weights and data. Afterwards mode, dtypes
-    and `requires_grad` are as before.
+    Inside, `model` is in evaluation mode: without dropout it has one function to fit, and a step depends on nothing but
+    weights and data. Without autocast (`dtype` None) the frozen weights are fp32 too. Afterwards LoRA's matrices are
+    merged into the weights that they adapt; mode, dtypes and `requires_grad` are as before.
     """
-    before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
-    chosen = {id(p) for p in (model if trainable == "all" else find_layers(model)).parameters()}
-    parameters: dict[str, nn.Parameter] = {}
-    for name, p in model.named_parameters():
-        p.requires_grad_(id(p) in chosen)
-        if p.requires_grad:
-            p.data = p.data.to(torch.float32)
-            parameters[name] = p
+    before = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
+    adapters: AbstractContextManager[None] = nullcontext()
+    if options.trainable == "lora":
+        from e3pruner.recovery.lora import merged_adapters  # needs peft, which is optional
+
+        adapters = merged_adapters(model, options.lora_rank, options.seed)
     try:
-        with evaluating(model):
-            yield parameters
+        with adapters, evaluating(model):
+            chosen = {id(p) for p in _chosen(model, options.trainable, plan)}
+            for p in model.parameters():
+                p.requires_grad_(id(p) in chosen)
+                if p.requires_grad or dtype is None:
+                    p.data = p.data.to(torch.float32)
+            yield {name: p for name, p in model.named_parameters() if p.requires_grad}
     finally:
-        for name, p in model.named_parameters():
+        for p, requires_grad, own in before:
             p.grad = None
-            p.requires_grad_(before[name][0])
-            p.data = p.data.to(before[name][1])
+            p.requires_grad_(requires_grad)
+            p.data = p.data.to(own)
