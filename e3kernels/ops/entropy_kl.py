@@ -1,10 +1,19 @@
 """Entropy-weighted distillation against a dense teacher."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
+from e3kernels.distributed.columns import ShardedColumns
+from e3kernels.distributed.losses import local_tensors, sharded_loss
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape, last_size, rows_of
 from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
 from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OPERATOR = declare_loss(
     LossSignature(
@@ -36,6 +45,7 @@ def entropy_kl(
     teacher_scale: float = 1.0,
     reduction: str = "mean",
     return_stats: bool = False,
+    group: ProcessGroup | None = None,
 ) -> LossResult:
     """Distillation loss whose tokens are weighted by the teacher's entropy (E³-Pruner, arXiv 2511.17205).
 
@@ -61,6 +71,9 @@ def entropy_kl(
         student_softcap, teacher_softcap, student_scale, teacher_scale: what the models do to their logits.
         reduction: "mean", "sum" (Σ instead of Σ/Σw) or "none" (the loss of each token, w included).
         return_stats: also return `TokenStats`.
+        group: the logits are this rank's columns of a vocabulary that the ranks of `group` share out in their order
+            (vocabulary parallelism). Labels are ids of the whole, and the loss is that of the whole, on every rank.
+            DTensors sharded along the last dimension, on a mesh of one, imply their group. The reference serves it.
 
     Returns:
         The loss, 0-dim or (...) for "none", fp32 (fp64 for float64). No valid token gives 0, attached to the graph.
@@ -74,13 +87,20 @@ def entropy_kl(
         temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
         student_scale, reduction, return_stats,
     )  # fmt: skip
+    if hasattr(student_logits, "device_mesh"):
+        logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+        whole = {"labels": labels, "token_mask": token_mask}
+        group, (student_logits, teacher_logits, labels, token_mask) = local_tensors(logits, -1, whole)
     check_dtype("student_logits", student_logits, FLOAT_DTYPES)
     check_dtype("teacher_logits", teacher_logits, (student_logits.dtype,))
     check_shape("teacher_logits", teacher_logits, student_logits.shape, "the shape of student_logits")
     check_device(student_logits.device, teacher_logits=teacher_logits)
     check_model("teacher", teacher_softcap, teacher_scale)
     options.check(has_labels=labels is not None)
-    vocabulary = last_size("student_logits", student_logits)
+    vocabulary, kernel = last_size("student_logits", student_logits), None
+    if group is not None:
+        columns = ShardedColumns(group, vocabulary, student_logits.shape[:-1].numel(), student_logits.device)
+        kernel, vocabulary = sharded_loss(OPERATOR, columns, vocabulary), columns.size
     tokens = make_tokens(student_logits, labels, token_mask, ignore_index, vocabulary)
     return call_loss(
         OPERATOR,
@@ -89,4 +109,5 @@ def entropy_kl(
         options,
         differentiable=(student_logits,),
         teacher_scalars=(0.0 if teacher_softcap is None else teacher_softcap, teacher_scale),
+        kernel=kernel,
     )

@@ -1,11 +1,20 @@
 """`entropy_kl` from hidden states and output heads: logits exist one tile at a time."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
+from e3kernels.distributed.columns import ShardedColumns
+from e3kernels.distributed.losses import local_tensors, sharded_loss
 from e3kernels.ops.common.arguments import check_device, check_shape, rows_of
 from e3kernels.ops.common.head import autocast_dtype, check_head, head_dtypes
 from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
 from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OPERATOR = declare_loss(
     LossSignature(
@@ -50,6 +59,7 @@ def linear_entropy_kl(
     teacher_scale: float = 1.0,
     reduction: str = "mean",
     return_stats: bool = False,
+    group: ProcessGroup | None = None,
 ) -> LossResult:
     """`entropy_kl(student_hidden @ student_weight.T + student_bias, teacher_hidden @ teacher_weight.T + teacher_bias)`.
 
@@ -60,6 +70,9 @@ def linear_entropy_kl(
         student_hidden, teacher_hidden: (..., H), the widths of the models may differ.
         student_weight, teacher_weight: (V, H), as in torch.nn.Linear.
         student_bias, teacher_bias: (V,).
+        group: weights and biases are this rank's rows of heads that the ranks of `group` share out in their order, as
+            in `entropy_kl`; hidden states are whole on every rank, and so is their gradient. Of DTensors, weights and
+            biases are sharded along dimension 0.
 
     All six have one dtype; under autocast they may differ, and are multiplied in the autocast dtype. A gradient flows
     to the student's tensors that require one; a weight shared with the teacher gets the student's part. Every other
@@ -69,6 +82,22 @@ def linear_entropy_kl(
         temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
         student_scale, reduction, return_stats,
     )  # fmt: skip
+    if hasattr(student_weight, "device_mesh"):
+        heads = {
+            "student_weight": student_weight,
+            "teacher_weight": teacher_weight,
+            "student_bias": student_bias,
+            "teacher_bias": teacher_bias,
+        }
+        whole = {
+            "student_hidden": student_hidden,
+            "teacher_hidden": teacher_hidden,
+            "labels": labels,
+            "token_mask": token_mask,
+        }
+        group, parts = local_tensors(heads, 0, whole)
+        student_weight, teacher_weight, student_bias, teacher_bias = parts[:4]
+        student_hidden, teacher_hidden, labels, token_mask = parts[4:]
     compute_dtype = autocast_dtype(student_hidden)
     dtypes = head_dtypes(student_hidden, compute_dtype)
     check_head("student", student_hidden, student_weight, student_bias, dtypes)
@@ -90,6 +119,10 @@ def linear_entropy_kl(
     )
     check_model("teacher", teacher_softcap, teacher_scale)
     options.check(has_labels=labels is not None)
+    kernel = None
+    if group is not None:
+        columns = ShardedColumns(group, vocabulary, student_hidden.shape[:-1].numel(), student_hidden.device)
+        kernel, vocabulary = sharded_loss(OPERATOR, columns, vocabulary), columns.size
     tokens = make_tokens(student_hidden, labels, token_mask, ignore_index, vocabulary)
     student = (rows_of(student_hidden), student_weight, student_bias)
     teacher = (rows_of(teacher_hidden.detach()), teacher_weight.detach(), teacher_bias)
@@ -101,4 +134,5 @@ def linear_entropy_kl(
         differentiable=student,
         teacher_scalars=(0.0 if teacher_softcap is None else teacher_softcap, teacher_scale),
         codes=(compute_dtype,),
+        kernel=kernel,
     )

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from e3kernels.reference.columns import WHOLE, Columns
 from e3kernels.reference.divergence import divergence, entropy
 from e3kernels.reference.token_loss import (
     LossOptions,
@@ -18,6 +18,7 @@ from e3kernels.reference.token_loss import (
 
 
 def _tokens(
+    columns: Columns,
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
@@ -30,22 +31,27 @@ def _tokens(
     options = LossOptions.from_arguments(scalars[:6], weighting, divergence_code, ignore_index)
     teacher_softcap, teacher_scale = scalars[6:].tolist()
     teacher_logits, _ = model_logits(teacher, teacher_scale, teacher_softcap)
-    log_p = torch.log_softmax(teacher_logits / options.temperature, -1)
+    log_p = columns.log_softmax(teacher_logits / options.temperature)
 
     def measure(u: Tensor) -> TeacherTerm:
-        log_q = torch.log_softmax(u, -1)
+        log_q = columns.log_softmax(u)
         value, g = divergence(log_p, log_q, options.divergence, options.beta)
-        return TeacherTerm(value, entropy(log_p), u.shape[-1], lambda: g - log_q.exp() * g.sum(-1, keepdim=True))
 
-    return token_loss(student, measure, labels, valid_tokens(student, labels, token_mask, ignore_index), options)
+        def gradient() -> Tensor:
+            return g - log_q.exp() * columns.total(g.sum(-1, keepdim=True))
+
+        return TeacherTerm(columns.total(value), columns.total(entropy(log_p)), columns.count(u), gradient)
+
+    valid = valid_tokens(student, labels, token_mask, ignore_index)
+    return token_loss(student, measure, labels, valid, options, columns)
 
 
-def entropy_kl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def entropy_kl(*arguments: Any, columns: Columns = WHOLE) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel of `e3::entropy_kl.reference`."""
     *inputs, reduction, num_items, need_student = arguments
-    return forward(_tokens(*inputs), reduction, num_items, need_student)
+    return forward(_tokens(columns, *inputs), reduction, num_items, need_student)
 
 
-def entropy_kl_backward(grad_loss: Tensor, *inputs: Any) -> Tensor:
+def entropy_kl_backward(grad_loss: Tensor, *inputs: Any, columns: Columns = WHOLE) -> Tensor:
     """Kernel of `e3::entropy_kl_backward.reference`: one incoming gradient a token."""
-    return _tokens(*inputs).gradient(grad_loss)
+    return _tokens(columns, *inputs).gradient(grad_loss)

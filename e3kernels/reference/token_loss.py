@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from e3kernels.contract import DIVERGENCES, REDUCTIONS, WEIGHTINGS, accumulate_dtype
+from e3kernels.reference.columns import WHOLE, Columns
 
 
 @dataclass(frozen=True)
@@ -103,26 +104,31 @@ def token_loss(
     labels: Tensor | None,
     valid: Tensor,
     options: LossOptions,
+    columns: Columns = WHOLE,
 ) -> TokenLoss:
-    """The loss of each token of `student` (N, V); `measure(u)` gives the teacher's part for u = z/T."""
+    """The loss of each token of `student` (N, V); `measure(u)` gives the teacher's part for u = z/T.
+
+    `student` may hold some `columns` of the vocabulary only; `measure`'s values are then those of all.
+    """
     z, slope = model_logits(student, options.student_scale, options.student_softcap)
     temperature = options.temperature
     term = measure(z / temperature)
     weight, kd, hard = _coefficients(term, options)
     losses = _weighted(kd * temperature**2, term.divergence)
     cross_entropy = torch.zeros_like(weight)
-    target = None
+    target = held = None
     if labels is not None:
-        target = torch.where(valid, labels, 0)[:, None]
-        cross_entropy = z.logsumexp(-1) - z.gather(-1, target)[:, 0]
+        target, held = columns.locate(z, torch.where(valid, labels, 0)[:, None])
+        own = torch.where(held, z.gather(-1, target), 0.0)[:, 0]
+        cross_entropy = columns.logsumexp(z) - columns.total(own)
         losses = losses + _weighted(hard, cross_entropy)
 
     def gradient(coefficient: Tensor) -> Tensor:
         grad = torch.zeros_like(z)
         if options.weighting == "mix" or options.kd_ratio != 0:
             grad += _weighted((kd * temperature)[:, None], term.gradient())
-        if target is not None and (options.weighting == "mix" or options.kd_ratio != 1):
-            residual = z.softmax(-1).scatter_add_(-1, target, torch.full_like(target, -1, dtype=z.dtype))
+        if target is not None and held is not None and (options.weighting == "mix" or options.kd_ratio != 1):
+            residual = columns.softmax(z).scatter_add_(-1, target, -held.to(z.dtype))
             grad += _weighted(hard[:, None], residual)
         grad *= slope * coefficient[:, None]
         return torch.where(valid[:, None], grad, 0.0).to(student.dtype)

@@ -1,5 +1,6 @@
 """From a public loss function's arguments to its operator, and back to loss and statistics."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -151,16 +152,20 @@ def call_loss(
     differentiable: tuple[Tensor | None, ...],
     teacher_scalars: tuple[float, ...] = (),
     codes: tuple[Any, ...] = (),
+    kernel: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> LossResult:
-    """Call the operator on flattened `inputs`; `differentiable` are those of them that may get a gradient."""
+    """Call the operator on flattened `inputs`; `differentiable` are those of them that may get a gradient.
+
+    `kernel` serves in the place of the operator's backends.
+    """
     first = inputs[0]
     assert first is not None
-    backend = resolve(operator.name, first.device.type, first.dtype)
+    kernel = kernel or getattr(operator.packet, resolve(operator.name, first.device.type, first.dtype))
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad and options.reduction != "none"
         for tensor in differentiable
     ]
-    loss, stats, *_ = getattr(operator.packet, backend)(
+    loss, stats, *_ = kernel(
         *inputs,
         tokens.labels,
         tokens.mask,

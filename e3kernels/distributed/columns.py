@@ -1,0 +1,67 @@
+"""The vocabulary in parts: rank r of a process group holds the columns from V_0 + … + V_{r−1} on.
+
+Sums over the vocabulary are all-reduced; what crosses the wire is a few numbers a token, never a logit. A softmax is
+normalised by the all-reduced maximum and sum, log softmax z = (z − m) − log Σ e^{z − m}.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from e3kernels.reference.columns import Columns
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class ShardedColumns(Columns):
+    """The columns `start` … `start` + width − 1 of `size`; `widest` is the most that a rank holds.
+
+    Every rank of `group` must make it, and call its methods, together; `tokens` must be the same on all.
+    Raises ValueError on all ranks if it is not, or if one of them holds no column.
+    """
+
+    def __init__(self, group: ProcessGroup, width: int, tokens: int, device: torch.device) -> None:
+        self.group = group
+        own = torch.tensor([width, tokens], device=device)
+        gathered = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(gathered, own, group=group)
+        widths, counts = torch.stack(gathered).t().tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(f"group: its ranks hold {counts} tokens; each must hold its columns of the same ones")
+        if min(widths) < 1:
+            raise ValueError(f"group: its ranks hold {widths} columns of the vocabulary; each must hold at least one")
+        self.start, self.size, self.widest = sum(widths[: group.rank()]), sum(widths), max(widths)
+
+    def count(self, z: Tensor) -> int:
+        return self.size
+
+    def total(self, values: Tensor) -> Tensor:
+        values = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(values, group=self.group)
+        return values
+
+    def _normaliser(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(m, log Σ e^{z − m}), each (N, 1)."""
+        largest = z.amax(-1, keepdim=True)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return largest, self.total((z - largest).exp().sum(-1, keepdim=True)).log()
+
+    def logsumexp(self, z: Tensor) -> Tensor:
+        largest, log_sum = self._normaliser(z)
+        return (largest + log_sum)[:, 0]
+
+    def log_softmax(self, z: Tensor) -> Tensor:
+        largest, log_sum = self._normaliser(z)
+        return (z - largest) - log_sum
+
+    def softmax(self, z: Tensor) -> Tensor:
+        return self.log_softmax(z).exp()
+
+    def locate(self, z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        index = ids - self.start
+        return index.clamp(0, z.shape[-1] - 1), (index >= 0) & (index < z.shape[-1])

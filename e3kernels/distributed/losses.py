@@ -1,0 +1,92 @@
+"""The dense-teacher losses with the vocabulary in parts: the reference kernels over `ShardedColumns`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e3kernels.backends import requested
+from e3kernels.contract import accumulate_dtype
+from e3kernels.distributed.columns import ShardedColumns
+from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
+from e3kernels.reference.linear import REFERENCE_LOGITS, TileKernel, kernels
+from e3kernels.reference.linear_entropy_kl import problem
+from e3kernels.registration import Operator
+
+
+def sharded_loss(operator: Operator, columns: ShardedColumns, width: int) -> Callable[..., tuple[Tensor, ...]]:
+    """What takes the arguments of the dispatcher's `operator` and gives its results, for a rank with `width` columns.
+
+    Raises RuntimeError if a backend was asked for by name that is not the reference.
+    """
+    if requested() not in (None, "reference"):
+        raise RuntimeError(
+            f"backend {requested()!r} cannot serve {operator.name}: only the reference takes a sharded vocabulary"
+        )
+    # All ranks must cut the same tiles, also where one holds fewer columns: their sums meet tile by tile.
+    rows = max(1, REFERENCE_LOGITS // columns.widest)
+    dense = TileKernel(
+        partial(entropy_kl, columns=columns), partial(entropy_kl_backward, columns=columns), rows * width
+    )
+    forward: Callable[..., Any] = dense.forward
+    backward: Callable[..., Any] = dense.backward
+    if operator.name == "linear_entropy_kl":
+        forward, backward = kernels(problem, dense)
+        # Each rank's columns give a part of the gradient of the hidden states, which come behind (loss, stats).
+        forward, backward = _summed(forward, 2, columns), _summed(backward, 0, columns)
+    methods = {
+        "forward": staticmethod(lambda *arguments: forward(*arguments)),  # autograd wants no partial
+        "setup_context": staticmethod(operator.setup_context),
+        "backward": staticmethod(operator.make_backward(backward)),
+    }
+    function: Any = type("ShardedLoss", (torch.autograd.Function,), methods)
+    return function.apply
+
+
+def _summed(kernel: Callable[..., tuple[Tensor, ...]], position: int, columns: ShardedColumns) -> Callable[..., Any]:
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
+        results = list(kernel(*arguments))
+        part = results[position]
+        if part.numel():
+            results[position] = columns.total(part.to(accumulate_dtype(part.dtype))).to(part.dtype)
+        return tuple(results)
+
+    return call
+
+
+def local_tensors(
+    sharded: Mapping[str, Tensor | None], dim: int, replicated: Mapping[str, Tensor | None]
+) -> tuple[Any, list[Any]]:
+    """(process group, local parts in the order given) of DTensors whose dimension `dim` is the vocabulary.
+
+    Raises TypeError or ValueError naming a tensor that is no DTensor, or is not `Shard(dim)` (`Replicate()` for the
+    `replicated`, which may be plain tensors) on one and the same mesh of one dimension.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard  # whoever calls this has imported it already
+
+    mesh = next(tensor for tensor in sharded.values() if isinstance(tensor, DTensor)).device_mesh
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"{next(iter(sharded))} lies on a mesh of {mesh.ndim} dimensions; give to_local() and the group= of the "
+            "dimension that shards the vocabulary"
+        )
+    parts: list[Tensor | None] = []
+    for name, tensor in (*sharded.items(), *replicated.items()):
+        if tensor is None or (name in replicated and not isinstance(tensor, DTensor)):
+            parts.append(tensor)
+            continue
+        if not isinstance(tensor, DTensor):
+            raise TypeError(
+                f"{name} is a plain tensor beside DTensors; it must be one too, sharded along the vocabulary"
+            )
+        wanted = Replicate() if name in replicated else Shard(dim % tensor.ndim)
+        if tensor.device_mesh != mesh or tensor.placements != (wanted,):
+            raise ValueError(
+                f"{name} has placements {tensor.placements} on {tensor.device_mesh}; must be ({wanted},) on {mesh}"
+            )
+        parts.append(tensor.to_local())
+    return mesh.get_group(), parts

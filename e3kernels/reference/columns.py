@@ -1,0 +1,35 @@
+"""The vocabulary of logits (N, V): which of its columns a tensor holds, and what is taken over all of them."""
+
+import torch
+from torch import Tensor
+
+
+class Columns:
+    """All V columns, in one tensor."""
+
+    def count(self, z: Tensor) -> int:
+        """V, for logits `z` (N, columns held)."""
+        return z.shape[-1]
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all columns of `values` that are sums over those held."""
+        return values
+
+    def logsumexp(self, z: Tensor) -> Tensor:
+        """log Σ e^z of each row, (N,)."""
+        return z.logsumexp(-1)
+
+    def log_softmax(self, z: Tensor) -> Tensor:
+        """The logarithm of the softmax of each row, at the columns held."""
+        return torch.log_softmax(z, -1)
+
+    def softmax(self, z: Tensor) -> Tensor:
+        """The softmax of each row, at the columns held."""
+        return z.softmax(-1)
+
+    def locate(self, z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in `z` the columns `ids` are, and whether they are held: elsewhere the index is any legal one."""
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+WHOLE = Columns()
