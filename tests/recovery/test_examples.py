@@ -1,0 +1,73 @@
+"""Every file of `examples/` on a tiny model, and what they have in common: the same step, however it is split."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from cli.conftest import byte_tokenizer
+from ranks import run_script
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+
+from e3pruner import prune
+
+for package in ("lightning", "trl", "datasets"):  # imported here once for all the processes forked below
+    pytest.importorskip(package, reason="needs e3kernels[lightning,trl]")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """student, teacher and tokens of three steps of eight."""
+    folder = tmp_path_factory.mktemp("examples")
+    tokenizer = byte_tokenizer()
+    teacher = tiny_model("llama", vocab_size=len(tokenizer))
+    for name, model in (("teacher", teacher), ("student", prune(teacher, [0, 1, 4, 5]))):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    tokens = torch.randint(3, len(tokenizer), (24, 12), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": tokens}, folder / "tokens.safetensors")
+    return folder
+
+
+def trained(folder, example, processes=0):
+    """The weights after the three steps of an example."""
+    out = folder / f"{example}{processes}"
+    if not out.exists():
+        paths = [folder / "student", folder / "teacher", folder / "tokens.safetensors", out]
+        if example == "ddp":
+            options = ("--student", "--teacher", "--tokens", "--out")
+            paths = [part for pair in zip(options, paths, strict=True) for part in pair] + ["--steps", 3]
+        run_script(EXAMPLES / f"{example}.py", *paths, processes=processes)
+    return load_file(out / "model.safetensors")
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_all_examples_are_tested():
+    tested = {"accelerate_loop", "ddp", "fsdp2", "lightning_module", "plain_loop", "transformers_trainer", "trl_sft"}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == tested
+
+
+@pytest.mark.parametrize("example", ["plain_loop", "transformers_trainer", "trl_sft"])
+def test_an_example_trains(folder, example):
+    before = load_file(folder / "student" / "model.safetensors")
+    after = trained(folder, example)
+    assert after.keys() == before.keys()
+    assert all(not torch.equal(before[name], weight) for name, weight in after.items())
+
+
+@pytest.mark.parametrize(
+    ("example", "processes"), [("lightning_module", 0), ("accelerate_loop", 0), ("accelerate_loop", 2)]
+)
+def test_the_same_steps_in_another_loop(folder, example, processes):
+    close(trained(folder, example, processes), trained(folder, "plain_loop"))
+
+
+def test_fsdp2_on_two_processes_equals_one_and_ddp(folder):
+    sharded = trained(folder, "fsdp2", 2)
+    close(sharded, trained(folder, "fsdp2", 1))
+    close(sharded, trained(folder, "ddp", 1))
