@@ -1,0 +1,231 @@
+"""Recoveries of one pruned model on equal tokens -> bench/results/recovery.jsonl and recovery.md
+
+python bench/recovery/table.py bench/recovery/recoveries.yaml [--tokens 64000] [--only "LoRA" ...]
+
+One JSON line a cell and seed. Cut short, even by a kill, the same command goes on: finished cells are not repeated, the
+one in training goes on from its last state, all under --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import e3pruner
+from e3pruner import PruningPlan, TeacherCache
+from e3pruner.cli.models import load_model, load_tokenizer
+from e3pruner.cli.options import Dtype
+from e3pruner.cli.text import take, token_splits
+from e3pruner.models import find_layers
+from e3pruner.profiling.process_memory import peak_above_inputs
+from e3pruner.recovery.batches import shuffled_batch
+from e3pruner.recovery.state import STATE
+from e3pruner.recovery.text import demo_tokens
+from e3pruner.report import describe_environment
+from e3pruner.storage import new_folder, replacing_file
+
+RESULTS = Path(__file__).parents[1] / "results" / "recovery.jsonl"
+CACHE, DENSE = "teacher cache", "dense"  # rows beside the cells
+
+
+@dataclass(frozen=True)
+class Study:
+    """The models, the text and the plan that all cells share; `settings` is the YAML file."""
+
+    settings: dict[str, Any]
+    work: Path
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        return load_model(self.settings["model"], dtype=Dtype.FLOAT32)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.settings["model"])
+
+    @cached_property
+    def plan(self) -> PruningPlan:
+        return PruningPlan.of_removed(self.settings["removed"], len(find_layers(self.teacher)))
+
+    @cached_property
+    def text(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Training sequences, and held-out ones by kind."""
+        length, path = self.settings["length"], self.settings["text"]
+        if path is None:
+            text = demo_tokens(self.tokenizer, self.teacher, length=length)
+            training, kinds = text.training, text.held_out
+        else:
+            splits = token_splits(self.tokenizer, Path(path), length=length, seed=0)
+            training, kinds = splits.training, {"text": splits.held_out}
+        return training, {
+            kind: take(rows, min(self.settings["held_out"], len(rows)), kind) for kind, rows in kinds.items()
+        }
+
+    @property
+    def steps(self) -> int:
+        return self.settings["tokens"] // (self.settings["batch"] * self.settings["length"])
+
+    def start(self, compensate: str) -> PreTrainedModel:
+        """The pruned model, compensated, as all cells with that compensation find it."""
+        folder = self.work / f"start-{compensate}"
+        if not folder.exists():
+            pruned = e3pruner.prune(self.teacher, self.plan)
+            calibration = self.text[0][: self.settings["calibration"]]
+            e3pruner.compensate(pruned, self.teacher, self.plan, calibration, method=compensate)
+            with new_folder(folder) as temporary:
+                pruned.save_pretrained(temporary)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+
+    def cache(self, tail: str) -> TeacherCache:
+        return TeacherCache(self.work / "cache", tokenizer=self.tokenizer, tail=tail)  # type: ignore[arg-type]
+
+    def measure_cache(self) -> dict[str, Any]:
+        """Makes the cache: tokens a second, teacher included; and those of reading an epoch of it in random order."""
+        data = self.text[0]
+        began = time.perf_counter()
+        cache = e3pruner.cache_teacher(
+            self.teacher, data, self.work / "cache", tokenizer=self.tokenizer, k=self.settings["k"]
+        )
+        made = time.perf_counter()
+        size = self.settings["batch"]
+        for batch in range(0, len(data) - size + 1, size):
+            cache.targets(shuffled_batch(data, batch, size, seed=0))
+        read = time.perf_counter()
+        stored = sum(file.stat().st_size for file in cache.folder.iterdir())
+        return {
+            "bytes_per_token": stored / data.numel(),
+            "write_tokens_per_s": data.numel() / (made - began),
+            "read_tokens_per_s": len(data) // size * size * data.shape[1] / (read - made),
+        }
+
+    def measure(self, name: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Recovers as `options` say; KL and perplexity by kind of held-out text, and what the training took."""
+        if name == CACHE:
+            return self.measure_cache()
+        if name == DENSE:
+            return {"held_out": self.evaluate(self.teacher)}
+        options = dict(options)
+        source, tail = options.pop("teacher", "live"), options.pop("tail", "bucket")
+        student = self.start(options.pop("compensate", "auto"))
+        figures: dict[str, Any] = {}
+        if source != "none":
+            output = self.work / f"{name}-{seed}"
+            resume = (output / STATE).exists()
+            results: list[e3pruner.recovery.DistillResult] = []
+
+            def train() -> None:
+                teacher = self.teacher if source == "live" else self.cache(tail)
+                arguments = {"data": self.text[0], "plan": self.plan, "output": output, "save_every": 50}
+                arguments |= {"steps": self.steps, "batch_size": self.settings["batch"], "seed": seed} | options
+                results.append(e3pruner.distill(student, teacher=teacher, resume=resume, force=not resume, **arguments))
+
+            figures["peak_bytes"] = peak_above_inputs(train)
+            (result,) = results
+            figures |= {
+                "tokens_per_s": result.tokens / result.seconds,
+                "seconds": result.seconds,
+                "skipped": result.skipped,
+                "loss": [record["loss"] for record in result.curve],
+            }
+        return figures | {"held_out": self.evaluate(student)}
+
+    def evaluate(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
+        size = self.settings["batch"]
+        return {
+            kind: e3pruner.evaluate(model, rows.split(size), self.teacher, precision="auto")
+            for kind, rows in self.text[1].items()
+        }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], order: list[str]) -> None:
+    with replacing_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if {CACHE, DENSE} <= {row["cell"] for row in rows}:
+        with replacing_file(path.with_suffix(".md")) as temporary:
+            temporary.write_text(markdown(rows, [DENSE, *order]), encoding="utf-8")
+
+
+def markdown(rows: list[dict[str, Any]], order: list[str]) -> str:
+    """Means over the seeds; perplexity also relative to the dense model's."""
+    found = {name: [row for row in rows if row["cell"] == name] for name in order}
+    (dense,) = (row["held_out"] for row in rows if row["cell"] == DENSE)
+    headings = ["recovery", "seeds"]
+    headings += [f"{kind}: {figure}" for kind in dense for figure in ("KL", "perplexity", "× dense")]
+    headings += ["tokens/s", "peak GiB"]
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+    for name, measured in found.items():
+        if not measured:
+            continue
+        line = [name, str(len(measured))]
+        for kind in dense:
+            kl, perplexity = (fmean(row["held_out"][kind][key] for row in measured) for key in ("kl", "perplexity"))
+            line += [f"{kl:.3f}", f"{perplexity:.2f}", f"{perplexity / dense[kind]['perplexity']:.2f}"]
+        trained = [row for row in measured if "loss" in row]
+        line.append(f"{fmean(row['tokens_per_s'] for row in trained):.0f}" if trained else "–")
+        line.append(f"{max(row['peak_bytes'] for row in trained) / 2**30:.2f}" if trained else "–")
+        lines.append(line)
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    (cache,) = (row for row in rows if row["cell"] == CACHE)
+    where = rows[-1]["environment"]
+    return (
+        f"{rows[-1]['settings']['tokens']:,} tokens of training a cell.\n\n{table}\n\n"
+        f"Teacher cache: {cache['bytes_per_token']:.1f} bytes a token, made at {cache['write_tokens_per_s']:.0f} and "
+        f"read at {cache['read_tokens_per_s']:.0f} tokens/s.\n\n"
+        f"`{rows[-1]['command']}` at commit {where['commit']} on {where['machine']['processor']}, "
+        f"{where['machine']['cores']} cores, torch {where['versions']['torch']}.\n"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--tokens", type=int, help="training tokens of a cell, in place of the file's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the file's")
+    parser.add_argument("--only", nargs="+", help="cells to measure; all if not given")
+    parser.add_argument("--work", type=Path, default=Path("recovery-work"), help="states and cache, kept between runs")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    settings = yaml.safe_load(given.config.read_text(encoding="utf-8"))
+    cells: dict[str, dict[str, Any]] = settings.pop("cells")
+    of_file = settings.pop("seeds")
+    seeds = given.seeds or of_file
+    settings["tokens"] = given.tokens or settings["tokens"]
+    if unknown := set(given.only or ()) - cells.keys():
+        raise SystemExit(f"--only {sorted(unknown)} must be cells of {given.config}: {list(cells)}")
+    rows = read_rows(given.out)
+    if any(row["settings"] != settings for row in rows):
+        raise SystemExit(f"{given.out} holds figures of other settings; choose another --out")
+
+    study = Study(settings, given.work / str(settings["tokens"]))
+    chosen: dict[tuple[str, int], dict[str, Any]] = {(CACHE, 0): {}, (DENSE, 0): {}}
+    chosen |= {(name, seed): cells[name] for name in cells if name in (given.only or cells) for seed in seeds}
+    done = {(row["cell"], row["seed"]) for row in rows if row["options"] == chosen.get((row["cell"], row["seed"]))}
+    todo = {key: options for key, options in chosen.items() if key not in done}
+    command = shlex.join(["bench/recovery/table.py", *arguments])
+    for number, ((name, seed), options) in enumerate(todo.items(), start=1):
+        print(f"{number} of {len(todo)}: {name}, seed {seed}, {study.steps} steps", flush=True)
+        figures = study.measure(name, options, seed)
+        rows = [row for row in rows if (row["cell"], row["seed"]) != (name, seed)]
+        rows.append({"cell": name, "seed": seed, "options": options, **figures})
+        rows[-1] |= {"command": command, "environment": describe_environment(), "settings": settings}
+        write_rows(given.out, rows, list(cells))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

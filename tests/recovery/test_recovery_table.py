@@ -1,0 +1,72 @@
+"""The bench's table of recoveries on a tiny model: every cell of its YAML runs, and none runs twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli.conftest import byte_tokenizer
+from recovery import table
+from tiny_models import tiny_model
+
+RECOVERIES = Path(table.__file__).parent / "recoveries.yaml"
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The bench's own cells over a tiny model and 3 steps."""
+    tokenizer = byte_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("a word and another, " * 200)
+    settings = yaml.safe_load(RECOVERIES.read_text())
+    settings |= {"model": str(tmp_path / "model"), "text": str(tmp_path / "text.txt"), "removed": [2, 3]}
+    settings |= {"length": 16, "batch": 2, "tokens": 96, "calibration": 8, "held_out": 4}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    return tmp_path / "config.yaml"
+
+
+def test_every_cell_is_measured_once(config, tmp_path, monkeypatch):
+    out = tmp_path / "recovery.jsonl"
+    arguments = [str(config), "--work", str(tmp_path / "work"), "--out", str(out)]
+    table.main([*arguments, "--only", "none", "compensation"])
+    assert [json.loads(line)["cell"] for line in out.read_text().splitlines()] == [
+        "teacher cache", "dense", "none", "compensation",
+    ]  # fmt: skip
+
+    measure, measured = table.Study.measure, []
+
+    def stopping(study, name, options, seed):
+        measured.append(name)
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        return measure(study, name, options, seed)
+
+    monkeypatch.setattr(table.Study, "measure", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        table.main(arguments)
+    table.main(arguments)
+    cells = list(yaml.safe_load(RECOVERIES.read_text())["cells"])
+    assert measured == cells[2:7] + cells[6:]
+
+    rows = {row["cell"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert list(rows) == ["teacher cache", "dense", *cells]
+    assert rows["dense"]["held_out"]["text"]["kl"] == pytest.approx(0, abs=1e-5)
+    trained = [row for row in rows.values() if "loss" in row]
+    assert [len(row["loss"]) for row in trained] == [3] * (len(cells) - 2)
+    # Each cell is another training: no two have the same losses, but for what is equal by definition.
+    assert len({tuple(row["loss"]) for row in trained}) >= len(trained) - 1
+    written = out.with_suffix(".md").read_text()
+    assert [line.split("|")[1].strip() for line in written.splitlines() if line.startswith("| ")][2:] == [
+        "dense",
+        *cells,
+    ]
+    table.main(arguments)
+    assert len(measured) == len(cells) - 1
+
+    with pytest.raises(SystemExit, match="other settings"):
+        table.main([*arguments, "--tokens", "64"])
+    with pytest.raises(SystemExit, match="must be cells of"):
+        table.main([*arguments, "--only", "magic"])
+    assert torch.isfinite(torch.tensor([row["loss"] for row in trained])).all()
