@@ -1,10 +1,12 @@
+import os
 import resource
+import signal
 from contextlib import suppress
 
 import pytest
 import torch
 
-from e3pruner.storage import fingerprint, new_folder, replacing_file, write_json, write_tensors
+from e3pruner.storage import fingerprint, new_folder, remove_temporaries, replacing_file, write_json, write_tensors
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -42,6 +44,20 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with new_folder(tmp_path / "out", force=True) as folder:
         (folder / "second").write_text("")
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["second"]
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with new_folder(tmp_path / "out") as folder, replacing_file(tmp_path / "a.json") as temporary:
+            (folder / "half").write_text("")
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (tmp_path / "mine.tmp").write_text("")
+    assert len(list(tmp_path.iterdir())) == 3
+    remove_temporaries(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["mine.tmp"]
 
 
 def test_fingerprints_tell_values_dtypes_and_shapes_apart():

@@ -40,8 +40,11 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
 def remove_temporaries(folder: str | Path) -> None:
     """Deletes what writers to `folder` left there that were killed. Nobody else may be writing to it."""
-    for left in Path(folder).glob(".*.[0-9]*.tmp"):
-        left.unlink()
+    for left in Path(folder).glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 @contextmanager

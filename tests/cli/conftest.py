@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
+import yaml
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -47,3 +49,12 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def e3() -> Command:
     """`e3("search", "--drop", 2)` runs the command in this process."""
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def pipeline_file(folder: Path, **settings: Any) -> Path:
+    """A file for `e3 run`: three layers in two rounds, a few steps each; `settings` replace its values."""
+    pipeline = {"drop": 3, "rounds": 2, "method": "greedy", "steps": 3, "sequences": 4, "held_out": 4, "length": 32}
+    pipeline |= {"batch": 4, "recover": {"save_every": 1, "lr": 3e-4}}
+    path = folder / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(pipeline | settings), encoding="utf-8")
+    return path

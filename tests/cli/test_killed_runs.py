@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli.conftest import Command
+from cli.conftest import Command, pipeline_file
 from typer.testing import Result
 
 from e3pruner.cli.output import output_folder
@@ -48,19 +48,24 @@ def in_child(run: Callable[[], Result], kill_at: float, calls: Path) -> int:
 
 def result(out: Path) -> dict[str, Any]:
     """All that a run left; of its JSON what does not tell time and place."""
-    files = {file.name: file.read_bytes() for file in out.iterdir() if file.suffix == ".safetensors"}
-    if (out / "results.json").exists():
-        return files | json.loads((out / "results.json").read_text())["recovery"]
-    return files | json.loads((out / "manifest.json").read_text())
+    found: dict[str, Any] = {file.relative_to(out).as_posix(): file.read_bytes() for file in out.rglob("*.safetensors")}
+    if (out / "manifest.json").exists():
+        return found | json.loads((out / "manifest.json").read_text())
+    results = json.loads((out / "results.json").read_text())
+    return found | {name: results.get(name) for name in ("removed", "recovery", "rounds", "models")}
 
 
-@pytest.mark.parametrize("command", ["cache-teacher", "distill"])
+@pytest.mark.parametrize("command", ["cache-teacher", "distill", "run"])
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_result(
     command: str, kills: int, model_folder: Path, text_file: Path, tmp_path: Path, e3: Command, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("e3pruner.recovery.cache.SHARD_TOKENS", 256)
-    arguments: list[Any] = ["--teacher", model_folder, "--text", text_file, "--length", 32, "--batch", 8]
+    arguments: list[Any] = ["--text", text_file, "--length", 32, "--batch", 8]
+    if command == "run":
+        arguments += [pipeline_file(tmp_path, model=str(model_folder), cached=True), "--held-out", 2]
+    else:
+        arguments += ["--teacher", model_folder]
     if command == "distill":
         arguments += ["--model", model_folder, "--held-out", 2, "--steps", 6, "--option", "save_every=1"]
 

@@ -77,7 +77,7 @@ def linear_inputs(bias=True):
     return heads
 
 
-def close(actual, expected, tolerance=1e-5):
+def assert_near(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -94,8 +94,8 @@ def test_dense_equals_the_whole(cuts, tmp_path):
             value, stats, (grad, _) = run(dense, dense_inputs(), options)
             shards = [tensor[..., own] for tensor in dense_inputs()]
             actual = run(dense, shards, options, group=dist.group.WORLD)
-            close(actual[:2], (value, stats))
-            close(actual[2][0], grad[..., own])
+            assert_near(actual[:2], (value, stats))
+            assert_near(actual[2][0], grad[..., own])
 
     on_ranks(2, compare, tmp_path)
 
@@ -111,9 +111,9 @@ def test_linear_equals_the_whole(cuts, tmp_path, monkeypatch):
             value, stats, expected = run(linear, linear_inputs(), options)
             inputs = [x if x.dim() == 3 else x[own] for x in linear_inputs()]
             actual = run(linear, inputs, options, group=dist.group.WORLD)
-            close(actual[:2], (value, stats))
+            assert_near(actual[:2], (value, stats))
             hidden, weight, bias = actual[2][:3]
-            close((hidden, weight, bias), (expected[0], expected[1][own], expected[2][own]))
+            assert_near((hidden, weight, bias), (expected[0], expected[1][own], expected[2][own]))
 
     on_ranks(2, compare, tmp_path)
 
@@ -127,7 +127,7 @@ def test_a_shared_head_of_one_rank_s_rows(tmp_path):
             part.requires_grad_()
             e3k.linear_entropy_kl(hidden, part, teacher_hidden, part, **more).backward()
             grads.append(part.grad)
-        close(grads[1], grads[0][own])
+        assert_near(grads[1], grads[0][own])
 
     on_ranks(2, compare, tmp_path)
 
@@ -157,7 +157,7 @@ def test_three_ranks_and_the_edges(tmp_path):
                 value[value.isfinite()].sum().backward()
                 results.append((value, *stats, part.grad))
             *expected, grad = results[0]
-            close(results[1], (*expected, grad[..., own]), tolerance=1e-5 if dtype == torch.float32 else 1e-2)
+            assert_near(results[1], (*expected, grad[..., own]), tolerance=1e-5 if dtype == torch.float32 else 1e-2)
 
     on_ranks(3, compare, tmp_path)
 
@@ -169,15 +169,15 @@ def test_dtensors_imply_their_group(tmp_path):
             value, stats, (grad, _) = run(dense, dense_inputs(), options)
             shards = [distribute_tensor(x, mesh, [Shard(2)]) for x in dense_inputs()]
             actual = run(dense, shards, options)
-            close(actual[:2], (value, stats))
+            assert_near(actual[:2], (value, stats))
             assert actual[2][0].placements == (Shard(2),)
-            close(actual[2][0].full_tensor(), grad)
+            assert_near(actual[2][0].full_tensor(), grad)
 
             value, stats, expected = run(linear, linear_inputs(), options)
             inputs = [distribute_tensor(x, mesh, [Replicate() if x.dim() == 3 else Shard(0)]) for x in linear_inputs()]
             actual = run(linear, inputs, options)
-            close(actual[:2], (value, stats))
-            close([g.full_tensor() for g in actual[2][:3]], expected[:3])
+            assert_near(actual[:2], (value, stats))
+            assert_near([g.full_tensor() for g in actual[2][:3]], expected[:3])
 
     on_ranks(2, compare, tmp_path)
 

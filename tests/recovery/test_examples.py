@@ -43,7 +43,7 @@ def trained(folder, example, processes=0):
     return load_file(out / "model.safetensors")
 
 
-def close(actual, expected):
+def assert_near(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -64,10 +64,10 @@ def test_an_example_trains(folder, example):
     ("example", "processes"), [("lightning_module", 0), ("accelerate_loop", 0), ("accelerate_loop", 2)]
 )
 def test_the_same_steps_in_another_loop(folder, example, processes):
-    close(trained(folder, example, processes), trained(folder, "plain_loop"))
+    assert_near(trained(folder, example, processes), trained(folder, "plain_loop"))
 
 
 def test_fsdp2_on_two_processes_equals_one_and_ddp(folder):
     sharded = trained(folder, "fsdp2", 2)
-    close(sharded, trained(folder, "fsdp2", 1))
-    close(sharded, trained(folder, "ddp", 1))
+    assert_near(sharded, trained(folder, "fsdp2", 1))
+    assert_near(sharded, trained(folder, "ddp", 1))

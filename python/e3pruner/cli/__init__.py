@@ -7,7 +7,20 @@ from collections.abc import Callable
 import transformers
 import typer
 
-from e3pruner.cli import bench, cache_teacher, demo, distill, evaluate, generate, info, profile, prune, report, search
+from e3pruner.cli import (
+    bench,
+    cache_teacher,
+    demo,
+    distill,
+    evaluate,
+    generate,
+    info,
+    profile,
+    prune,
+    report,
+    run,
+    search,
+)
 from e3pruner.cli.command import Command
 
 app = typer.Typer(name="e3", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
@@ -24,6 +37,8 @@ def e3() -> None:
     - `e3 distill --model pruned --teacher smollm2 --steps 50 --out recovered`
     - `e3 eval --model recovered --teacher smollm2`
 
+    Or all of it from one file: `e3 run pipeline.yaml`.
+
     Exit codes: 0 done, 1 failed while running, 2 wrong usage or input, 130 interrupted (the same command goes on).
     """
     # Our own bars show progress; transformers' would show the loading and saving of every model.
@@ -33,6 +48,7 @@ def e3() -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "info": info.info,
+    "run": run.run,
     "search": search.search,
     "prune": prune.prune,
     "cache-teacher": cache_teacher.cache_teacher,

@@ -55,11 +55,13 @@ def check_free(out: Path, force: bool) -> None:
 
 
 def check_resumable(ctx: typer.Context, partial: Path, force: bool) -> None:
-    remove_temporaries(partial)
+    for half in partial.glob(f".{CONFIG_FILE}.*.tmp"):  # killed before its options were whole
+        half.unlink()
     if not partial.exists() or not any(partial.iterdir()):
         return
     if not (partial / CONFIG_FILE).is_file():
         raise FileExistsError(f"{partial} exists and holds no {CONFIG_FILE}, so it is no unfinished run; move it away")
+    remove_temporaries(partial)
     earlier = yaml.safe_load((partial / CONFIG_FILE).read_text(encoding="utf-8"))
     now = resolved(ctx)
     changed = [name for name in sorted({*earlier, *now} - {"out"}) if earlier.get(name) != now.get(name)]

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3pruner
-from e3pruner.cli.command import stderr
 from e3pruner.cli.generate import continue_prompt
 from e3pruner.cli.models import load_model
 from e3pruner.cli.options import Dtype
 from e3pruner.cli.output import PLAN_FILE
 from e3pruner.cli.results import recovery_results, search_results
+from e3pruner.cli.stages import Stages
 from e3pruner.cli.text import Tokens, batches, take
 from e3pruner.evaluation import latency
 from e3pruner.models import PruningPlan
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.state import STATE
 from e3pruner.search.problem import SearchProblem
-from e3pruner.storage import new_folder, write_json
 
 METHOD, RIVALS = "gumbel-topk", ("leave-one-out", "bi")
 MEASURED_FILE = "measured.json"
@@ -38,10 +34,6 @@ PROMPTS = (
     "Explain in two sentences what a hash table is.",
     "Write the first sentence of a story about a lighthouse.",
 )
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -73,10 +65,9 @@ QUICK = Budget(
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """One run in `folder`. Each stage gives JSON, which is kept there until the run is complete."""
+class Pipeline(Stages):
+    """One run of the demo."""
 
-    folder: Path
     dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     tokens: Tokens
@@ -104,27 +95,10 @@ class Pipeline:
             "seconds": self.seconds(),
         }
 
-    def stage(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives: computed the first time, read when the run goes on."""
-        path = self.folder / f"stage-{name}.json"
-        if not path.exists():
-            stderr.print(f"[bold]{name}[/]")
-            began = time.perf_counter()
-            value = compute()
-            write_json(path, {"value": value, "seconds": round(time.perf_counter() - began, 1)})
-        return read_json(path)["value"]
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds of each stage, in their order. Of a stage that was interrupted: of its last part."""
-        return {
-            path.stem.removeprefix("stage-"): read_json(path)["seconds"]
-            for path in sorted(self.folder.glob("stage-*.json"))
-        }
-
     def clean(self) -> None:
         """Deletes what only a resumed run would need."""
-        for path in (*self.folder.glob("stage-*.json"), self.folder / MEASURED_FILE):
-            path.unlink()
+        self.clear()
+        (self.folder / MEASURED_FILE).unlink()
         shutil.rmtree(self.folder / "training", ignore_errors=True)
 
     @property
@@ -159,13 +133,8 @@ class Pipeline:
             pruned = e3pruner.prune(self.dense, plan, copy_weights=False)
             measured[method] = self.evaluate(pruned)
             if method == METHOD:
-                self.export(pruned, PRUNED)
+                self.export(pruned, self.tokenizer, PRUNED)
         return measured
-
-    def export(self, model: PreTrainedModel, name: str) -> None:
-        with new_folder(self.folder / name, force=True) as folder:
-            model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
 
     def load(self, name: str) -> PreTrainedModel:
         """A model of this run: the dense one, or one that an earlier stage exported."""
@@ -185,11 +154,12 @@ class Pipeline:
             held_out=self.held_out,
             output=training,
             resume=resume,
+            force=not resume,
             steps=self.budget.training_steps,
             batch_size=self.budget.batch,
             seed=self.seed,
         )
-        self.export(student, RECOVERED)
+        self.export(student, self.tokenizer, RECOVERED)
         return recovery_results(result)["recovery"]
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:

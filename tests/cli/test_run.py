@@ -1,0 +1,62 @@
+"""`e3 run`: the whole way from one YAML file, in rounds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.conftest import Command, pipeline_file
+from transformers import AutoModelForCausalLM
+
+from e3pruner import PruningPlan
+
+
+@pytest.fixture(scope="module")
+def settings(model_folder: Path, text_file: Path) -> dict[str, Any]:
+    return {"model": str(model_folder), "text": str(text_file)}
+
+
+def test_two_rounds_leave_one_model(tmp_path: Path, settings: dict[str, Any], e3: Command) -> None:
+    out = tmp_path / "out"
+    result = e3("run", pipeline_file(tmp_path, **settings, out=str(out)))
+    assert result.exit_code == 0, result.output
+    files = {"recovered", "pruned", "pruning.json", "results.json", "report.html", "e3.yaml"}
+    assert {path.name for path in out.iterdir() if path.suffix != ".png"} == files
+    results = json.loads((out / "results.json").read_text())
+    names = ["dense", *(f"{kind}, round {number}" for number in (1, 2) for kind in ("pruned", "recovered"))]
+    assert [(model["name"], model["layers"]) for model in results["models"]] == list(
+        zip(names, [6, 5, 5, 3, 3], strict=True)
+    )
+    for number in (1, 3):
+        assert results["models"][number + 1]["kl"] < results["models"][number]["kl"]
+    plan = PruningPlan.load(out / "pruning.json")
+    assert (plan.removed, len(plan.kept)) == (results["removed"], 3)
+    assert [len(curve["train"]) for curve in results["rounds"]] == [3, 3]
+    assert AutoModelForCausalLM.from_pretrained(out / "recovered").config.num_hidden_layers == 3
+    assert str(out / "recovered") in result.stdout
+
+    again = e3("run", out / "e3.yaml", "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    weights = "recovered/model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (out / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"drop": 6}, "drop=6"),
+        ({"rounds": 4}, "--rounds 4 must not exceed --drop 3"),
+        ({"method": "magic"}, "--method magic must be one of"),
+        ({"compensate": "magic"}, "--compensate magic must be one of"),
+        ({"recover": {"weighting": "magic"}}, "weighting='magic' must be one of"),
+        ({"sequences": 9999}, "--sequences 9999"),
+        ({"recovery": {}}, "unknown keys: recovery"),
+    ],
+)
+def test_run_refuses(
+    changes: dict[str, Any], message: str, tmp_path: Path, settings: dict[str, Any], e3: Command
+) -> None:
+    result = e3("run", pipeline_file(tmp_path, **settings | changes), "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline.yaml"]
