@@ -30,7 +30,7 @@ from e3pruner.cli.options import Dtype
 from e3pruner.cli.text import take, token_splits
 from e3pruner.models import find_layers
 from e3pruner.profiling.process_memory import peak_above_inputs
-from e3pruner.recovery.batches import shuffled_batch
+from e3pruner.recovery.batches import Sequences, shuffled_batch, tokens_of
 from e3pruner.recovery.state import STATE
 from e3pruner.recovery.text import demo_tokens
 from e3pruner.report import describe_environment
@@ -60,7 +60,7 @@ class Study:
         return PruningPlan.of_removed(self.settings["removed"], len(find_layers(self.teacher)))
 
     @cached_property
-    def text(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def text(self) -> tuple[Sequences, dict[str, Tensor]]:
         """Training sequences, and held-out ones by kind."""
         length, path = self.settings["length"], self.settings["text"]
         if path is None:
@@ -82,7 +82,7 @@ class Study:
         folder = self.work / f"start-{compensate}"
         if not folder.exists():
             pruned = e3pruner.prune(self.teacher, self.plan)
-            calibration = self.text[0][: self.settings["calibration"]]
+            calibration = tokens_of(self.text[0])[: self.settings["calibration"]]
             e3pruner.compensate(pruned, self.teacher, self.plan, calibration, method=compensate)
             with new_folder(folder) as temporary:
                 pruned.save_pretrained(temporary)
@@ -93,7 +93,7 @@ class Study:
 
     def measure_cache(self) -> dict[str, Any]:
         """Makes the cache: tokens a second, teacher included; and those of reading an epoch of it in random order."""
-        data = self.text[0]
+        data, tokens = self.text[0], tokens_of(self.text[0]).numel()
         began = time.perf_counter()
         cache = e3pruner.cache_teacher(
             self.teacher, data, self.work / "cache", tokenizer=self.tokenizer, k=self.settings["k"]
@@ -105,9 +105,9 @@ class Study:
         read = time.perf_counter()
         stored = sum(file.stat().st_size for file in cache.folder.iterdir())
         return {
-            "bytes_per_token": stored / data.numel(),
-            "write_tokens_per_s": data.numel() / (made - began),
-            "read_tokens_per_s": len(data) // size * size * data.shape[1] / (read - made),
+            "bytes_per_token": stored / tokens,
+            "write_tokens_per_s": tokens / (made - began),
+            "read_tokens_per_s": len(data) // size * size * self.settings["length"] / (read - made),
         }
 
     def measure(self, name: str, options: dict[str, Any], seed: int) -> dict[str, Any]:

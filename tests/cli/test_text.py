@@ -1,5 +1,7 @@
 """Tokens of a text file: whole, in splits that share nothing."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3pruner.cli.text import split_text, take, token_splits
+from e3pruner.recovery import Packed
+from e3pruner.recovery.batches import tokens_of
 
 
 @given(st.text(max_size=300))
@@ -50,3 +54,14 @@ def test_more_sequences_than_there_are(text_file: Path) -> None:
     splits = token_splits(byte_tokenizer(), text_file, length=64, seed=0)
     with pytest.raises(ValueError, match=r"--sequences 9999 is more than the \d+ sequences of 64 tokens"):
         take(splits.calibration, 9999, "--sequences")
+
+
+def test_documents_are_dealt_out_whole(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {number:03d} " * 8}) + "\n" for number in range(60)))
+    tokenizer = byte_tokenizer()
+    splits = token_splits(tokenizer, path, length=64, seed=0)
+    assert isinstance(splits.training, Packed)
+    found = [set(re.findall(r"document (\d{3}) ", tokenizer.decode(tokens_of(split).flatten()))) for split in splits]
+    assert [len(numbers) for numbers in found] == [42, 6, 12]
+    assert sum(map(len, found)) == len(set().union(*found))

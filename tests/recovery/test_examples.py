@@ -11,9 +11,7 @@ from tiny_models import tiny_model
 
 from e3pruner import prune
 
-for package in ("lightning", "trl", "datasets"):  # imported here once for all the processes forked below
-    pytest.importorskip(package, reason="needs e3kernels[lightning,trl]")
-
+NEEDED = {"trl_sft": "trl", "lightning_module": "lightning"}
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -33,6 +31,8 @@ def folder(tmp_path_factory):
 
 def trained(folder, example, processes=0):
     """The weights after the three steps of an example."""
+    if example in NEEDED:  # imported here once for all the processes forked below
+        pytest.importorskip(NEEDED[example], reason=f"needs e3kernels[{NEEDED[example]}]")
     out = folder / f"{example}{processes}"
     if not out.exists():
         paths = [folder / "student", folder / "teacher", folder / "tokens.safetensors", out]

@@ -58,7 +58,8 @@ def cache_teacher(
     with output_folder(ctx, out, force) as folder:
         free = shutil.disk_usage(folder).free
         stderr.print(
-            f"{tokens.numel():,} tokens, {need / tokens.numel():.1f} bytes each: {need:,} bytes of {free:,} free"
+            f"{len(tokens) * length:,} tokens, {need / (len(tokens) * length):.1f} bytes each: {need:,} bytes of "
+            f"{free:,} free"
         )
         e3pruner.cache_teacher(
             model, tokens, folder, tokenizer=tokenizer, k=k, temperature=temperature, batch_size=batch, force=True

@@ -32,7 +32,10 @@ Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Weights' type in memory; auto takes the checkpoint's.")]
 Text = Annotated[
     Path | None,
-    typer.Option(help="Plain text (UTF-8) to take tokens from; without it, the built-in English technical prose."),
+    typer.Option(
+        help="Where tokens come from: plain text (UTF-8), .jsonl with text or messages, or a folder of a Hugging Face "
+        "data set; without it, the built-in English technical prose."
+    ),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Number of calibration sequences.")]
 HeldOut = Annotated[int, typer.Option(min=1, help="Number of held-out sequences, from another part of the text.")]

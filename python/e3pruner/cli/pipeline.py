@@ -22,6 +22,7 @@ from e3pruner.cli.text import Tokens, batches, take
 from e3pruner.evaluation import latency
 from e3pruner.models import PruningPlan
 from e3pruner.precision import autocast_dtype
+from e3pruner.recovery.batches import tokens_of
 from e3pruner.recovery.state import STATE
 from e3pruner.search.problem import SearchProblem
 
@@ -146,7 +147,7 @@ class Pipeline(Stages):
         resume = (training / STATE).exists()
         if not resume:
             plan = PruningPlan.load(self.folder / PLAN_FILE)
-            e3pruner.compensate(student, self.dense, plan, self.tokens.training[: self.budget.compensation])
+            e3pruner.compensate(student, self.dense, plan, tokens_of(self.tokens.training)[: self.budget.compensation])
         result = e3pruner.distill(
             student,
             teacher=self.dense,

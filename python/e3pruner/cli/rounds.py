@@ -17,6 +17,7 @@ from e3pruner.cli.output import PLAN_FILE
 from e3pruner.cli.results import recovery_results
 from e3pruner.cli.stages import Stages
 from e3pruner.models import PruningPlan, find_layers
+from e3pruner.recovery.batches import Sequences
 from e3pruner.recovery.state import STATE
 
 CACHE, MEASURED = "cache", "measured"
@@ -47,7 +48,7 @@ class Rounds(Stages):
 
     dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    training: Tensor
+    training: Sequences
     calibration: Tensor
     held_out: Tensor
     schedule: Schedule

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from e3pruner.recovery.text import SHARES, demo_tokens
+from e3pruner.recovery.batches import Sequences
+from e3pruner.recovery.documents import holds_documents, pack_documents, read_documents
+from e3pruner.recovery.text import SHARES, deal, demo_tokens
 
 
 class Tokens(NamedTuple):
-    """Packed token sequences, each (sequences, length) int64."""
+    """Packed token sequences, each (sequences, length) int64; training may tell documents and learnt tokens apart."""
 
-    training: Tensor
+    training: Sequences
     calibration: Tensor
     held_out: Tensor
 
@@ -33,6 +35,8 @@ def token_splits(
     """Training, calibration and held-out sequences of `length` tokens from the file `text`, or from the built-in text
     and, with a `teacher`, what it writes itself. Held-out sequences of the kinds of text take turns.
 
+    Of JSON lines and data sets the documents are dealt out to the splits whole; see `e3pruner.recovery.documents`.
+
     Raises ValueError when a split has not one whole sequence, and for a file that is not UTF-8.
     """
     if text is None:
@@ -40,6 +44,14 @@ def token_splits(
         held_out = chain.from_iterable(zip_longest(*built_in.held_out.values()))
         turns = torch.stack([sequence for sequence in held_out if sequence is not None])
         return Tokens(built_in.training, built_in.calibration, turns)
+    if holds_documents(text):
+        documents = read_documents(text, tokenizer)
+        names = deal({str(number): len(document.tokens) for number, document in enumerate(documents)})
+        packed = {
+            split: pack_documents([documents[number] for number in sorted(map(int, numbers))], length)
+            for split, numbers in names.items()
+        }
+        return Tokens(packed["training"], packed["calibration"].input_ids, packed["held_out"].input_ids)
     parts = split_text(text.read_text(encoding="utf-8"))
     return Tokens(*(chunk(tokenizer, part, length, f"{text}, split {name}") for name, part in parts.items()))
 

@@ -38,14 +38,36 @@ class OutputHead:
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 
-def last_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def last_hidden(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
     """The hidden states (B, T, H) that the output head receives, after the final norm; no cache is kept.
 
-    `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding.
+    `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding; `position_ids` (B, T) of
+    packed documents, each counted from 0.
     """
     decoder = model.get_submodule(stack_name(model).rpartition(".")[0])
-    output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True)
+    packed = {} if position_ids is None else {"position_ids": position_ids}
+    output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **packed)
     return output.last_hidden_state
+
+
+@torch.no_grad()
+def check_packing(name: str, model: PreTrainedModel) -> None:
+    """Raises ValueError naming `name` unless `model` keeps documents apart that are packed into one row."""
+    ids = torch.arange(12, device=model.device)[None] % output_head(model).weight.shape[0]
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(model.device)
+    with evaluating(model):
+        apart = last_hidden(model, ids[:, 5:]).float()
+        try:
+            packed = last_hidden(model, ids, None, positions)[:, 5:].float()
+        except TypeError as error:
+            raise ValueError(f"{name} ({model.config.model_type}) takes no position_ids: {error}") from error
+    if not (packed - apart).abs().max() <= 1e-2 * apart.abs().max():
+        raise ValueError(f"{name} ({model.config.model_type}) attends across documents packed into one row")
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:

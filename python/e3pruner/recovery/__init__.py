@@ -1,5 +1,6 @@
 """Recovery: heal a pruned model, first in closed form, then by distillation from its teacher, live or stored."""
 
+from e3pruner.recovery.batches import Packed
 from e3pruner.recovery.cache import TeacherCache, cache_teacher
 from e3pruner.recovery.compensation import Compensation, compensate
 from e3pruner.recovery.distill import distill
@@ -12,6 +13,7 @@ __all__ = [
     "DistillOptions",
     "DistillResult",
     "LiveTeacher",
+    "Packed",
     "Teacher",
     "TeacherCache",
     "cache_teacher",

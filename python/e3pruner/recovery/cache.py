@@ -24,9 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3kernels as e3k
 from e3pruner.models import OutputHead, last_hidden, output_head
+from e3pruner.models.head import check_packing
 from e3pruner.models.stack import evaluating
 from e3pruner.precision import autocast_dtype
-from e3pruner.recovery.batches import Batch, sequences_of
+from e3pruner.recovery.batches import Batch, Packed, Sequences, data_identity, sequences_of, tokens_of
 from e3pruner.storage import fingerprint, remove_temporaries, write_json, write_tensors
 
 Tail = Literal["bucket", "renorm", "truncated"]
@@ -79,11 +80,12 @@ class TeacherCache:
     def identity(self) -> str:
         return fingerprint(self.manifest, self.tail)
 
-    def check(self, data: Tensor, temperature: float) -> None:
-        """Raises ValueError unless the cache is of `data` (N, S) at `temperature`."""
-        if fingerprint(data) != self.manifest["data"]:
+    def check(self, data: Sequences, temperature: float) -> None:
+        """Raises ValueError unless the cache is of `data` at `temperature`."""
+        if data_identity(data) != self.manifest["data"]:
             rows, length = self.manifest["sequences"], self.manifest["length"]
-            raise ValueError(f"data {tuple(data.shape)} is not what {self.folder}, {(rows, length)}, was made of")
+            shape = tuple(tokens_of(data).shape)
+            raise ValueError(f"data {shape} is not what {self.folder}, {(rows, length)}, was made of")
         if temperature != self.manifest["temperature"]:
             raise ValueError(
                 f"temperature={temperature} must be that of {self.folder}, {self.manifest['temperature']}: the tail of "
@@ -147,7 +149,7 @@ class TeacherCache:
 
 def cache_teacher(
     teacher: PreTrainedModel,
-    data: Tensor | Iterable[Any],
+    data: Sequences | Iterable[Any],
     folder: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -157,7 +159,7 @@ def cache_teacher(
     precision: str = "auto",
     force: bool = False,
 ) -> TeacherCache:
-    """Store the `k` likeliest next tokens of every position of `data` (N, S) in `folder`.
+    """Store the `k` likeliest next tokens of every position of `data` in `folder`: token ids (N, S) or `Packed`.
 
     A folder in which an earlier call was cut short, even by a kill, is completed: whole shards are kept.
 
@@ -169,6 +171,9 @@ def cache_teacher(
     head = output_head(teacher)
     vocabulary = head.weight.shape[0]
     rows = sequences_of("data", data, vocabulary)
+    length = tokens_of(rows).shape[1]
+    if isinstance(rows, Packed):
+        check_packing("teacher", teacher)
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k={k} must be in 1 … {vocabulary}")
     dtype = autocast_dtype(precision, teacher.device)
@@ -176,23 +181,24 @@ def cache_teacher(
         "format": FORMAT,
         "model": fingerprint(teacher.config.to_dict(), dict(teacher.named_parameters())),
         "tokenizer": None if tokenizer is None else tokenizer_identity(tokenizer),
-        "data": fingerprint(rows),
+        "data": data_identity(rows),
         "sequences": len(rows),
-        "length": rows.shape[1],
+        "length": length,
         "vocabulary": vocabulary,
         "k": k,
         "temperature": temperature,
         "batch_size": batch_size,
         "precision": str(dtype or torch.float32),
         # Whole batches, so that a resumed run computes the same ones.
-        "shard_rows": max(1, SHARD_TOKENS // (rows.shape[1] * batch_size)) * batch_size,
+        "shard_rows": max(1, SHARD_TOKENS // (length * batch_size)) * batch_size,
     }
     _start(folder, manifest, force)
     todo = [i for i, file in enumerate(_shard_files(folder, manifest)) if not file.exists()]
     with evaluating(teacher), torch.no_grad():
         for index in track(todo, description="cache the teacher", console=Console(stderr=True)):
-            shard = rows.split(manifest["shard_rows"])[index]
-            parts = [_top(teacher, head, batch, k, temperature, dtype) for batch in shard.split(batch_size)]
+            shard = torch.arange(len(rows)).split(manifest["shard_rows"])[index]
+            batches = (Batch.of_rows(rows, some).to(teacher.device) for some in shard.split(batch_size))
+            parts = [_top(teacher, head, batch, k, temperature, dtype) for batch in batches]
             logprobs, ids = (torch.cat(column) for column in zip(*parts, strict=True))
             content = {"logprobs": logprobs, "ids": ids.to(_id_dtype(vocabulary))}
             write_tensors(_shard_file(folder, index), content, {"content": fingerprint(content)})
@@ -220,12 +226,12 @@ def _start(folder: Path, manifest: dict[str, Any], force: bool) -> None:
 
 
 def _top(
-    teacher: PreTrainedModel, head: OutputHead, batch: Tensor, k: int, temperature: float, dtype: torch.dtype | None
+    teacher: PreTrainedModel, head: OutputHead, batch: Batch, k: int, temperature: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     # Autocast on a CPU refuses to stack fp16: it is for the model only.
     autocast = torch.autocast(teacher.device.type, dtype, enabled=dtype is not None)
     with autocast:
-        hidden = last_hidden(teacher, batch.to(teacher.device))[:, :-1]
+        hidden = last_hidden(teacher, batch.input_ids, None, batch.position_ids)[:, :-1]
     logprobs, ids = [], []
     for sequence in hidden:  # one at a time: (S − 1, V) logits are all that is ever materialised
         with autocast:

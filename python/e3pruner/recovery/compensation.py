@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from e3pruner.models import PruningPlan, find_layers, last_hidden, output_head
 from e3pruner.models.stack import evaluating
 from e3pruner.precision import autocast_dtype
-from e3pruner.recovery.batches import sequences_of
+from e3pruner.recovery.batches import Sequences, sequences_of, tokens_of
 from e3pruner.recovery.loss import DistillLoss, HeldOut
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher
@@ -74,7 +74,7 @@ def compensate(
     pruned: PreTrainedModel,
     teacher: PreTrainedModel,
     plan: PruningPlan | Sequence[int],
-    data: Tensor | Iterable[Any],
+    data: Sequences | Iterable[Any],
     *,
     method: str = "auto",
     batch_size: int = 8,
@@ -96,7 +96,7 @@ def compensate(
     layers = len(find_layers(teacher))
     if len(kept) != len(find_layers(pruned)) or kept[-1] >= layers:
         raise ValueError(f"plan keeps layers {kept}; the models have {len(find_layers(pruned))} and {layers}")
-    sequences = sequences_of("data", data, output_head(pruned).weight.shape[0])
+    sequences = tokens_of(sequences_of("data", data, output_head(pruned).weight.shape[0]))
     if len(sequences) < 2:
         raise ValueError("data has one sequence; two or more are needed, as some are held back")
     dtype = autocast_dtype(precision, pruned.device)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from e3pruner.models import PruningPlan, output_head
+from e3pruner.models.head import check_packing
 from e3pruner.precision import autocast_dtype
-from e3pruner.recovery.batches import sequences_of
+from e3pruner.recovery.batches import Packed, Sequences, data_identity, sequences_of
 from e3pruner.recovery.loop import DistillResult, Training
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
@@ -29,8 +29,8 @@ def distill(
     pruned: PreTrainedModel,
     *,
     teacher: PreTrainedModel | Teacher,
-    data: Tensor | Iterable[Any],
-    held_out: Tensor | Iterable[Any] | None = None,
+    data: Sequences | Iterable[Any],
+    held_out: Sequences | Iterable[Any] | None = None,
     plan: PruningPlan | None = None,
     output: str | Path | None = None,
     resume: bool = False,
@@ -39,9 +39,10 @@ def distill(
 ) -> DistillResult:
     """Train `pruned`, in place, on the divergence of its predictions from those of `teacher`.
 
-    `data` and `held_out`: token ids (N, S), or batches of them (B, S). `options`: those of `DistillOptions`. AdamW runs
-    on fp32 master weights, without dropout; the weights end in the dtype they came in. A step minimises Σwℓ / Σw over
-    all its tokens, however `batch_size · accumulation` is split.
+    `data` and `held_out`: token ids (N, S), batches of them (B, S), or `Packed` documents. `plan`: by which `pruned`
+    was cut, for trainable="cuts". `options`: those of `DistillOptions`. AdamW runs on fp32 master weights, without
+    dropout; the weights end in the dtype they came in. A step minimises Σwℓ / Σw over all its tokens, however
+    `batch_size · accumulation` is split.
 
     With `output`, a folder, states are saved there every `save_every` steps, on Ctrl-C, when the loss is no longer
     finite, and at the end; `resume=True` goes on from the last one to the same bits as an uninterrupted run.
@@ -65,13 +66,15 @@ def distill(
     vocabulary = output_head(pruned).weight.shape[0]
     sequences = sequences_of("data", data, vocabulary)
     source.check(sequences, chosen.temperature)
+    if isinstance(sequences, Packed):
+        check_packing("pruned", pruned)
     watched = None if held_out is None else sequences_of("held_out", held_out, vocabulary)
     steps = chosen.steps or math.ceil(len(sequences) / (chosen.batch_size * chosen.accumulation))
     # What "one pass" and "auto" came to is part of the run: other data or another machine would change it.
     settings = asdict(chosen) | {
         "steps": steps,
         "precision": str(dtype or torch.float32),
-        "data": fingerprint(sequences),
+        "data": data_identity(sequences),
         "teacher": source.identity,
     }
     folder = None if output is None else StateFolder(output, resume=resume, force=force)

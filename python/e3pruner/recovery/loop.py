@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 from e3kernels.profiling import named_range
-from e3pruner.recovery.batches import shuffled_batch
+from e3pruner.recovery.batches import Sequences, shuffled_batch
 from e3pruner.recovery.interrupt import deferred_interrupt
 from e3pruner.recovery.loss import DistillLoss, HeldOut
 from e3pruner.recovery.state import StateFolder, pack_state, unpack_state
@@ -43,14 +43,14 @@ class DistillResult:
 
 
 class Training:
-    """`steps` steps of AdamW over `parameters` on shuffled `data` (N, S); `settings` are what a resume must repeat."""
+    """`steps` steps of AdamW over `parameters` on shuffled `data`; `settings` are what a resume must repeat."""
 
     def __init__(
         self,
         loss: DistillLoss,
         parameters: dict[str, nn.Parameter],
-        data: Tensor,
-        held_out: Tensor | None,
+        data: Sequences,
+        held_out: Sequences | None,
         steps: int,
         settings: dict[str, Any],
     ) -> None:
@@ -129,6 +129,8 @@ class Training:
             total += float(loss.detach())
             weight += float(stats.weight.sum())
             tokens += batch.labels.numel()
+        if not weight:
+            raise ValueError(f"data: step {result.steps + 1} has no token to predict")
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         # The mean over all accumulated tokens, Σwℓ / Σw, and the clipping are one multiplication.
         with named_range("clip"):

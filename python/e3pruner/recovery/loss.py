@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
 from e3pruner.models import last_hidden, output_head
-from e3pruner.recovery.batches import IGNORED, Batch, in_order
+from e3pruner.recovery.batches import IGNORED, Batch, Sequences, in_order
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
 
@@ -41,7 +41,7 @@ class DistillLoss:
         """(loss, per-token statistics), as `e3kernels.linear_entropy_kl` gives them for positions 0 … S − 2."""
         with self._autocast():
             with named_range("student forward"):
-                hidden = last_hidden(self.student, batch.input_ids, batch.attention_mask)
+                hidden = last_hidden(self.student, batch.input_ids, batch.attention_mask, batch.position_ids)
             return self.of_hidden(hidden, batch, targets, reduction)
 
     def of_hidden(self, hidden: Tensor, batch: Batch, targets: Any, reduction: str) -> tuple[Tensor, Any]:
@@ -68,9 +68,9 @@ class DistillLoss:
 
 
 class HeldOut:
-    """Held-out text (N, S) on which a student is watched; a live teacher runs over it once only."""
+    """Held-out text on which a student is watched; a live teacher runs over it once only."""
 
-    def __init__(self, loss: DistillLoss, data: Tensor, batch_size: int) -> None:
+    def __init__(self, loss: DistillLoss, data: Sequences, batch_size: int) -> None:
         self.has_kl = loss.teacher.any_text
         # Cross-entropy needs no teacher. Where the real one cannot serve, the student stands in; no KL is reported.
         self.loss = loss if self.has_kl else replace(loss, teacher=LiveTeacher(loss.student))
@@ -84,7 +84,8 @@ class HeldOut:
         Without "kl" if the teacher has no predictions for this text.
         """
         stats = [self.loss(b, t, "sum")[1] for b, t in zip(self.batches, self.targets, strict=True)]
-        perplexity = float(torch.cat([s.cross_entropy.flatten() for s in stats]).mean().exp())
+        valid = torch.cat([batch.labels.flatten() for batch in self.batches]) != IGNORED
+        perplexity = float(torch.cat([s.cross_entropy.flatten() for s in stats])[valid].mean().exp())
         if not self.has_kl:
             return {"perplexity": perplexity}
-        return {"kl": float(torch.cat([s.kl.flatten() for s in stats]).mean()), "perplexity": perplexity}
+        return {"kl": float(torch.cat([s.kl.flatten() for s in stats])[valid].mean()), "perplexity": perplexity}

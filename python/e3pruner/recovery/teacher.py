@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 import e3kernels as e3k
 from e3pruner.models import OutputHead, last_hidden, output_head
+from e3pruner.models.head import check_packing
 from e3pruner.precision import weights_in
-from e3pruner.recovery.batches import Batch
+from e3pruner.recovery.batches import Batch, Packed, Sequences
 from e3pruner.storage import fingerprint
 
 
@@ -28,8 +29,8 @@ class Teacher(Protocol):
     @property
     def identity(self) -> str: ...
 
-    def check(self, data: Tensor, temperature: float) -> None:
-        """Raises ValueError if it cannot teach `data` (N, S) at `temperature`."""
+    def check(self, data: Sequences, temperature: float) -> None:
+        """Raises ValueError if it cannot teach `data` at `temperature`."""
 
     def targets(self, batch: Batch) -> Any:
         """Its predictions for `batch`, in the form that `loss` takes; no gradient."""
@@ -69,12 +70,14 @@ class LiveTeacher:
         # The output head stands for the weights: hashing all of a large teacher would take minutes.
         return fingerprint(self.model.config.to_dict(), output_head(self.model).weight)
 
-    def check(self, data: Tensor, temperature: float) -> None:
-        """A model can teach any text."""
+    def check(self, data: Sequences, temperature: float) -> None:
+        """A model can teach any text, if it keeps packed documents apart."""
+        if isinstance(data, Packed):
+            check_packing("teacher", self.model)
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Tensor:
-        return last_hidden(self.model, batch.input_ids, batch.attention_mask)[:, :-1]
+        return last_hidden(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)[:, :-1]
 
     def loss(self, hidden: Tensor, head: OutputHead, targets: Tensor, labels: Tensor, **options: Any) -> Any:
         return e3k.linear_entropy_kl(
