@@ -58,10 +58,11 @@ class SkippingForward:
         """The last hidden state (B, T, H) with every layer."""
         return self._run(input_ids, (True,) * len(self.layers), 0, frozenset())
 
-    def states(self, input_ids: Tensor) -> list[Tensor]:
-        """The input of every layer and the output of the last one, before the final norm: L + 1 times (B, T, H)."""
-        self._run(input_ids, (True,) * len(self.layers), 0, frozenset(range(len(self.layers) + 1)))
-        return [self._states[index] for index in range(len(self.layers) + 1)]
+    def states(self, input_ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The input of every layer and the output of the last one, before the final norm: L + 1 times (B, T, H); and
+        the last hidden state (B, T, H)."""
+        last = self._run(input_ids, (True,) * len(self.layers), 0, frozenset(range(len(self.layers) + 1)))
+        return [self._states[index] for index in range(len(self.layers) + 1)], last
 
     def last_hiddens(self, input_ids: Tensor, masks: Sequence[Mask]) -> Iterator[tuple[Mask, Tensor]]:
         """Yields (mask, last hidden state (B, T, H) under it), in the order of `shared_prefixes`.

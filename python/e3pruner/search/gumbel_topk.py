@@ -47,10 +47,10 @@ def gumbel_topk(
     check_positive("noise", noise)
     start = _start_batches(problem)
     problem.expect(problem.num_layers * len(start) + steps * samples + (finalists + 3) * len(problem.batches))
+    influence = problem.state_distance(1, cosine_distance)
     importance = leave_one_out_scores(problem, start)
     free = problem.free
     model = QuadraticModel(torch.tensor([importance[layer] for layer in free], dtype=torch.float64))
-    influence = problem.state_distance(1, cosine_distance)
     starts = [lowest(values, free, problem.drop) for values in (importance, influence)]
     first = torch.tensor([[float(layer in removed) for layer in free] for removed in starts], dtype=torch.float64)
     best = first[0]

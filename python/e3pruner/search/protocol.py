@@ -25,10 +25,19 @@ def lowest(values: Sequence[float], layers: Sequence[int], count: int) -> list[i
     return sorted(sorted(layers, key=lambda layer: (values[layer], -layer))[:count])
 
 
-def leave_one_out_scores(problem: SearchProblem, batches: Sequence[int]) -> list[float]:
+def leave_one_out_scores(problem: SearchProblem, batches: Sequence[int], measure: str = "kl") -> list[float]:
     """I_l: the mean KL without layer l alone, for every layer, over the batches with these numbers."""
     masks = [problem.mask([layer]) for layer in range(problem.num_layers)]
-    return problem.score(masks, batches)
+    return problem.score(masks, batches, measure)
+
+
+def run_starts(problem: SearchProblem) -> list[int]:
+    """Where a run of `drop` neighbouring layers that may all go can begin; raises `ValueError` if nowhere."""
+    free = set(problem.free)
+    starts = [start for start in problem.free if set(range(start, start + problem.drop)) <= free]
+    if not starts:
+        raise ValueError(f"protect leaves no {problem.drop} neighbouring layers that may all go; protect fewer")
+    return starts
 
 
 def check_integer(name: str, value: int, least: int) -> None:
@@ -41,6 +50,12 @@ def check_positive(name: str, value: float) -> None:
     """Raises `ValueError` unless `value` is finite and above 0."""
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}={value!r} must be finite and above 0")
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises `ValueError` unless `value` is one of `known`."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
 
 
 def check_drop(drop: int, num_layers: int, num_protected: int = 0) -> None:

@@ -16,29 +16,42 @@ from e3pruner.models import PruningPlan, find_layers, output_head
 from e3pruner.models.stack import check_indices
 from e3pruner.models.tokens import check_token_batches
 from e3pruner.precision import autocast_dtype
+from e3pruner.search.alternate import alternate
 from e3pruner.search.angular import angular
 from e3pruner.search.bi import bi
 from e3pruner.search.checkpoint import Checkpoint, model_identity
+from e3pruner.search.clp import clp
+from e3pruner.search.contiguous import contiguous
 from e3pruner.search.evolution import evolution
 from e3pruner.search.first_n import first_n
 from e3pruner.search.greedy import greedy
 from e3pruner.search.gumbel_topk import gumbel_topk
 from e3pruner.search.last_n import last_n
-from e3pruner.search.leave_one_out import leave_one_out
+from e3pruner.search.leave_one_out import leave_one_out, leave_one_out_perplexity
 from e3pruner.search.policy_gradient import policy_gradient
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.protocol import Method, Search, check_drop
 from e3pruner.search.random_subset import random_subset
+from e3pruner.search.straight_through import straight_through
+from e3pruner.search.symmetric import symmetric
+from e3pruner.search.taylor import taylor
 from e3pruner.storage import fingerprint
 
 METHODS: dict[str, Method] = {
     "gumbel-topk": gumbel_topk,
     "bi": bi,
     "angular": angular,
+    "taylor": taylor,
     "leave-one-out": leave_one_out,
+    "leave-one-out-perplexity": leave_one_out_perplexity,
     "greedy": greedy,
     "evolution": evolution,
     "policy-gradient": policy_gradient,
+    "straight-through": straight_through,
+    "clp": clp,
+    "contiguous": contiguous,
+    "alternate": alternate,
+    "symmetric": symmetric,
     "random": random_subset,
     "first-n": first_n,
     "last-n": last_n,
@@ -94,11 +107,12 @@ def search(
         tokens = [fingerprint(batch) for batch in batches]
         identity = {"dtype": str(dtype), "tokens": tokens, "model": model_identity(model)}
         store = Checkpoint(checkpoint, identity)
-        problem.measured, problem.committed = store.measured, store.save_if_due
+        problem.measured, problem.seconds = store.measured, store.seconds
+        problem.committed = store.save_if_due
     try:
         with problem, _progress(problem, method) if progress else nullcontext():
             history, removed = _run(problem, run(problem, **options))
-            cost = problem.cost
+            cost = problem.account.cost
             (kl,) = problem.score([problem.mask(removed)])
     finally:
         if store is not None:
@@ -124,7 +138,7 @@ def _run(problem: SearchProblem, running: Search) -> tuple[list[dict[str, Any]],
             return history, sorted(stop.value)
         except FloatingPointError as error:
             raise FloatingPointError(f"search step {len(history)}: {error}") from error
-        history.append({"step": len(history), "cost": problem.cost, **record})
+        history.append({"step": len(history), "cost": problem.account.cost, **record})
 
 
 def _method(name: str, options: dict[str, Any]) -> Method:
