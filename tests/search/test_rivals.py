@@ -13,6 +13,7 @@ from e3pruner.search.clp import concave_gates
 from e3pruner.search.gradient import gate_gradient
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.straight_through import removed_layers
+from e3pruner.search.units import units_of
 
 BATCHES = [tiny_tokens(seed=seed) for seed in range(2)]
 
@@ -97,11 +98,11 @@ def test_the_gradient_by_the_gates_is_that_of_the_plain_divergence(model_type):
     with gated(model, m):
         divergence = (teacher.exp() * (teacher - log_probabilities(model, BATCHES[1]))).sum(-1).mean()
     (expected,) = torch.autograd.grad(divergence, m)
-    with SearchProblem(model, BATCHES, drop=2) as problem:
+    with SearchProblem(model, BATCHES, units=units_of(model, 2)) as problem:
         loss, slopes = gate_gradient(problem, gates, 1)
     assert loss == pytest.approx(divergence.item(), rel=1e-4)
     torch.testing.assert_close(torch.tensor(slopes), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-    dense, head = problem._layer_cost * NUM_LAYERS, problem._head_cost
+    dense, head = sum(problem._unit_costs), problem._head_cost
     assert problem.account.cost == pytest.approx(BATCHES[1].numel() * (3 * dense + 2 * head))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import transformers
 import typer
 
-from e3pruner.cli import bench, demo, distill, evaluate, generate, info, profile, prune, report, search
+from e3pruner.cli import bench, compare, demo, distill, evaluate, generate, info, profile, prune, report, search
 from e3pruner.cli.command import Command
 
 app = typer.Typer(name="e3", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "distill": distill.distill,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
+    "compare": compare.compare,
     "report": report.report,
     "bench": bench.bench,
 }

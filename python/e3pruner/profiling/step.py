@@ -30,6 +30,7 @@ from e3pruner.search import METHODS
 from e3pruner.search.account import Account
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.protocol import Search
+from e3pruner.search.units import units_of
 
 STEP = "step"
 
@@ -140,7 +141,7 @@ def _started(run: _Run) -> Iterator[tuple[SearchProblem, Search]]:
     dtype = autocast_dtype("auto", run.model.device)
 
     def search() -> tuple[SearchProblem, Search]:
-        problem = kind(run.model, batches, drop=run.drop, seed=run.seed, dtype=dtype)
+        problem = kind(run.model, batches, units=units_of(run.model, run.drop), seed=run.seed, dtype=dtype)
         problem.measured = dict(run.measured)
         return problem, METHODS["gumbel-topk"](problem, steps=run.rounds + 3)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from e3pruner.search.checks import check_integer, check_positive
 from e3pruner.search.gradient import gate_gradient
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Search, check_integer, check_positive, run_starts
+from e3pruner.search.protocol import Search, run_starts
 
 _TEMPERATURES = 2.0, 0.25  # in layers: how soft the valley's edges are at first and at last
 

@@ -18,8 +18,8 @@ def leave_one_out_perplexity(problem: SearchProblem) -> Search:
 
 
 def _by(measure: str, problem: SearchProblem) -> Search:
-    problem.expect(problem.num_layers * len(problem.batches))
+    problem.expect(problem.units.count * len(problem.batches))
     importance = leave_one_out_scores(problem, range(len(problem.batches)), measure)
-    removed = lowest(importance, problem.free, problem.drop)
+    removed = lowest(problem, importance)
     yield {"importance": importance, "removed": removed}
     return removed

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -17,19 +17,26 @@ import e3kernels as e3k
 from e3kernels.profiling import named_range
 from e3pruner.models import output_head
 from e3pruner.models.stack import evaluating
+from e3pruner.models.sublayers import attention_of
 from e3pruner.precision import weights_in
 from e3pruner.search.account import Account
 from e3pruner.search.forward import Mask, SkippingForward, shared_prefixes
+from e3pruner.search.ranks import Ranks
+from e3pruner.search.units import Units
 
 _PASS_TOKENS = 512  # of one forward pass: enough to tell good masks from bad ones, so that a step need not cost more
 _TILE_LOGITS = 1 << 24  # of one model that exist at a time
 
 
 class SearchProblem:
-    """A model, its calibration tokens, how many layers shall go, and an account of what has been spent.
+    """A model, its calibration tokens, what shall go, and an account of what has been spent.
 
     `score` is the one measure: the mean over tokens of KL(dense model || model without the layers), in nats, over the
     full vocabulary, forward only. `batches` are the given ones, (B, T) each, split so that a forward pass is short.
+
+    Under `torch.distributed` each rank has its own share of every batch, as large as the others'. Values are averaged
+    over the ranks before anything is decided, so all of them take the same way; that they are about to measure the same
+    masks is checked each time, and a mismatch raises `RuntimeError`. A pass is as long over all ranks as on one.
 
     Used as a context manager: inside, the model is in evaluation mode, its weights are rounded to `dtype` (None: they
     are not) and its layers can be skipped; leaving restores it.
@@ -50,18 +57,20 @@ class SearchProblem:
         model: PreTrainedModel,
         batches: Sequence[Tensor],
         *,
-        drop: int,
-        protect: Sequence[int] = (),
+        units: Units,
         seed: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
-        self.batches = [part for batch in batches for part in batch.split(max(1, _PASS_TOKENS // batch.shape[1]))]
-        self.drop = drop
+        self.ranks = Ranks(model.device)
+        length = max(1, _PASS_TOKENS // self.ranks.count)
+        self.batches = [part for batch in batches for part in batch.split(max(1, length // batch.shape[1]))]
+        self.units = units
+        self.free = units.free
+        self.drop = sum(count for _, count in units.groups)
         self.seed = seed
-        self.forward = SkippingForward(model)
+        self.forward = SkippingForward(model, sublayers=units.a_layer == 2)
         self.num_layers = len(self.forward.layers)
-        self.free = [layer for layer in range(self.num_layers) if layer not in set(protect)]
         self.head = output_head(model)
         self.measured: dict[str, list[float]] = {}
         self.seconds: dict[str, float] = {}
@@ -72,10 +81,10 @@ class SearchProblem:
         self.committed: Callable[[], None] = lambda: None
         self._dtype = dtype
         self._context = ExitStack()
-        stack_size = sum(p.numel() for layer in self.forward.layers for p in layer.parameters())
-        head_size = self.head.weight.numel()
-        self._layer_cost = stack_size / (stack_size + head_size) / self.num_layers
-        self._head_cost = head_size / (stack_size + head_size)
+        own = [batch.numel() for batch in self.batches]
+        self.ranks.check_equal("the batches (their number and shapes)", [list(batch.shape) for batch in self.batches])
+        self._tokens = [self.ranks.count * size for size in own]
+        self._unit_costs, self._head_cost = _costs(self.forward.layers, self.head.weight.numel(), units.a_layer)
 
     def __enter__(self) -> Self:
         self._context.enter_context(evaluating(self.model))
@@ -90,12 +99,12 @@ class SearchProblem:
     @property
     def tokens(self) -> int:
         """Calibration tokens."""
-        return sum(batch.numel() for batch in self.batches)
+        return sum(self._tokens)
 
     def mask(self, removed: Sequence[int]) -> Mask:
-        """The mask that lacks the layers `removed`."""
+        """The mask that lacks the units `removed`."""
         gone = set(removed)
-        return tuple(layer not in gone for layer in range(self.num_layers))
+        return tuple(unit not in gone for unit in range(self.units.count))
 
     def input_ids(self, batch: int) -> Tensor:
         """The tokens (B, T) of one batch, where the model is."""
@@ -136,13 +145,14 @@ class SearchProblem:
         """
         if key not in self.measured:
             began = time.perf_counter()
-            values = compute(batch)
+            self.ranks.check_equal("the measurements", key)
+            values = self._over_ranks(compute(batch))
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError(f"what was measured as {key!r} is not finite: {values}")
             self._keep({key: values}, {key: time.perf_counter() - began})
             self.advance()
         self._pay_dense(batch)
-        self._pay(key, batch, layer_passes * self.num_layers, heads)
+        self._pay(key, batch, layer_passes * sum(self._unit_costs) + heads * self._head_cost)
         return self.measured[key]
 
     def teacher_of(self, batch: int) -> Tensor:
@@ -154,7 +164,7 @@ class SearchProblem:
 
     def mean(self, table: list[list[float]], batches: Sequence[int]) -> list[float]:
         """The mean of the rows of `table`, one for each of `batches`, weighted by their tokens."""
-        sizes = [self.batches[batch].numel() for batch in batches]
+        sizes = [self._tokens[batch] for batch in batches]
         shares = [size / sum(sizes) for size in sizes]
         return [sum(a * b for a, b in zip(shares, column, strict=True)) for column in zip(*table, strict=True)]
 
@@ -174,28 +184,31 @@ class SearchProblem:
             began = time.perf_counter()
             values = self._measure(measure, unknown, batch)
             took = time.perf_counter() - began
-            work = {mask: sum(mask[shared:]) + 1 for mask, shared in shared_prefixes(unknown)}
+            work = {mask: self._work(mask, shared) for mask, shared in shared_prefixes(unknown)}
             seconds = {keys[mask]: took * work[mask] / sum(work.values()) for mask in unknown}
             self._keep({keys[mask]: [value] for mask, value in values.items()}, seconds)
         if measure == "kl":
             self._pay_dense(batch)
         owed = [mask for mask, key in keys.items() if self.account.owes(key)]
         for mask, shared in shared_prefixes(owed):
-            self._pay(keys[mask], batch, sum(mask[shared:]), 1)
+            self._pay(keys[mask], batch, self._work(mask, shared))
         return [self.measured[keys[mask]][0] for mask in masks]
 
     def _measure(self, measure: str, masks: Sequence[Mask], batch: int) -> dict[Mask, float]:
+        self.ranks.check_equal("the masks", [measure, batch, [list(mask) for mask in masks]])
         students: dict[Mask, Tensor] = {}
         for mask, hidden in self.forward.last_hiddens(self.input_ids(batch), masks):
             students[mask] = hidden
             self.advance()
         with named_range("loss"):
             compare = self._divergences if measure == "kl" else self._losses
-            values = dict(zip(students, compare(list(students.values()), batch), strict=True))
+            found = self._over_ranks(compare(list(students.values()), batch))
+        values = dict(zip(students, found, strict=True))
         for mask, value in values.items():
             if not math.isfinite(value):
-                removed = [layer for layer, runs in enumerate(mask) if not runs]
-                raise FloatingPointError(f"the {measure.upper()} is {value} on batch {batch} without layers {removed}")
+                removed = [unit for unit, runs in enumerate(mask) if not runs]
+                what = "layers" if self.units.a_layer == 1 else "sub-layers"
+                raise FloatingPointError(f"the {measure.upper()} is {value} on batch {batch} without {what} {removed}")
         return values
 
     def _divergences(self, students: list[Tensor], batch: int) -> list[float]:
@@ -230,9 +243,30 @@ class SearchProblem:
         self.seconds |= seconds
         self.committed()
 
-    def _pay_dense(self, batch: int) -> None:
-        self._pay(f"dense {batch}", batch, self.num_layers, 0)
+    def _over_ranks(self, means: list[float]) -> list[float]:
+        """The means over a batch of all ranks; each holds as many of its tokens."""
+        return [total / self.ranks.count for total in self.ranks.sum(means)]
 
-    def _pay(self, key: str, batch: int, layers: float, heads: float) -> None:
-        cost = (self._layer_cost * layers + self._head_cost * heads) * self.batches[batch].numel()
-        self.account.pay(key, cost, self.seconds.get(key, 0.0))
+    def _work(self, mask: Mask, shared: int) -> float:
+        """Of a dense pass: what `mask` runs from unit `shared` on, and the head. A layer is begun as a whole."""
+        first = shared - shared % self.units.a_layer
+        return self._head_cost + sum(
+            cost for cost, runs in zip(self._unit_costs[first:], mask[first:], strict=True) if runs
+        )
+
+    def _pay_dense(self, batch: int) -> None:
+        self._pay(f"dense {batch}", batch, sum(self._unit_costs))
+
+    def _pay(self, key: str, batch: int, passes: float) -> None:
+        self.account.pay(key, passes * self._tokens[batch], self.seconds.get(key, 0.0))
+
+
+def _costs(layers: nn.ModuleList, head_size: int, units_a_layer: int) -> tuple[list[float], float]:
+    """The share of each unit and of the output head in the parameters that a forward pass multiplies by."""
+    stack_size = sum(p.numel() for p in layers.parameters())
+    whole = stack_size + head_size
+    if units_a_layer == 1:
+        return [stack_size / len(layers) / whole] * len(layers), head_size / whole
+    attention = sum(p.numel() for layer in layers for p in attention_of(layer).parameters())
+    sizes = attention / len(layers), (stack_size - attention) / len(layers)
+    return [size / whole for size in sizes] * len(layers), head_size / whole

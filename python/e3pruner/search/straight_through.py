@@ -5,17 +5,10 @@ from __future__ import annotations
 import torch
 
 import e3kernels as e3k
+from e3pruner.search.checks import check_choice, check_integer, check_positive
 from e3pruner.search.gradient import gate_gradient
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import (
-    Search,
-    check_choice,
-    check_integer,
-    check_positive,
-    layers_of,
-    leave_one_out_scores,
-    lowest,
-)
+from e3pruner.search.protocol import Search, layers_of, leave_one_out_scores, lowest
 
 OPTIMIZERS = ("adam", "sgd")
 CURRICULA = ("cubic", "linear", "none")
@@ -49,9 +42,9 @@ def straight_through(
     check_choice("optimizer", optimizer, OPTIMIZERS)
     check_choice("curriculum", curriculum, CURRICULA)
     count, free = len(problem.batches), problem.free
-    problem.expect(problem.num_layers * count + steps)
+    problem.expect(problem.units.count * count + steps)
     importance = leave_one_out_scores(problem, range(count))
-    yield {"importance": importance, "removed": lowest(importance, free, problem.drop)}
+    yield {"importance": importance, "removed": lowest(problem, importance)}
 
     start = torch.tensor([importance[layer] for layer in free], dtype=torch.float64).log()
     theta = ((start - start.mean()) / start.std(correction=0).clamp(min=1e-9)).requires_grad_()
