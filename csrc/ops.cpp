@@ -27,6 +27,9 @@ using OptionalTensor = std::optional<Tensor>;
 // A result larger than this is written past the caches: whoever reads it next finds it in memory anyway.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
+// The memory of a result larger than this is kept for the next one: below it malloc keeps its own.
+constexpr int64_t kKeptBytes = int64_t{4} << 20;
+
 const e3::OpsTable& kernels() {
   static const e3::OpsTable& table = e3::choose_table();
   return table;
@@ -111,9 +114,9 @@ std::optional<double> number_of(const OptionalTensor& tensor) {
   return *static_cast<const double*>(number.const_data_ptr());
 }
 
-bool streams(const Tensor& tensor) {
-  return tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= kStreamBytes;
-}
+int64_t bytes_of(const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
+
+bool streams(const Tensor& tensor) { return bytes_of(tensor) >= kStreamBytes; }
 
 // Uninitialised, contiguous; the C shim itself, as the dispatcher would cost more than a small kernel.
 Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
@@ -147,8 +150,8 @@ Tensor new_like(const Tensor& like) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t dim = sizes.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * std::max<int64_t>(sizes[dim], 1);
 #if defined(__linux__)
-  if (streams(like)) {
-    const e3::BufferCache::Buffer buffer = buffers().take(like.numel() * static_cast<int64_t>(like.element_size()));
+  if (bytes_of(like) >= kKeptBytes) {
+    const e3::BufferCache::Buffer buffer = buffers().take(bytes_of(like));
     if (buffer.data != nullptr) {
       return torch::stable::from_blob(buffer.data, sizes, strides, like.device(), like.scalar_type(),
                                       [buffer](void*) { buffers().give(buffer); });

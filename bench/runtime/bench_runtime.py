@@ -135,8 +135,8 @@ def _llama_tokens(peer: Any, ids: torch.Tensor, new: int) -> None:
     peer._ctx.kv_cache_clear()
     tokens = ids[0].tolist()
     for _ in range(new):
-        batch = api.llama_batch_get_one((api.llama_token * len(tokens))(*tokens), len(tokens))
-        if api.llama_decode(peer.ctx, batch):
+        held = (api.llama_token * len(tokens))(*tokens)  # the batch only points to it
+        if api.llama_decode(peer.ctx, api.llama_batch_get_one(held, len(tokens))):
             raise RuntimeError(f"llama_decode failed on {len(tokens)} tokens")
         logits = np.ctypeslib.as_array(api.llama_get_logits_ith(peer.ctx, -1), (peer.n_vocab(),))
         tokens = [int(logits.argmax())]

@@ -43,11 +43,11 @@ class Sweep(NamedTuple):
         return {"LANES": self.lanes, "VEC": self.vec, "UNROLL": self.unroll, **warps(self.warps)}
 
 
-def warps(count: int, **options: Any) -> dict[str, Any]:
+def warps(count: int) -> dict[str, Any]:
     """`count` warps with fused multiply-adds, which Triton 3.10 no longer has by default. In a traced graph that is for
     the compiler to say: the higher-order operator of a launch has no such option."""
     fusion = {} if is_wrap_triton_enabled() else {"enable_fp_fusion": True}
-    return {"num_warps": count, **options, **fusion}
+    return {"num_warps": count, **fusion}
 
 
 def lanes(count: int, device: torch.device) -> dict[str, Any]:

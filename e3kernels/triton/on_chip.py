@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e3kernels.triton.launch import device_of, warps
+from e3kernels.triton.launch import device_of, lanes, warps
 from e3kernels.triton.statistics import scaled_logits
 
 TILE_LOGITS = 64 << 20  # logits of one model in a tile: 128 MiB in bf16, enough rows to fill a device's matrix units
@@ -27,27 +27,30 @@ class Tiling(NamedTuple):
     bm: int
     bn: int
     bk: int
+    warps: dict[str, Any]
     interpreted: bool
 
     def options(self) -> dict[str, Any]:
         """The launch's keyword arguments."""
         tile = {"BM": self.bm, "BN": self.bn, "BK": self.bk, "UPCAST": self.interpreted}
-        return tile | warps(8, num_stages=3)
+        return tile | self.warps | {"num_stages": 3}
 
 
 def tiling(rows: int, vocabulary: int, hidden: Tensor) -> Tiling:
     """Enough splits of the vocabulary for two programs a multiprocessor, at most 32.
 
-    fp32 products have no matrix unit: their operands are held in registers, so their tiles are smaller.
+    fp32 products have no matrix unit: their operands are held in registers, so their tiles are smaller, and few enough
+    lanes share one that each loads 128 bits of it.
     """
     device = hidden.device
-    bm, bn, bk = (64, 128, 64) if hidden.element_size() == 2 else (32, 64, 16)
+    processors = device_of(device.type, device.index).processors
+    bm, bn, bk, count = (64, 128, 64, warps(8)) if hidden.element_size() == 2 else (32, 32, 32, lanes(256, device))
     if device.type == "cpu":
         bm, bn, bk = 16, 32, 16
     blocks, steps = triton.cdiv(rows, bm), triton.cdiv(vocabulary, bn)
-    splits = max(1, min(steps, 32, 2 * device_of(device.type, device.index).processors // max(blocks, 1)))
+    splits = max(1, min(steps, 32, 2 * processors // max(blocks, 1)))
     size = triton.cdiv(steps, splits) * bn
-    return Tiling(blocks, triton.cdiv(vocabulary, size), size, bm, bn, bk, device.type == "cpu")
+    return Tiling(blocks, triton.cdiv(vocabulary, size), size, bm, bn, bk, count, device.type == "cpu")
 
 
 def suits_chip(dtype: torch.dtype, *matrices: Tensor) -> bool:

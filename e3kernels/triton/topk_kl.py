@@ -41,7 +41,7 @@ BUCKET: tl.constexpr = tl.constexpr(0)
 RENORM: tl.constexpr = tl.constexpr(1)
 NONE = REDUCTIONS.index("none")
 ROW_FIELDS: tl.constexpr = tl.constexpr(5)  # log rest, log Z at T = 1, G, kd, ce
-ROWS = 2  # tokens of one program of the tokens and stored kernels
+ROWS = 1  # tokens of one program of the tokens and stored kernels: k² comparisons in fp64 fill its registers
 
 
 @triton.jit
@@ -356,7 +356,7 @@ def token_statistics(s: Sparse, partial: Tensor, gathered: Tensor | None) -> Tok
         student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial, *out,
         N, student.stride(0), splits, k, math.log(k), s.ignore_index,
         DIVERGENCE=s.divergence, WEIGHTING=s.weighting, TAIL=s.tail, GATHERED=gathered is not None, K=s.padded,
-        SPLITS=triton.next_power_of_2(int(splits)), ROWS=ROWS, **s.flags(), **warps(4),
+        SPLITS=triton.next_power_of_2(int(splits)), ROWS=ROWS, **s.flags(), **warps(2),
     )  # fmt: skip
     return out
 
@@ -375,7 +375,7 @@ def _gradient(s: Sparse, tokens: Tokens, incoming: Tensor) -> Tensor:
     wrap_triton(topk_kl_stored)[(triton.cdiv(N, ROWS),)](
         s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, tokens.rows, tokens.terms,
         incoming, grad, N, s.student.stride(0), stride, V, k, s.ignore_index,
-        K=s.padded, ROWS=ROWS, **s.flags(), **warps(4),
+        K=s.padded, ROWS=ROWS, **s.flags(), **warps(2),
     )  # fmt: skip
     return grad
 

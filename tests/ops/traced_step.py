@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import e3kernels as e3k
 import e3kernels.triton
 from e3kernels import backends
+from e3kernels.ops.common.arguments import scalar_tensor
 
 
 def step(student, teacher, labels, theta, hidden, branch, temperature, tau):
@@ -30,7 +31,7 @@ def step(student, teacher, labels, theta, hidden, branch, temperature, tau):
 
 def launches(student, teacher, labels, theta, hidden, branch, temperature, tau):
     loss = step(student, teacher, labels, theta, hidden, branch, temperature, tau)
-    scalars = torch.tensor([temperature, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    scalars = scalar_tensor((temperature, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0, 1.0))
     grad = torch.ops.e3.entropy_kl_backward.triton(labels.float(), student, teacher, labels, None, scalars, 1, 0, -100)
     return loss, grad, torch.ops.e3.gated_residual_backward.triton(hidden, hidden, branch, theta[0])
 
