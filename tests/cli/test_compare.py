@@ -208,6 +208,7 @@ def test_built_in_kinds_are_manual_and_code() -> None:
         ({"colour": "red"}, r"must be a mapping with keys among"),
         ({"recoveries": ["pray"]}, r"recoveries='pray' must be one of none, compensate"),
         ({"recoveries": [{"distill": {"stepz": 3}}]}, r"stepz"),
+        ({"recoveries": [{"name": "hope"}]}, r"recoveries: .* does nothing"),
         ({"precision": "fp8"}, r"precision='fp8'"),
         ({"text": ["nowhere.txt"]}, r"'nowhere.txt' is neither a file nor one of manual, code"),
         ({"held_out": 10**6}, r"held_out=1000000: .* unseen tokens"),

@@ -117,11 +117,13 @@ def _recovery(entry: Any) -> Recovery:
     values = dict(entry)
     if unknown := set(values) - {"name", "compensate", "distill"}:
         raise ValueError(f"recoveries: {sorted(unknown)} should be among name, compensate, distill")
-    options = values.get("distill")
+    options, compensates = values.get("distill"), bool(values.get("compensate", False))
+    if options is None and not compensates:
+        raise ValueError(f"recoveries: {entry} does nothing; give distill or compensate, or write {NO_RECOVERY!r}")
     if options is not None:
         DistillOptions(**options)
-    name = values.get("name", "distill" if options is not None else COMPENSATE)
-    return Recovery(name, compensates=bool(values.get("compensate", False)), options=options)
+    name = values.get("name", COMPENSATE if options is None else "distill")
+    return Recovery(name, compensates, options)
 
 
 def _check(matrix: Matrix) -> None:
