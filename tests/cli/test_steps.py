@@ -70,6 +70,31 @@ def test_the_saved_options_give_the_same_plan(searched: Path, tmp_path: Path, e3
     assert (tmp_path / "again" / "pruning.json").read_bytes() == (searched / "pruning.json").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("target", "removed", "parts"),
+    [
+        (("--fraction", 0.5), 3, 0),
+        (("--granularity", "sublayer", "--quota", "attention=2", "--quota", "mlp=0"), 0, 2),
+        (("--granularity", "sublayer", "--drop", 1), 0, 1),
+    ],
+)
+def test_other_targets(
+    target: tuple, removed: int, parts: int, model_folder: Path, text_file: Path, tmp_path: Path, e3: Command
+) -> None:
+    arguments = ("--model", model_folder, "--text", text_file, *SMALL, "--method", "greedy", "--out", tmp_path / "out")
+    assert_done(e3("search", *arguments, *target))
+    plan = PruningPlan.load(tmp_path / "out" / "pruning.json")
+    assert (len(plan.removed), sum(map(len, plan.sublayers.values()))) == (removed, parts)
+
+
+def test_two_targets_are_refused(model_folder: Path, text_file: Path, tmp_path: Path, e3: Command) -> None:
+    arguments = ("--model", model_folder, "--text", text_file, *SMALL, "--out", tmp_path / "out")
+    result = e3("search", *arguments, "--drop", 2, "--fraction", 0.5)
+    assert result.exit_code == 2
+    assert "--drop 2 is one target" in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_export_loads_without_this_package(pruned: Path, model_folder: Path, searched: Path, tmp_path: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json", "pruning.json", "e3.yaml"} <= names(pruned)
     tokens = torch.arange(24).view(2, 12) * 5
@@ -215,7 +240,9 @@ def test_info_is_json_when_asked(e3: Command) -> None:
     assert torch.__version__ in e3("info").stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "search", "prune", "distill", "eval", "generate", "report"])
+@pytest.mark.parametrize(
+    "command", ["demo", "info", "search", "prune", "distill", "eval", "generate", "compare", "report"]
+)
 def test_help_teaches(command: str, e3: Command) -> None:
     result = e3(command, "--help")
     assert_done(result)

@@ -7,6 +7,22 @@ import pytest
 from e3pruner.report import describe_environment
 
 
+def comparison_line(method: str, drop: int) -> dict[str, Any]:
+    kl = drop * {"greedy": 0.14, "bi": 0.2, "random": 1.1}[method]
+    spread = [kl, 0.9 * kl, 1.2 * kl]
+    return {
+        "drop": drop,
+        "recovery": "none",
+        "method": method,
+        "seeds": 3,
+        "kl": spread,
+        "kinds": {kind: {"kl": spread, "perplexity": [50.0, 48.0, 52.0]} for kind in ("manual", "code")},
+        "cost": 0.0 if method == "random" else 1e4 * drop,
+        "seconds": 12.5,
+        "removed": [list(range(drop))] * 3,
+    }
+
+
 def synthetic_results(layers: int = 30, removed: tuple[int, ...] = (12, 13, 14, 15, 16, 17, 18, 26)) -> dict[str, Any]:
     importance = [2.5, 1.4, *(0.03 + 0.011 * ((7 * i) % 13) for i in range(2, layers - 1)), 4.0]
     models = [
@@ -79,6 +95,7 @@ def synthetic_results(layers: int = 30, removed: tuple[int, ...] = (12, 13, 14, 
             "train": [[s, 1.1 * 0.97**s + 0.1 * ((s * 7) % 5 - 2) / 2 + 0.3] for s in range(1, 51)],
             "held_out": [[0, 1.12], [25, 0.75], [50, 0.61]],
         },
+        "comparison": [comparison_line(method, drop) for drop in (4, 8) for method in ("greedy", "bi", "random")],
         "models": models,
         "generations": [
             {

@@ -61,14 +61,20 @@ def test_plots_are_pngs(folder: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-@pytest.mark.parametrize("part", [None, *PLOTS, "models", "generations", "methods", "config", "seconds"])
+ONE_PLOT = ("importance", "mask_path", "curve", "recovery")
+OTHER_PARTS = {"comparison": {"quality", "price", "depth"}}
+OTHER_PARTS |= {part: set() for part in (None, "models", "generations", "methods", "config", "seconds")}
+
+
+@pytest.mark.parametrize("part", [*ONE_PLOT, *OTHER_PARTS])
 def test_each_part_stands_alone(results: dict[str, Any], tmp_path: Path, part: str | None) -> None:
     kept = ("title", "environment", part)
     save_results({key: value for key, value in results.items() if key in kept}, tmp_path)
     page = build_report(tmp_path).read_text(encoding="utf-8")
     assert "How these figures came about" in page
-    assert {path.stem for path in tmp_path.glob("*.png")} == {part} & set(PLOTS)
-    assert [name for name in PLOTS if f'id="{name}"' in page] == [part] * (part in PLOTS)
+    drawn = OTHER_PARTS.get(part, {part})
+    assert {path.stem for path in tmp_path.glob("*.png")} == drawn
+    assert {name for name in PLOTS if f'id="{name}"' in page} == drawn
 
 
 def test_same_results_same_page(folder: Path, page: str, tmp_path: Path) -> None:
@@ -100,6 +106,15 @@ def test_no_results_file(tmp_path: Path) -> None:
 def test_results_survive_the_round_trip(results: dict[str, Any], tmp_path: Path) -> None:
     save_results(results, tmp_path)
     assert load_results(tmp_path) == json.loads(json.dumps({"schema": 1, **results}))
+
+
+def test_a_comparison_of_one_depth_has_no_curve_over_depths(results: dict[str, Any], tmp_path: Path) -> None:
+    results["comparison"] = [line for line in results["comparison"] if line["drop"] == 8]
+    save_results(results, tmp_path)
+    page = build_report(tmp_path).read_text(encoding="utf-8")
+    assert 'id="quality"' in page
+    assert 'id="depth"' not in page
+    assert "<td>1.120 (1.008–1.344)</td>" in page
 
 
 def test_table_puts_the_rivals_behind_the_pruned_model(results: dict[str, Any]) -> None:

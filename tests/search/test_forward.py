@@ -63,11 +63,12 @@ def test_states_are_the_inputs_of_the_layers():
     model, ids = tiny_model("gpt2"), tiny_tokens()
     expected = model(ids, use_cache=False, output_hidden_states=True).hidden_states
     with SkippingForward(model) as forward:
-        states = forward.states(ids)
+        states, last = forward.states(ids)
     assert len(states) == NUM_LAYERS + 1
     for state, hidden in zip(states[:-1], expected[:-1], strict=True):
         assert torch.equal(state, hidden)
     assert torch.equal(model.transformer.ln_f(states[-1]), expected[-1])
+    assert torch.equal(last, expected[-1])
 
 
 def test_layers_get_their_own_forward_back():

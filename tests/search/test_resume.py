@@ -1,57 +1,60 @@
 import json
 
 import pytest
+from search.conftest import QUICK
 from tiny_models import tiny_model, tiny_tokens
 
-import e3kernels
 import e3pruner
 from e3pruner.search import METHODS
+from e3pruner.search.problem import SearchProblem
 
 BATCHES = [tiny_tokens(seed=seed) for seed in range(2)]
 
 
 def search(checkpoint=None, **arguments):
-    arguments = {"drop": 3, "seed": 5, "progress": False} | arguments
+    arguments = {"drop": 3, "seed": 5, "progress": False} | QUICK.get(arguments.get("method"), {}) | arguments
     return e3pruner.search(tiny_model("llama"), BATCHES, checkpoint=checkpoint, **arguments)
 
 
-def interrupt_after(monkeypatch, count):
-    real, calls = e3kernels.entropy_kl, []
+def interrupt_at(monkeypatch, count):
+    """The measurement with this number, from 0, is made and lost. Returns the list of those that are kept."""
+    keep, kept = SearchProblem._keep, []
 
-    def interrupting(*args, **kwargs):
-        if len(calls) == count:
+    def interrupting(problem, found, seconds):
+        if len(kept) == count:
             raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args, **kwargs)
+        kept.append(found)
+        keep(problem, found, seconds)
 
-    monkeypatch.setattr(e3kernels, "entropy_kl", interrupting)
-    return calls
+    monkeypatch.setattr(SearchProblem, "_keep", interrupting)
+    return kept
 
 
-@pytest.mark.parametrize(
-    "method", [name for name in METHODS if name not in ("angular", "bi", "first-n", "random", "last-n")]
-)
-@pytest.mark.parametrize("count", [0, 7, 12])
+LONG = ("gumbel-topk", "evolution", "policy-gradient", "straight-through", "clp")
+POINTS = [*((method, count) for method in METHODS for count in (0, 1)), ("greedy", 5), *((m, 6) for m in LONG)]
+
+
+@pytest.mark.parametrize(("method", "count"), POINTS)
 def test_an_interrupted_search_ends_with_the_same_plan(method, count, monkeypatch, tmp_path):
     expected = search(method=method)
     path = tmp_path / "search.json"
     with monkeypatch.context() as patch:
-        interrupt_after(patch, count)
+        kept = interrupt_at(patch, count)
         with pytest.raises(KeyboardInterrupt):
             search(path, method=method)
     assert list(tmp_path.iterdir()) == [path]
-    kept = len(json.loads(path.read_text())["measured"])
+    measured = json.loads(path.read_text())["measured"]
+    assert measured.keys() == set().union(*kept)
     assert search(path, method=method) == expected
-    assert kept <= count + len(BATCHES)  # block influence is measured without a divergence
-    assert len(json.loads(path.read_text())["measured"]) > kept
+    assert len(json.loads(path.read_text())["measured"]) > len(measured)
 
 
 def test_a_finished_search_is_read_back_without_computing(monkeypatch, tmp_path):
     path = tmp_path / "search.json"
     expected = search(path)
-    calls = interrupt_after(monkeypatch, 10**6)
+    kept = interrupt_at(monkeypatch, 0)
     assert search(path) == expected
-    assert not calls
+    assert not kept
 
 
 def test_measurements_of_another_precision_are_refused(tmp_path):

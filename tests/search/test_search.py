@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from search.conftest import QUICK
 from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
 
 import e3pruner
@@ -16,7 +17,7 @@ BATCHES = [tiny_tokens(seed=seed) for seed in range(2)]
 
 
 def run(method, model=None, **arguments):
-    arguments = {"drop": 2, "progress": False} | arguments
+    arguments = {"drop": 2, "progress": False} | QUICK.get(method, {}) | arguments
     return e3pruner.search(model or tiny_model("llama"), BATCHES, method=method, **arguments)
 
 
@@ -119,9 +120,10 @@ def test_angular_takes_the_run_of_layers_that_turns_the_hidden_state_least():
     assert plan.removed == [best, best + 1, best + 2]
 
 
-def test_angular_needs_neighbours():
+@pytest.mark.parametrize("method", ["angular", "clp", "contiguous"])
+def test_a_run_needs_neighbours(method):
     with pytest.raises(ValueError, match="protect leaves no 2 neighbouring layers"):
-        run("angular", protect=[1, 3, 5])
+        run(method, protect=[1, 3, 5])
 
 
 def test_evolution_never_gets_worse_on_one_batch():

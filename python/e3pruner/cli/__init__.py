@@ -10,6 +10,7 @@ import typer
 from e3pruner.cli import (
     bench,
     cache_teacher,
+    compare,
     demo,
     distill,
     evaluate,
@@ -55,6 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "distill": distill.distill,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
+    "compare": compare.compare,
     "report": report.report,
     "bench": bench.bench,
 }

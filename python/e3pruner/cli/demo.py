@@ -17,7 +17,7 @@ from e3pruner.cli.tables import print_table
 from e3pruner.cli.text import token_splits
 from e3pruner.models import find_layers
 from e3pruner.report import REPORT_FILE, build_report, save_results
-from e3pruner.search.protocol import check_drop
+from e3pruner.search.checks import check_drop
 
 BUILT_IN_TITLE = "SmolLM2-135M-Instruct"
 SUMMARY = f"Layers chosen by {METHOD}, cut out, the rest recovered by distillation from the dense model."

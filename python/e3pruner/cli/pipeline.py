@@ -25,6 +25,7 @@ from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.batches import tokens_of
 from e3pruner.recovery.state import STATE
 from e3pruner.search.problem import SearchProblem
+from e3pruner.search.units import units_of
 
 METHOD, RIVALS = "gumbel-topk", ("leave-one-out", "bi")
 MEASURED_FILE = "measured.json"
@@ -173,7 +174,9 @@ class Pipeline(Stages):
             return {}
         counts = sorted({math.ceil(self.drop * point / points) for point in range(1, points)} - {self.drop})
         precision = autocast_dtype("auto", self.dense.device)
-        with SearchProblem(self.dense, self.held_out, drop=self.drop, dtype=precision) as problem:
+        with SearchProblem(
+            self.dense, self.held_out, units=units_of(self.dense, self.drop), dtype=precision
+        ) as problem:
             masks = {(m, n): problem.mask(mask["order"][:n]) for m, mask in found.items() for n in counts}
             values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
         return {

@@ -2,5 +2,6 @@
 
 from e3pruner.evaluation.evaluate import evaluate
 from e3pruner.evaluation.latency import latency
+from e3pruner.evaluation.target import layers_to_drop
 
-__all__ = ["evaluate", "latency"]
+__all__ = ["evaluate", "latency", "layers_to_drop"]

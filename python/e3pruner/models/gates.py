@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,12 +12,14 @@ from transformers import Cache, PreTrainedModel
 
 import e3kernels
 from e3pruner.models.stack import check_indices, evaluating, find_layers
+from e3pruner.models.sublayers import KINDS, check_sublayers, scaled, silenced, writer
 
 
 @contextmanager
-def gated(model: PreTrainedModel, gates: Tensor) -> Iterator[None]:
+def gated(model: PreTrainedModel, gates: Tensor | Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block, layer l of `model` returns h + m_l·(f_l(h) − h).
 
+    A mapping {"attention": m, "mlp": m'} gates the two sub-layers: what each adds to the residual stream is multiplied.
     `gates` m: (L,), or (L, B) with one mask for each of the B samples of a batch; floating; it may require grad.
     Layers that run at exactly m = 1 without grad keep their plain forward. Hidden states recorded by
     `output_hidden_states=True` are the gated ones.
@@ -25,6 +27,10 @@ def gated(model: PreTrainedModel, gates: Tensor) -> Iterator[None]:
     Raises `TypeError` or `ValueError` for gates of another kind or shape, and for a batch of another size than B.
     """
     layers = find_layers(model)
+    if isinstance(gates, Mapping):
+        with _gated_sublayers(layers, gates):
+            yield
+        return
     _check_gates(gates, len(layers))
     plain = [False] * len(layers)
     if not gates.requires_grad:
@@ -39,9 +45,23 @@ def gated(model: PreTrainedModel, gates: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def skipped(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[None]:
+def _gated_sublayers(layers: nn.ModuleList, gates: Mapping[str, Tensor]) -> Iterator[None]:
+    if set(gates) != set(KINDS):
+        raise ValueError(f"gates has the keys {sorted(gates)}; a mapping has 'attention' and 'mlp'")
+    for kind in KINDS:
+        _check_gates(gates[kind], len(layers))
+    writers = [writer(layer, kind) for kind in KINDS for layer in layers]
+    with scaled(writers, [gate for kind in KINDS for gate in gates[kind]]):
+        yield
+
+
+@contextmanager
+def skipped(
+    model: PreTrainedModel, removed: Iterable[int], sublayers: Mapping[str, Sequence[int]] | None = None
+) -> Iterator[None]:
     """Inside the block, `model` computes exactly what it would without the layers `removed`, for forward passes
-    without a cache: a skipped layer returns its input and costs nothing.
+    without a cache: a skipped layer returns its input and costs nothing. `sublayers` names layers whose "attention" or
+    "mlp" adds nothing to the residual stream; it is computed all the same.
 
     Every layer keeps its index, and with it its mask and its rotary embedding, so the configuration is not touched.
     A cache would count positions by layer 0, wrongly where that is skipped, so one is refused with `ValueError`;
@@ -51,7 +71,8 @@ def skipped(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[None]:
     removed = check_indices("removed", removed, len(layers))
     if len(removed) == len(layers):
         raise ValueError(f"removed={removed} leaves no layer; keep at least one")
-    with ExitStack() as stack:
+    silent = {} if sublayers is None else check_sublayers("sublayers", sublayers, len(layers))
+    with silenced([writer(layers[layer], kind) for kind in silent for layer in silent[kind]]), ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(_refuse_cache, with_kwargs=True).remove)
         for index in removed:
             stack.callback(_restore_forward, layers[index], vars(layers[index]).get("forward"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,14 @@ _STATE_NAMES = ("training", "gradient_checkpointing")
 _BATCH, _PROMPT, _STEPS = 2, 6, 6
 
 
-def assert_parity(model: PreTrainedModel, pruned: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Prove on a few tokens that `pruned` is `model` with the layers `kept` only; raises `ValueError` if it is not.
+def assert_parity(
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    kept: Sequence[int],
+    sublayers: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Prove on a few tokens that `pruned` is `model` with the layers `kept` only, and of these without `sublayers` (see
+    `skipped`); raises `ValueError` if it is not.
 
     Every layer has the settings of the layer it was, which reaches further than any short probe can: a window of 4096
     shows here. Without a cache the logits equal, bit for bit, those of `model` with the other layers skipped. Decoding
@@ -29,7 +35,7 @@ def assert_parity(model: PreTrainedModel, pruned: PreTrainedModel, kept: Sequenc
     tokens = torch.arange(_BATCH * (_PROMPT + _STEPS), device=pruned.device) * 7919 + 5
     ids = (tokens % vocab_size).view(_BATCH, -1)
     removed = sorted(set(range(len(find_layers(model)))) - set(kept))
-    with torch.no_grad(), evaluating(model), evaluating(pruned), skipped(model, removed):
+    with torch.no_grad(), evaluating(model), evaluating(pruned), skipped(model, removed, sublayers):
         expected = model(input_ids=ids, use_cache=False, return_dict=True).logits
         uncached = pruned(input_ids=ids, use_cache=False, return_dict=True).logits
         cached = _decode(pruned, ids)

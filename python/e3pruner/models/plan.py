@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from e3pruner.models.stack import check_indices
+from e3pruner.models.sublayers import KINDS, check_sublayers
 from e3pruner.storage import write_json
 
 _FORMAT = "e3pruner.PruningPlan"
@@ -20,6 +21,7 @@ _KINDS = {
     "model_type": str,
     "history": list,
     "metrics": dict,
+    "sublayers": dict,
 }
 
 
@@ -32,6 +34,7 @@ class PruningPlan:
     model_type: `config.model_type` of the model it was found for; empty if it is for any.
     history: one record a step of the search, oldest first.
     metrics: figures measured for the final mask.
+    sublayers: kept layers that lose their "attention" or their "mlp" (a layer that loses both is one of `removed`).
 
     Raises `ValueError` naming the field that does not fit.
     """
@@ -43,6 +46,7 @@ class PruningPlan:
     model_type: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    sublayers: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
@@ -54,12 +58,23 @@ class PruningPlan:
             raise ValueError("kept=[] keeps no layer; at least one must stay")
         if both := sorted(set(self.kept) & set(self.removed)):
             raise ValueError(f"kept and removed both hold the layers {both}")
+        object.__setattr__(self, "sublayers", check_sublayers("sublayers", self.sublayers, self.num_layers))
+        attention, mlp = (set(self.sublayers[kind]) for kind in KINDS)
+        if gone := sorted((attention | mlp) & set(self.removed) | attention & mlp):
+            raise ValueError(f"sublayers names the layers {gone}, of which nothing is kept; they belong to removed")
 
     @classmethod
     def of_removed(cls, removed: Iterable[int], num_layers: int, **values: Any) -> PruningPlan:
         """The plan that removes `removed` of `num_layers` layers; `values` are the other fields."""
         removed = check_indices("removed", removed, num_layers)
         return cls(sorted(set(range(num_layers)) - set(removed)), removed, **values)
+
+    @property
+    def keep(self) -> list[int] | dict[str, list[int]]:
+        """What `LayerSkipRuntime` takes as `keep`: the kept layers, or those of each kind of sub-layer."""
+        if not any(self.sublayers.values()):
+            return self.kept
+        return {kind: [layer for layer in self.kept if layer not in self.sublayers[kind]] for kind in KINDS}
 
     @property
     def num_layers(self) -> int:
@@ -79,7 +94,7 @@ class PruningPlan:
                 raise ValueError(f'it has no "format": "{_FORMAT}"')
             num_layers = values.pop("num_layers", None)
             names = {entry.name for entry in fields(cls)}
-            if values.keys() != names:
+            if values.keys() not in (names, names - {"sublayers"}):  # older plans remove whole layers only
                 raise ValueError(f"its fields {sorted(values)} should be {sorted(names)}")
             plan = cls(**values)
             if plan.num_layers != num_layers:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from e3pruner.models.config import pruned_config
 from e3pruner.models.parity import assert_parity
 from e3pruner.models.plan import PruningPlan
 from e3pruner.models.stack import check_indices, find_layers, stack_name
+from e3pruner.models.sublayers import KINDS, projection
 
 
 def prune(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, copy_weights: bool = True) -> PreTrainedModel:
@@ -26,8 +28,9 @@ def prune(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, copy_wei
     models share their weights, for saving or evaluating at half the memory; training one would then change the other.
 
     The pruned model is built from its own configuration, so `save_pretrained` writes a checkpoint that plain
-    `AutoModelForCausalLM` loads. Before it is returned it is proven to be `model` without the removed layers, see
-    `assert_parity`.
+    `AutoModelForCausalLM` loads. Sub-layers that the plan removes have their output projection set to 0: the checkpoint
+    stays vanilla and its size does not shrink, which a warning says. Before it is returned it is proven to be `model`
+    without the removed layers, see `assert_parity`.
 
     Raises `ValueError` for indices out of range, doubled, or none; for a plan of another model; for settings that
     cannot be renumbered; for weights on several devices; and if the proof fails. Errors of `find_layers` too.
@@ -43,8 +46,26 @@ def prune(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, copy_wei
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
     pruned.train(model.training)
-    assert_parity(model, pruned, kept)
+    sublayers = getattr(plan, "sublayers", {kind: [] for kind in KINDS})
+    _empty_sublayers(pruned, kept, sublayers)
+    assert_parity(model, pruned, kept, sublayers)
     return pruned
+
+
+def _empty_sublayers(pruned: PreTrainedModel, kept: Sequence[int], sublayers: Mapping[str, Sequence[int]]) -> None:
+    """Zeros in place of the projections of `sublayers`, which go by the layers' indices in the dense model."""
+    layers = find_layers(pruned)
+    for kind in KINDS:
+        for old in sublayers[kind]:
+            module = projection(layers[kept.index(old)], kind)
+            for name, parameter in module.named_parameters():  # new tensors: the old ones may be the dense model's
+                setattr(module, name, nn.Parameter(torch.zeros_like(parameter), parameter.requires_grad))
+    if count := sum(map(len, sublayers.values())):
+        warnings.warn(
+            f"the output projections of {count} sub-layers are set to 0: the checkpoint loads anywhere, and is as "
+            "large and as slow as with them; only e3pruner.LayerSkipRuntime(keep=plan.keep) skips them",
+            stacklevel=3,
+        )
 
 
 def _kept_layers(model: PreTrainedModel, plan: Any) -> list[int]:

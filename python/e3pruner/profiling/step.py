@@ -27,8 +27,10 @@ from e3pruner.profiling.process_memory import peak_above_inputs
 from e3pruner.recovery import DistillOptions, LiveTeacher, Teacher, distill
 from e3pruner.recovery.teacher import narrowed
 from e3pruner.search import METHODS
+from e3pruner.search.account import Account
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.protocol import Search
+from e3pruner.search.units import units_of
 
 STEP = "step"
 
@@ -113,11 +115,11 @@ def _search(run: _Run) -> StepProfile:
                 next(running)
 
         step()
-        spent = problem.cost
+        problem.account = Account()  # the teacher's passes belong to the steps, which make them
         with RangeRecorder(synchronizer(model.device)) as recorder:
             for _ in range(rounds):
                 step()
-        tokens = round((problem.cost - spent) / rounds)
+        tokens = round(problem.account.cost / rounds)
         growth = peak_above_inputs(step)
         with e3kernels.profile(run.folder) as traced:
             step()
@@ -139,7 +141,7 @@ def _started(run: _Run) -> Iterator[tuple[SearchProblem, Search]]:
     dtype = autocast_dtype("auto", run.model.device)
 
     def search() -> tuple[SearchProblem, Search]:
-        problem = kind(run.model, batches, drop=run.drop, seed=run.seed, dtype=dtype)
+        problem = kind(run.model, batches, units=units_of(run.model, run.drop), seed=run.seed, dtype=dtype)
         problem.measured = dict(run.measured)
         return problem, METHODS["gumbel-topk"](problem, steps=run.rounds + 3)
 
@@ -194,9 +196,9 @@ def _of_steps(ranges: list[Range], skip: int = 0) -> tuple[float, dict[str, floa
 class _EagerProblem(SearchProblem):
     """The search with its divergence from whole logits, as plain PyTorch computes it."""
 
-    def _divergences(self, students: list[Tensor], teacher: Tensor) -> list[float]:
-        log_p = F.log_softmax(self._head.logits(teacher).float(), -1)
-        logits = (F.log_softmax(self._head.logits(student).float(), -1) for student in students)
+    def _divergences(self, students: list[Tensor], batch: int) -> list[float]:
+        log_p = F.log_softmax(self.head.logits(self.teacher_of(batch)).float(), -1)
+        logits = (F.log_softmax(self.head.logits(student.flatten(0, 1)).float(), -1) for student in students)
         return [float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) for log_q in logits]
 
 

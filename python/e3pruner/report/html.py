@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from e3pruner.report.comparison import tables
 from e3pruner.report.plots import draw_plots
 from e3pruner.report.results import load_results
 from e3pruner.report.table import model_table, tiles
@@ -28,7 +29,7 @@ def build_report(folder: Path) -> Path:
     )
     headings, rows = model_table(results)
     page = environment.get_template("report.html.jinja").render(
-        results=results, plots=plots, headings=headings, rows=rows, tiles=tiles(results)
+        results=results, plots=plots, headings=headings, rows=rows, tiles=tiles(results), tables=tables(results)
     )
     with replacing_file(folder / REPORT_FILE) as temporary:
         temporary.write_text(page, encoding="utf-8")

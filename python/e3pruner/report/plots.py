@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,30 +15,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from e3pruner.report import comparison_plots
+from e3pruner.report.palette import COLOURS, DASHES, MARKERS, SERIES
 from e3pruner.storage import replacing_file
 
 Results = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Palette:
-    """The report's colours. In SVG they become the page's CSS variables of these names, so plots follow its theme."""
-
-    ink: str = "#1c2330"
-    muted: str = "#667085"
-    grid: str = "#e3e7ed"
-    surface: str = "#ffffff"
-    removed: str = "#d9480f"
-    series1: str = "#1d5fbf"
-    series2: str = "#b7791f"
-    series3: str = "#6b7a90"
-    series4: str = "#2f8f6b"
-
-
-COLOURS = Palette()
-SERIES = ("series1", "series2", "series3", "series4")
-DASHES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D")
 
 
 @contextmanager
@@ -155,12 +136,22 @@ PLOTS: dict[str, Callable[[Results], Figure]] = {
     "mask_path": mask_path,
     "curve": curve,
     "recovery": recovery,
+    "quality": comparison_plots.quality,
+    "price": comparison_plots.price,
+    "depth": comparison_plots.depth,
+}
+# When a plot is drawn, where that is not when the results have a part of its name.
+WANTED: dict[str, Callable[[Results], bool]] = {
+    "quality": lambda results: bool(results.get("comparison")),
+    "price": lambda results: bool(results.get("comparison")),
+    "depth": comparison_plots.several_depths,
 }
 
 
 def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     """Draws every plot whose results are there: `folder`/NAME.png, and NAME -> inline SVG for the page."""
-    return {name: draw(name, results, folder) for name in PLOTS if results.get(name)}
+    wanted = [name for name in PLOTS if WANTED.get(name, lambda results, name=name: results.get(name))(results)]
+    return {name: draw(name, results, folder) for name in wanted}
 
 
 def draw(name: str, results: Results, folder: Path) -> str:

@@ -9,6 +9,7 @@ Keys (all but `title` and `environment` may be missing; the report then leaves t
 - `mask_path`: `{"steps": [...], "removed": [[share of the step's masks without layer 0, 1, ...], ...]}`.
 - `methods`: `[{"method", "removed", "cost", "seconds", ...the figures of a model}]`, the mask of each method on the
   held-out text, the one that was pruned first; `cost` in tokens times dense forward passes.
+- `comparison`: the lines of `e3pruner.report.comparison.summary`; `matrix`: the comparison's settings.
 - `curve`: `{method: [[layers removed, held-out KL], ...]}`.
 - `recovery`: `{"train": [[step, loss], ...], "held_out": [[step, KL], ...],
   "perplexity": [[step, perplexity], ...]}`.

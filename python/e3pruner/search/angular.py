@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Search
+from e3pruner.search.protocol import Search, run_starts
 
 
 def angular(problem: SearchProblem) -> Search:
@@ -15,9 +15,7 @@ def angular(problem: SearchProblem) -> Search:
 
     One dense pass a batch, no head. Raises `ValueError` if no n neighbouring layers may all go.
     """
-    starts = [start for start in problem.free if set(range(start, start + problem.drop)) <= set(problem.free)]
-    if not starts:
-        raise ValueError(f"protect leaves no {problem.drop} neighbouring layers that may all go; protect fewer")
+    starts = run_starts(problem)
     problem.expect(len(problem.batches))
     distance = problem.state_distance(problem.drop, angle)
     best = min(starts, key=lambda start: distance[start])

@@ -12,7 +12,7 @@ def bi(problem: SearchProblem) -> Search:
     """BI_l = 1 − E cos(h_l, h_{l+1}), the lowest go (ShortGPT, arXiv 2403.03853). One dense pass a batch, no head."""
     problem.expect(len(problem.batches))
     influence = problem.state_distance(1, cosine_distance)
-    removed = lowest(influence, problem.free, problem.drop)
+    removed = lowest(problem, influence)
     yield {"importance": influence, "removed": removed}
     return removed
 

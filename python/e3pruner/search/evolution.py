@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 import e3kernels as e3k
+from e3pruner.search.checks import check_integer
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Search, check_integer, layers_of, removed_share
+from e3pruner.search.protocol import Search, layers_of, removed_share
 
 _MOST_SWITCHES = 3
 _LAST_BATCHES = 4  # that the survivors and their parent are compared on

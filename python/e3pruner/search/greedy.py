@@ -12,7 +12,12 @@ def greedy(problem: SearchProblem) -> Search:
     problem.expect(sum(candidates - step for step in range(problem.drop)) * len(problem.batches))
     removed: list[int] = []
     for _ in range(problem.drop):
-        left = [layer for layer in problem.free if layer not in removed]
+        left = [
+            unit
+            for members, count in problem.units.groups
+            for unit in members
+            if unit not in removed and len(set(members) & set(removed)) < count
+        ]
         scores = problem.score([problem.mask([*removed, layer]) for layer in left])
         score = min(scores)
         removed.append(left[scores.index(score)])

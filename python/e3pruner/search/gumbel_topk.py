@@ -10,32 +10,35 @@ from __future__ import annotations
 
 import torch
 
-import e3kernels as e3k
 from e3kernels.profiling import named_range
 from e3pruner.search.bi import cosine_distance
+from e3pruner.search.checks import check_choice, check_integer, check_positive
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import (
-    Search,
-    check_integer,
-    check_positive,
-    layers_of,
-    leave_one_out_scores,
-    lowest,
-    removed_share,
-)
+from e3pruner.search.protocol import Search, layers_of, leave_one_out_scores, lowest, removed_share, sampled
 from e3pruner.search.quadratic import QuadraticModel
 
 _START_TOKENS = 1024  # calibration tokens of the importance start, which is corrected by all that follows
 _LAST_NOISE = 0.4  # of the first
 
 
+STARTS = ("kl", "bi", "uniform", "random")
+
+
 def gumbel_topk(
-    problem: SearchProblem, *, steps: int = 16, samples: int = 8, noise: float = 0.7, finalists: int = 6
+    problem: SearchProblem,
+    *,
+    steps: int = 16,
+    samples: int = 8,
+    noise: float = 0.7,
+    finalists: int = 6,
+    start: str = "kl",
 ) -> Search:
     """Importance start, `steps` rounds of `samples` masks on one batch each, final choice on all calibration tokens.
 
-    1. I_l, the mean KL without layer l alone, is the prior of the model. Two masks start: the lowest I_l, and the
-       lowest block influence, which costs a dense pass and often knows better which layers may go together.
+    1. I_l, the mean KL without layer l alone, is the prior of the model. Two masks start: the lowest I_l, and, of
+       whole layers, the lowest block influence, which costs a dense pass and often knows better which layers may go
+       together. With `start` "bi", "uniform" or "random" (in 0 … 1) such values alone take their place, scaled to add
+       up to the KL of their mask.
     2. Each step draws samples − 1 masks, the K largest of θ + κ·g, beside the model's own best mask, measures them on
        the step's batch and fits the model again. κ falls geometrically from `noise` to 0.4 of it.
     3. Of the masks measured so far the model's `finalists` best are measured on all batches, and so are both starts:
@@ -45,30 +48,26 @@ def gumbel_topk(
     check_integer("samples", samples, 2)
     check_integer("finalists", finalists, 1)
     check_positive("noise", noise)
-    start = _start_batches(problem)
-    problem.expect(problem.num_layers * len(start) + steps * samples + (finalists + 3) * len(problem.batches))
-    importance = leave_one_out_scores(problem, start)
+    check_choice("start", start, STARTS)
+    batches_of_start = _start_batches(problem) if start == "kl" else range(0)
+    problem.expect(
+        problem.units.count * len(batches_of_start) + steps * samples + (finalists + 3) * len(problem.batches)
+    )
+    starts = _starts(problem, start, batches_of_start)
     free = problem.free
-    model = QuadraticModel(torch.tensor([importance[layer] for layer in free], dtype=torch.float64))
-    influence = problem.state_distance(1, cosine_distance)
-    starts = [lowest(values, free, problem.drop) for values in (importance, influence)]
-    first = torch.tensor([[float(layer in removed) for layer in free] for removed in starts], dtype=torch.float64)
+    first = torch.tensor([[float(unit in lowest(problem, v)) for unit in free] for v in starts], dtype=torch.float64)
+    importance = starts[0] if start == "kl" else _in_nats(problem, starts[0])
+    model = QuadraticModel(torch.tensor([importance[unit] for unit in free], dtype=torch.float64), _kinds(problem))
     best = first[0]
-    yield {"importance": importance, "removed": starts[0]}
+    yield {"importance": importance, "removed": layers_of(problem, best)}
 
     masks, batches, scores = best.new_empty(0, len(free)), torch.empty(0, dtype=torch.int64), best.new_empty(0)
     for step in range(steps):
         batch = step % len(problem.batches)
         kappa = noise * _LAST_NOISE ** (step / max(1, steps - 1))
         logits = model.marginal(best) / model.scale
-        kept = e3k.gumbel_topk(
-            logits.expand(samples - 1, -1),
-            len(free) - problem.drop,
-            noise_scale=kappa,
-            seed=problem.seed,
-            step=step,
-        ).mask
-        drawn = torch.cat([best[None] if step else first, 1 - kept]).unique(dim=0)
+        around = sampled(problem, logits.expand(samples - 1, -1), kappa, step)
+        drawn = torch.cat([best[None] if step else first, around]).unique(dim=0)
         found = problem.score([problem.mask(layers_of(problem, mask)) for mask in drawn], [batch])
         masks = torch.cat([masks, drawn])
         batches = torch.cat([batches, torch.full((len(drawn),), batch)])
@@ -92,6 +91,33 @@ def gumbel_topk(
     removed = last[found.index(min(found))]
     yield {"score": min(found), "removed": removed, "finalists": last, "scores": found}
     return removed
+
+
+def _starts(problem: SearchProblem, start: str, batches: range) -> list[list[float]]:
+    """One value a unit for each mask to start from; those of the prior come first."""
+    if start == "kl":
+        influence = [problem.state_distance(1, cosine_distance)] if problem.units.a_layer == 1 else []
+        return [leave_one_out_scores(problem, batches), *influence]
+    if start == "bi":
+        return [problem.state_distance(1, cosine_distance)]
+    if start == "uniform":
+        return [[1.0] * problem.units.count]
+    generator = torch.Generator().manual_seed(problem.seed)
+    return [torch.rand(problem.units.count, dtype=torch.float64, generator=generator).tolist()]
+
+
+def _in_nats(problem: SearchProblem, values: list[float]) -> list[float]:
+    """`values` in the unit of KL: scaled so that those of their lowest mask add up to its KL on the first batch."""
+    removed = lowest(problem, values)
+    (kl,) = problem.score([problem.mask(removed)], [0])
+    total = sum(values[unit] for unit in removed)
+    return [value * kl / total for value in values]
+
+
+def _kinds(problem: SearchProblem) -> torch.Tensor:
+    """The number of the group of each free unit (F,): only units of one group may change places."""
+    number = {unit: index for index, (members, _) in enumerate(problem.units.groups) for unit in members}
+    return torch.tensor([number[unit] for unit in problem.free])
 
 
 def _start_batches(problem: SearchProblem) -> range:

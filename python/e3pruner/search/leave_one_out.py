@@ -7,9 +7,19 @@ from e3pruner.search.protocol import Search, leave_one_out_scores, lowest
 
 
 def leave_one_out(problem: SearchProblem) -> Search:
-    """I_l = mean KL without layer l, the lowest go (Shortened LLaMA, arXiv 2402.02834, KL for perplexity)."""
-    problem.expect(problem.num_layers * len(problem.batches))
-    importance = leave_one_out_scores(problem, range(len(problem.batches)))
-    removed = lowest(importance, problem.free, problem.drop)
+    """I_l = mean KL without layer l, the lowest go."""
+    return _by("kl", problem)
+
+
+def leave_one_out_perplexity(problem: SearchProblem) -> Search:
+    """I_l = mean negative log-likelihood of the text without layer l, the log of the perplexity, the lowest go
+    (Shortened LLaMA, arXiv 2402.02834)."""
+    return _by("nll", problem)
+
+
+def _by(measure: str, problem: SearchProblem) -> Search:
+    problem.expect(problem.units.count * len(problem.batches))
+    importance = leave_one_out_scores(problem, range(len(problem.batches)), measure)
+    removed = lowest(problem, importance)
     yield {"importance": importance, "removed": removed}
     return removed

@@ -6,16 +6,9 @@ import torch
 from torch import Tensor
 
 import e3kernels as e3k
+from e3pruner.search.checks import check_integer, check_positive
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import (
-    Search,
-    check_integer,
-    check_positive,
-    layers_of,
-    leave_one_out_scores,
-    lowest,
-    removed_share,
-)
+from e3pruner.search.protocol import Search, layers_of, leave_one_out_scores, lowest, removed_share
 
 _BASELINE_DECAY = 0.8
 
@@ -33,9 +26,9 @@ def policy_gradient(
     check_positive("lr", lr)
     check_positive("noise", noise)
     count = len(problem.batches)
-    problem.expect(problem.num_layers * count + steps * samples)
+    problem.expect(problem.units.count * count + steps * samples)
     importance = leave_one_out_scores(problem, range(count))
-    yield {"importance": importance, "removed": lowest(importance, problem.free, problem.drop)}
+    yield {"importance": importance, "removed": lowest(problem, importance)}
 
     start = torch.tensor([importance[layer] for layer in problem.free], dtype=torch.float64).log()
     logits = (start - start.mean()) / start.std(correction=0).clamp(min=1e-9)

@@ -25,10 +25,15 @@ _OFFSET_SPREAD = 10.0  # in units of the mean divergence: free
 
 
 class QuadraticModel:
-    """`prior`: I_l of the F layers that may go, fp64. `linear` (F,) and `pairs` (F, F) are the fitted w and W."""
+    """`prior`: I_l of the F layers that may go, fp64. `linear` (F,) and `pairs` (F, F) are the fitted w and W.
 
-    def __init__(self, prior: Tensor) -> None:
+    `kinds` (F,) integers: a mask holds a fixed number of each kind; None: all are of one.
+    """
+
+    def __init__(self, prior: Tensor, kinds: Tensor | None = None) -> None:
         self.prior = prior
+        kinds = torch.zeros(len(prior)) if kinds is None else kinds
+        self._apart = kinds[:, None] != kinds
         self.scale = prior.median().clamp(min=_LEAST_SCALE)
         self.linear = prior
         self.pairs = prior.new_zeros(len(prior), len(prior))
@@ -56,12 +61,12 @@ class QuadraticModel:
         return self.linear + self.pairs @ removed
 
     def descend(self, removed: Tensor) -> Tensor:
-        """The mask (F,) that no swap of a removed and a kept layer improves, by steepest descent from `removed`."""
+        """The mask (F,) that no swap of a removed and a kept layer of one kind improves, by steepest descent."""
         removed = removed.clone()
         while True:
             marginal = self.marginal(removed)
             gain = marginal[:, None] - marginal + self.pairs  # [out, in]: `out` comes back, `in` goes
-            gain = gain.masked_fill((removed[:, None] == 0) | (removed == 1), -torch.inf)
+            gain = gain.masked_fill((removed[:, None] == 0) | (removed == 1) | self._apart, -torch.inf)
             best = int(gain.argmax())
             if not gain.flatten()[best] > 1e-9 * self.scale:
                 return removed

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -16,33 +17,59 @@ from e3pruner.models import PruningPlan, find_layers, output_head
 from e3pruner.models.stack import check_indices
 from e3pruner.models.tokens import check_token_batches
 from e3pruner.precision import autocast_dtype
+from e3pruner.search.alternate import alternate
 from e3pruner.search.angular import angular
 from e3pruner.search.bi import bi
 from e3pruner.search.checkpoint import Checkpoint, model_identity
+from e3pruner.search.clp import clp
+from e3pruner.search.contiguous import contiguous
 from e3pruner.search.evolution import evolution
 from e3pruner.search.first_n import first_n
 from e3pruner.search.greedy import greedy
 from e3pruner.search.gumbel_topk import gumbel_topk
 from e3pruner.search.last_n import last_n
-from e3pruner.search.leave_one_out import leave_one_out
+from e3pruner.search.leave_one_out import leave_one_out, leave_one_out_perplexity
 from e3pruner.search.policy_gradient import policy_gradient
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Method, Search, check_drop
+from e3pruner.search.protocol import Method, Search
 from e3pruner.search.random_subset import random_subset
+from e3pruner.search.straight_through import straight_through
+from e3pruner.search.symmetric import symmetric
+from e3pruner.search.taylor import taylor
+from e3pruner.search.units import units_of
 from e3pruner.storage import fingerprint
 
 METHODS: dict[str, Method] = {
     "gumbel-topk": gumbel_topk,
     "bi": bi,
     "angular": angular,
+    "taylor": taylor,
     "leave-one-out": leave_one_out,
+    "leave-one-out-perplexity": leave_one_out_perplexity,
     "greedy": greedy,
     "evolution": evolution,
     "policy-gradient": policy_gradient,
+    "straight-through": straight_through,
+    "clp": clp,
+    "contiguous": contiguous,
+    "alternate": alternate,
+    "symmetric": symmetric,
     "random": random_subset,
     "first-n": first_n,
     "last-n": last_n,
 }
+
+# What can remove the attention or the MLP of a layer alone, and what can remove given numbers of each kind.
+SUBLAYER_METHODS = (
+    "gumbel-topk",
+    "leave-one-out",
+    "leave-one-out-perplexity",
+    "greedy",
+    "evolution",
+    "policy-gradient",
+    "random",
+)
+QUOTA_METHODS = ("gumbel-topk", "bi", "taylor", "leave-one-out", "leave-one-out-perplexity", "greedy", "random")
 
 
 def search(
@@ -53,6 +80,8 @@ def search(
     seed: int = 0,
     protect: Iterable[int] = (),
     *,
+    granularity: str = "layer",
+    quota: Mapping[str, int] | None = None,
     precision: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -64,7 +93,10 @@ def search(
     token_batches: calibration text, (B, T) token ids each, tensors or nested lists.
     method: one of `METHODS`; `options` are that method's keyword arguments.
     seed: of all randomness; (seed, tokens, model) decide the plan.
-    protect: layers that stay.
+    protect: layers that stay whole.
+    granularity: "layer", or "sublayer": then attentions and MLPs go one by one, and `drop` counts them.
+    quota: how many go of each kind: of the configuration's `layer_types`, or of "attention" and "mlp"; they add up to
+        `drop`.
     precision: "fp32" computes in the type of the weights, "bf16" with the weights rounded to bfloat16 meanwhile, "auto"
         in bf16 where the processor multiplies it.
     checkpoint: a file for what has been measured. It is written every few seconds and when the search stops, by
@@ -72,6 +104,9 @@ def search(
         What one method has measured, another need not measure again on the same tokens; its `cost` counts it all the
         same.
     progress: show a bar on standard error.
+
+    Under `torch.distributed` every rank calls this with the same arguments but its own share of each batch, and gets
+    the same plan; rank 0 writes the checkpoint and shows the bar.
 
     Returns the plan. Its `history` holds one record a step (see `protocol.Search`) with "step" and "cost", the dense
     forward passes times tokens up to there; its `metrics` the calibration "tokens", the mean "kl" of the final mask on
@@ -82,31 +117,37 @@ def search(
     """
     num_layers = len(find_layers(model))
     protected = check_indices("protect", protect, num_layers)
-    check_drop(drop, num_layers, len(protected))
+    units = units_of(model, drop, protected, granularity, quota)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
     dtype = autocast_dtype(precision, model.device)
-    run = _method(method, options)
+    run = find_method(method, options)
+    _check_fit(method, granularity, quota)
     batches = check_token_batches("token_batches", token_batches, output_head(model).weight.shape[0])
-    problem = SearchProblem(model, batches, drop=drop, protect=protected, seed=seed, dtype=dtype)
+    problem = SearchProblem(model, batches, units=units, seed=seed, dtype=dtype)
+    ranks = problem.ranks
+    ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), options])
     store = None
     if checkpoint is not None:
-        tokens = [fingerprint(batch) for batch in batches]
-        identity = {"dtype": str(dtype), "tokens": tokens, "model": model_identity(model)}
+        identity = {"dtype": str(dtype), "tokens": _tokens_of(problem), "model": model_identity(model)}
         store = Checkpoint(checkpoint, identity)
-        problem.measured, problem.committed = store.measured, store.save_if_due
+        problem.measured, problem.seconds = ranks.from_first((store.measured, store.seconds))
+        store.measured, store.seconds = problem.measured, problem.seconds
+        problem.committed = store.save_if_due if ranks.first else problem.committed
     try:
-        with problem, _progress(problem, method) if progress else nullcontext():
-            history, removed = _run(problem, run(problem, **options))
-            cost = problem.cost
+        with problem, _progress(problem, method) if progress and ranks.first else nullcontext():
+            history, removed = run_search(problem, run(problem, **options))
+            cost = problem.account.cost
             (kl,) = problem.score([problem.mask(removed)])
     finally:
-        if store is not None:
+        if store is not None and ranks.first:
             store.save()
     metrics = {"kl": kl, "tokens": problem.tokens, "cost": cost}
+    layers, sublayers = units.removed(removed)
     return PruningPlan.of_removed(
-        removed,
+        layers,
         num_layers,
+        sublayers=sublayers,
         method=method,
         seed=seed,
         model_type=model.config.model_type,
@@ -115,7 +156,8 @@ def search(
     )
 
 
-def _run(problem: SearchProblem, running: Search) -> tuple[list[dict[str, Any]], list[int]]:
+def run_search(problem: SearchProblem, running: Search) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a search and the layers it removes, ascending; `problem` is entered. See `search` for errors."""
     history: list[dict[str, Any]] = []
     while True:
         try:
@@ -124,16 +166,30 @@ def _run(problem: SearchProblem, running: Search) -> tuple[list[dict[str, Any]],
             return history, sorted(stop.value)
         except FloatingPointError as error:
             raise FloatingPointError(f"search step {len(history)}: {error}") from error
-        history.append({"step": len(history), "cost": problem.cost, **record})
+        history.append({"step": len(history), "cost": problem.account.cost, **record})
 
 
-def _method(name: str, options: dict[str, Any]) -> Method:
+def find_method(name: str, options: Iterable[str]) -> Method:
+    """The method of this name. Raises `ValueError` if there is none, `TypeError` if it has not all these options."""
     if name not in METHODS:
         raise ValueError(f"method={name!r} is not known; it is one of {', '.join(METHODS)}")
     known = [p.name for p in inspect.signature(METHODS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"{unknown[0]} is no option of method={name!r}; it has {', '.join(known) or 'none'}")
     return METHODS[name]
+
+
+def _check_fit(method: str, granularity: str, quota: Mapping[str, int] | None) -> None:
+    if granularity == "sublayer" and method not in SUBLAYER_METHODS:
+        raise ValueError(f"granularity='sublayer': {method} removes layers; use one of {', '.join(SUBLAYER_METHODS)}")
+    if quota is not None and method not in QUOTA_METHODS:
+        raise ValueError(f"quota: {method} takes no account of kinds; use one of {', '.join(QUOTA_METHODS)}")
+
+
+def _tokens_of(problem: SearchProblem) -> list[str]:
+    """A hash of each batch, of all ranks."""
+    own = [int(fingerprint(batch)[:12], 16) for batch in problem.batches]  # 48 bits pass through fp64
+    return [f"{int(each):012x}" for rank in problem.ranks.gather(own) for each in rank]
 
 
 def _progress(problem: SearchProblem, method: str) -> Progress:

@@ -1,0 +1,117 @@
+"""The cells of `e3 compare`, over their seeds: mean and spread, as lines and as tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+Line = dict[str, Any]
+
+
+class Spread(NamedTuple):
+    """Over the seeds: the mean, the least and the largest value."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """The spread of at least one value."""
+        return cls(math.fsum(values) / len(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" if self.low == self.high else f"{self.mean:.3f} ({self.low:.3f}–{self.high:.3f})"
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> list[Line]:
+    """One line for each (number of removed layers, recovery, method), the least held-out KL first within the former.
+
+    Keys: "drop", "recovery", "method", "seeds"; "kl", over all kinds of text, and "kinds", each kind's KL and
+    perplexity, as [mean, least, largest] over the seeds; "cost" in tokens times dense passes and "seconds", means;
+    "removed", the layers of each seed.
+    """
+    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["drop"], row["recovery"], row["method"]), []).append(row)
+    lines = [
+        {"drop": drop, "recovery": recovery, "method": method, **_figures(cells)}
+        for (drop, recovery, method), cells in groups.items()
+    ]
+    return sorted(lines, key=lambda line: (line["drop"], line["recovery"], line["kl"][0]))
+
+
+def _figures(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    kinds = cells[0]["held_out"]
+    overall = [math.fsum(cell["held_out"][kind]["kl"] for kind in kinds) / len(kinds) for cell in cells]
+    return {
+        "seeds": len(cells),
+        "kl": list(Spread.of(overall)),
+        "kinds": {
+            kind: {
+                name: list(Spread.of([cell["held_out"][kind][name] for cell in cells])) for name in ("kl", "perplexity")
+            }
+            for kind in kinds
+        },
+        "cost": math.fsum(cell["cost"] for cell in cells) / len(cells),
+        "seconds": math.fsum(cell["seconds"] for cell in cells) / len(cells),
+        "removed": [cell["removed"] for cell in cells],
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The title, where it was measured, and one table for each number of removed layers and recovery."""
+    matrix, environment = results["matrix"], results["environment"]
+    machine = environment["machine"]
+    parts = [
+        f"# {results['title']}",
+        f"`{results['command']}` at commit {(environment['commit'] or 'unknown')[:12]}, {machine['processor']}, "
+        f"{machine['cores']} cores, torch {environment['versions']['torch']}, transformers "
+        f"{environment['versions']['transformers']}, {environment['date'][:10]}.",
+        f"Mean (least–largest) over {len(matrix['seeds'])} seeds. Calibration: {matrix['calibration']} sequences of "
+        f"{matrix['length']} tokens, the same for every method; held out: {matrix['held_out']} of each kind of text. "
+        "KL in nats a token; cost in tokens times dense forward passes; seconds as its measurements took.",
+    ]
+    for caption, lines in panels(results):
+        parts += [f"## {caption}", _table(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def panels(results: dict[str, Any]) -> list[tuple[str, list[Line]]]:
+    """The lines of `results` for each number of removed layers and recovery, under a caption."""
+    groups: dict[str, list[Line]] = {}
+    for line in results.get("comparison", []):
+        caption = f"{line['drop']} layers removed" + ("" if line["recovery"] == "none" else f", {line['recovery']}")
+        groups.setdefault(caption, []).append(line)
+    return list(groups.items())
+
+
+def headings(lines: list[Line]) -> list[str]:
+    """Of the cells that `cells_of` gives for the same lines."""
+    by_kind = [f"{kind} {name}" for kind in lines[0]["kinds"] for name in ("KL", "perplexity")]
+    return ["method", "held-out KL", *by_kind, "cost", "seconds"]
+
+
+def cells_of(line: Line) -> list[str]:
+    """A line as text."""
+    by_kind = [
+        text
+        for figures in line["kinds"].values()
+        for text in (f"{figures['kl'][0]:.3f}", f"{figures['perplexity'][0]:.1f}")
+    ]
+    overall = str(Spread(*line["kl"]))
+    return [line["method"], overall, *by_kind, f"{line['cost']:,.0f}", f"{line['seconds']:.1f}"]
+
+
+def _table(lines: list[Line]) -> str:
+    rows = [headings(lines), ["---", *["---:"] * (len(headings(lines)) - 1)], *map(cells_of, lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def tables(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same tables for the page: caption, headings, rows."""
+    return [
+        {"caption": caption, "headings": headings(lines), "rows": [cells_of(line) for line in lines]}
+        for caption, lines in panels(results)
+    ]

@@ -1,0 +1,232 @@
+"""e3 compare on a tiny real model: every cell once, on the same tokens, whatever interrupts it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from cli.conftest import Command, byte_tokenizer
+from tiny_models import NUM_LAYERS
+from transformers import AutoModelForCausalLM
+
+import e3pruner
+from e3pruner.cli.comparison import CELLS_FILE, Comparison, read_rows
+from e3pruner.cli.kinds import KindsOfText, kinds_of_text, windows
+from e3pruner.cli.matrix import load_matrix
+
+MATRIX = {
+    "methods": ["greedy", "last-n", {"method": "gumbel-topk", "name": "short", "options": {"steps": 2, "samples": 3}}],
+    "drop": [1, 3],
+    "seeds": [0, 1],
+    "calibration": 4,
+    "held_out": 3,
+    "length": 32,
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(scope="module")
+def settings(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    other = tmp_path_factory.mktemp("kinds") / "numbers.txt"
+    other.write_text(" ".join(str(number**3) for number in range(1500)), encoding="utf-8")
+    return MATRIX | {"model": str(model_folder), "text": [str(text_file), str(other)]}
+
+
+@pytest.fixture
+def matrix_file(settings: dict[str, Any], tmp_path: Path) -> Path:
+    return written(tmp_path / "matrix.yaml", settings)
+
+
+def written(path: Path, settings: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, e3: Command) -> Path:
+    folder = tmp_path_factory.mktemp("compared")
+    result = e3("compare", written(folder / "matrix.yaml", settings), "--out", folder / "out")
+    assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
+def comparison(settings: dict[str, Any], folder: Path) -> Comparison:
+    folder.mkdir(exist_ok=True)
+    matrix = load_matrix(written(folder / "matrix.yaml", settings))
+    text = kinds_of_text(byte_tokenizer(), matrix.text, length=matrix.length, held_out=matrix.held_out)
+    model = AutoModelForCausalLM.from_pretrained(matrix.model, dtype=torch.float32).eval()
+    return Comparison(matrix, model, text, folder)
+
+
+def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what a clock says."""
+    return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
+
+
+def test_every_cell_has_one_row(compared: Path) -> None:
+    rows = read_rows(compared / CELLS_FILE)
+    assert len(rows) == len({row["key"] for row in rows}) == 3 * 2 * 2
+    for row in rows:
+        assert len(row["removed"]) == row["drop"]
+        assert row["seconds"] > 0
+        assert len(row["held_out"]) == 2
+    assert {"results.json", "comparison.md", "report.html", "quality.png", "price.png", "depth.png"} <= {
+        path.name for path in compared.iterdir()
+    }
+
+
+def test_the_table_shows_mean_and_spread_over_the_seeds(compared: Path) -> None:
+    rows = [row for row in read_rows(compared / CELLS_FILE) if (row["method"], row["drop"]) == ("greedy", 3)]
+    overall = [sum(kind["kl"] for kind in row["held_out"].values()) / 2 for row in rows]
+    lines = json.loads((compared / "results.json").read_text())["comparison"]
+    (line,) = [line for line in lines if (line["method"], line["drop"]) == ("greedy", 3)]
+    assert line["kl"] == pytest.approx([sum(overall) / 2, min(overall), max(overall)])
+    assert line["seeds"] == 2
+    table = (compared / "comparison.md").read_text()
+    assert f"| greedy | {line['kl'][0]:.3f}" in table
+    assert "## 1 layers removed" in table
+    assert "greedy" in (compared / "report.html").read_text()
+    for drop in (1, 3):
+        means = [line["kl"][0] for line in lines if line["drop"] == drop]
+        assert means == sorted(means)
+
+
+def test_a_cell_is_the_search_and_the_evaluation_by_themselves(settings: dict[str, Any], tmp_path: Path) -> None:
+    one = comparison(settings | {"drop": [3], "seeds": [1]}, tmp_path / "one")
+    rows = one.run()
+    calibration = one.text.calibration_of(1, 4)
+    plan = e3pruner.search(one.model, [calibration], 3, "greedy", 1, precision="fp32", progress=False)
+    assert rows[0]["removed"] == plan.removed
+    assert rows[0]["cost"] == pytest.approx(plan.metrics["cost"])
+    assert rows[0]["calibration_kl"] == pytest.approx(plan.metrics["kl"])
+    pruned = e3pruner.prune(one.model, plan)
+    for kind, sequences in one.text.held_out.items():
+        expected = e3pruner.evaluate(pruned, [sequences], one.model, progress=False)
+        for name, value in rows[0]["held_out"][kind].items():
+            assert value == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_an_interrupted_comparison_goes_on_with_the_cell_it_was_at(
+    settings: dict[str, Any], compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def interrupting(self: Comparison, cell: Any) -> dict[str, Any]:
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(cell)
+        return real(self, cell)
+
+    real = Comparison.measure
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "measure", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            comparison(settings, tmp_path / "out").run()
+    assert len(read_rows(tmp_path / "out" / CELLS_FILE)) == 5
+    rows = comparison(settings, tmp_path / "out").run()
+    assert figures(rows) == figures(read_rows(compared / CELLS_FILE))
+    measured[:] = range(5)  # from here on, a cell that is measured again interrupts
+    monkeypatch.setattr(Comparison, "measure", interrupting)
+    assert comparison(settings, tmp_path / "out").run() == rows
+    with pytest.raises(KeyboardInterrupt):
+        comparison(settings | {"seeds": [0, 1, 2]}, tmp_path / "out").run()
+
+
+def test_cells_share_what_they_measure_and_pay_for_it_all_the_same(settings: dict[str, Any], tmp_path: Path) -> None:
+    alone = comparison(settings | {"methods": ["greedy"], "drop": [3], "seeds": [0]}, tmp_path / "alone").run()
+    both = comparison(settings | {"methods": ["leave-one-out", "greedy"], "seeds": [0]}, tmp_path / "both")
+    shared = next(row for row in both.run() if (row["method"], row["drop"]) == ("greedy", 3))
+    for key in ("removed", "cost", "held_out"):
+        assert shared[key] == alone[0][key], key
+    masks = [key for key in both.calibration(0).store.measured if key.startswith("kl 0 ")]
+    assert len(masks) == NUM_LAYERS + (NUM_LAYERS - 1) + (NUM_LAYERS - 2)  # greedy's first round is leave-one-out
+
+
+def test_recoveries_heal_what_was_cut(settings: dict[str, Any], tmp_path: Path) -> None:
+    recoveries = ["none", "compensate", {"distill": {"steps": 12, "lr": 1e-3}, "name": "trained"}]
+    changes = {"methods": ["last-n"], "drop": [3], "seeds": [0], "recoveries": recoveries}
+    rows = comparison(settings | changes, tmp_path / "recovered").run()
+    assert [row["recovery"] for row in rows] == ["none", "compensate", "trained"]
+    kl = [sum(kind["kl"] for kind in row["held_out"].values()) for row in rows]
+    assert kl[1] <= kl[0] * 1.05
+    assert kl[2] < kl[0]
+
+
+def test_held_out_text_shares_no_passage_with_what_was_seen(text_file: Path, tmp_path: Path) -> None:
+    text = text_file.read_text(encoding="utf-8")
+    copied = tmp_path / "copied.txt"
+    copied.write_text(text + text[:2000] + "x" + text[2000:], encoding="utf-8")  # the end repeats the beginning
+    plain = kinds_of_text(byte_tokenizer(), [str(text_file)], length=64, held_out=4)
+    assert_disjoint(plain)
+    with pytest.raises(ValueError, match=r"held_out=4: .*copied\.txt' has [0-3] sequences of 64 unseen tokens"):
+        kinds_of_text(byte_tokenizer(), [str(copied)], length=64, held_out=4)
+
+
+def assert_disjoint(text: KindsOfText) -> None:
+    seen = {
+        tuple(w) for part in (text.calibration, text.training) for w in part.unfold(1, 32, 1).flatten(0, 1).tolist()
+    }
+    for sequences in text.held_out.values():
+        assert seen.isdisjoint(map(tuple, sequences.unfold(1, 32, 1).flatten(0, 1).tolist()))
+
+
+def test_equal_passages_have_equal_hashes_and_others_not() -> None:
+    tokens = torch.randint(50, (2, 100), generator=torch.Generator().manual_seed(0))
+    tokens[1, 40:80] = tokens[0, 10:50]
+    hashes = windows(tokens)
+    assert hashes.shape == (2, 69)
+    assert torch.equal(hashes[1, 40:49], hashes[0, 10:19])
+    assert len(hashes.unique()) == 2 * 69 - 9
+
+
+def test_built_in_kinds_are_manual_and_code() -> None:
+    text = kinds_of_text(byte_tokenizer(), ["manual", "code"], length=256, held_out=32)
+    assert {kind: tuple(tokens.shape) for kind, tokens in text.held_out.items()} == {
+        "manual": (32, 256), "code": (32, 256)
+    }  # fmt: skip
+    decoded = byte_tokenizer().decode(text.held_out["code"].flatten())
+    assert "import " in decoded
+    assert "self." in decoded
+    first, second = text.calibration_of(0, 8), text.calibration_of(1, 8)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, text.calibration_of(0, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["magic"]}, r"method='magic' is not known"),
+        ({"methods": [{"method": "greedy", "options": {"steps": 3}}]}, r"steps is no option of method='greedy'"),
+        ({"methods": ["greedy", "greedy"]}, r"methods holds a name twice"),
+        ({"methods": []}, r"lacks methods"),
+        ({"drop": [0]}, r"drop=0"),
+        ({"drop": [6]}, r"drop=6 must be from 1 to 5"),
+        ({"seeds": [-1]}, r"seeds=-1"),
+        ({"colour": "red"}, r"must be a mapping with keys among"),
+        ({"recoveries": ["pray"]}, r"recoveries='pray' must be one of none, compensate"),
+        ({"recoveries": [{"distill": {"stepz": 3}}]}, r"stepz"),
+        ({"recoveries": [{"name": "hope"}]}, r"recoveries: .* does nothing"),
+        ({"precision": "fp8"}, r"precision='fp8'"),
+        ({"text": ["nowhere.txt"]}, r"'nowhere.txt' is neither a file nor one of manual, code"),
+        ({"held_out": 10**6}, r"held_out=1000000: .* unseen tokens"),
+    ],
+)
+def test_a_bad_matrix_is_refused_before_anything_is_measured(
+    change: dict[str, Any], message: str, settings: dict[str, Any], tmp_path: Path, e3: Command
+) -> None:
+    result = e3("compare", written(tmp_path / "bad.yaml", settings | change), "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.stderr.split()))
+    assert not (tmp_path / "out" / CELLS_FILE).exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(matrix_file: Path, tmp_path: Path, e3: Command) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    result = e3("compare", matrix_file, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "no comparison goes on there" in " ".join(result.stderr.split())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
