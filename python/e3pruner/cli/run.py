@@ -20,7 +20,7 @@ from e3pruner.recovery import DistillOptions
 from e3pruner.recovery.compensation import METHODS as COMPENSATIONS
 from e3pruner.report import build_report, save_results
 from e3pruner.search import METHODS as SEARCHES
-from e3pruner.search.protocol import check_drop
+from e3pruner.search.checks import check_drop
 
 Pairs = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of that step; may be repeated.")]
 
