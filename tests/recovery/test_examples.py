@@ -8,8 +8,9 @@ from cli.conftest import byte_tokenizer
 from ranks import run_script
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
-from e3pruner import prune
+from e3pruner import PruningPlan, prune, search
 
 NEEDED = {"trl_sft": "trl", "lightning_module": "lightning"}
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -49,7 +50,19 @@ def assert_near(actual, expected):
 
 def test_all_examples_are_tested():
     tested = {"accelerate_loop", "ddp", "fsdp2", "lightning_module", "plain_loop", "transformers_trainer", "trl_sft"}
-    assert {file.stem for file in EXAMPLES.glob("*.py")} == tested
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == tested | {"distributed_search"}
+
+
+def test_the_search_finds_the_plan_of_one_process(folder):
+    teacher, tokens, out = folder / "teacher", folder / "tokens.safetensors", folder / "pruning.json"
+    run_script(
+        EXAMPLES / "distributed_search.py",
+        *["--model", teacher, "--tokens", tokens, "--out", out, "--drop", 2],
+        processes=2,
+    )
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    expected = search(model, load_file(tokens)["input_ids"].split(8), 2)
+    assert PruningPlan.load(out).keep == expected.keep
 
 
 @pytest.mark.parametrize("example", ["plain_loop", "transformers_trainer", "trl_sft"])
