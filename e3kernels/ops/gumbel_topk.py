@@ -102,6 +102,12 @@ def gumbel_topk(
     length = logits.shape[-1] if logits.dim() else 0
     if length == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (..., L) with L at least 1")
+    if logits.dtype.itemsize == 2 and logits.requires_grad and torch.is_grad_enabled():
+        # The gradient is made of p·(1 − p): rounded to 16 bits, a p near 1 would leave little of it.
+        wide = gumbel_topk(
+            logits.float(), k, tau=tau, noise_scale=noise_scale, seed=seed, step=step, relaxation=relaxation
+        )
+        return GumbelTopK(*(result.to(logits.dtype) for result in wide))
     device = logits.device.type
     backend = resolve("gumbel_topk", device, logits.dtype)
     rows = logits if logits.dim() <= 2 else logits.reshape(-1, logits.shape[-1])
