@@ -14,11 +14,11 @@ SEARCH = {"teacher forward", "student forward", "loss", "optimizer"}
 RECOVERY = {"data", "teacher forward", "student forward", "loss", "backward", "clip", "optimizer"}
 
 
-def check_profiles(profiles):
-    assert [(p.kind, p.losses) for p in profiles] == [
-        ("search", "fused"), ("recovery", "fused"), ("search", "eager"), ("recovery", "eager")
-    ]  # fmt: skip
-    for profile in profiles:
+def check_profiles(profiles, recovery=True):
+    assert (profiles.recovery_refusal is None) == recovery
+    kinds = ("search", "recovery") if recovery else ("search",)
+    assert [(p.kind, p.losses) for p in profiles.steps] == [(k, losses) for losses in ("fused", "eager") for k in kinds]
+    for profile in profiles.steps:
         assert set(profile.phases) == (SEARCH if profile.kind == "search" else RECOVERY)
         assert 0 < sum(profile.phases.values()) <= 1.0001 * profile.seconds
         peak = profile.memory.peak()
@@ -39,7 +39,10 @@ def test_steps_have_their_phases(profiled):
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", [*TINY_CONFIGS, *EXTRA_CONFIGS])
 def test_steps_of_every_model_type_have_their_phases(model_type):
-    check_profiles(profile_steps(tiny_model(model_type), tiny_tokens(8, 12), drop=2, batch=2, rounds=1))
+    profiles = profile_steps(tiny_model(model_type), tiny_tokens(8, 12), drop=2, batch=2, rounds=1)
+    check_profiles(profiles, recovery=model_type != "jamba")  # which of its layers attend follows from their index
+    if model_type == "jamba":
+        assert "Not measured: the recovery (" in step_page(profiles, "jamba").summary
 
 
 def test_eager_losses_are_the_same_losses():

@@ -58,6 +58,13 @@ class StepProfile:
         return sum(self.phases.values()) / self.seconds
 
 
+class StepProfiles(NamedTuple):
+    """The profiles, and why the recovery's are not among them where the model cannot be cut."""
+
+    steps: list[StepProfile]
+    recovery_refusal: str | None
+
+
 def profile_steps(
     model: PreTrainedModel,
     sequences: Tensor,
@@ -67,7 +74,7 @@ def profile_steps(
     rounds: int = 3,
     seed: int = 0,
     folder: Path | None = None,
-) -> list[StepProfile]:
+) -> StepProfiles:
     """Profiles of `rounds` steps, after one that does not count, on token ids (N, S), `batch` sequences a step.
 
     The search draws and measures masks without `drop` layers; the recovery trains a student that lacks the middle ones.
@@ -82,14 +89,16 @@ def profile_steps(
     if len(sequences) < batch * (rounds + 3):
         raise ValueError(f"sequences has {len(sequences)}; {rounds + 3} steps of batch={batch} need more")
     check_training_fits(model, batch, sequences.shape[1])
+    refusal = _recovery_refusal(model, drop)
     found = []
     measured: dict[str, list[float]] = {}
     for losses in ("fused", "eager"):
         kept = folder if losses == "fused" else None
         run = _Run(model, sequences, losses, drop, batch, rounds, seed, kept, measured)
         found.append(_search(run._replace(folder=run.folder and run.folder / "search")))
-        found.append(_recovery(run._replace(folder=run.folder and run.folder / "recovery")))
-    return found
+        if refusal is None:
+            found.append(_recovery(run._replace(folder=run.folder and run.folder / "recovery")))
+    return StepProfiles(found, refusal)
 
 
 class _Run(NamedTuple):
@@ -156,10 +165,24 @@ def _started(run: _Run) -> Iterator[tuple[SearchProblem, Search]]:
         yield problem, running
 
 
+def _kept(model: PreTrainedModel, drop: int) -> list[int]:
+    layers = len(find_layers(model))
+    gone = middle(layers, drop)
+    return [layer for layer in range(layers) if layer not in gone]
+
+
+def _recovery_refusal(model: PreTrainedModel, drop: int) -> str | None:
+    """Why there is no student to recover: models whose layers follow from their index cannot lose those."""
+    try:
+        prune(model, _kept(model, drop), copy_weights=False)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _recovery(run: _Run) -> StepProfile:
-    model, layers = run.model, len(find_layers(run.model))
-    gone = middle(layers, run.drop)
-    student = prune(model, [layer for layer in range(layers) if layer not in gone]).float()
+    model = run.model
+    student = prune(model, _kept(model, run.drop)).float()
 
     def train(steps: int) -> None:
         with _teacher(model, run.losses) as teacher:

@@ -8,16 +8,18 @@ from typing import Any
 from e3pruner.profiling import plots
 from e3pruner.profiling.decoder_page import memory_row, memory_section
 from e3pruner.profiling.page import Page, Section, Table, figures, percent
-from e3pruner.profiling.step import StepProfile
+from e3pruner.profiling.step import StepProfile, StepProfiles
 
 
-def step_page(profiles: list[StepProfile], title: str) -> Page:
+def step_page(profiles: StepProfiles, title: str) -> Page:
     """One section a kind of step, its profiles with fused and eager losses side by side, then its memory."""
     sections = []
-    for kind in dict.fromkeys(p.kind for p in profiles):
-        sections += _sections(kind, [p for p in profiles if p.kind == kind])
+    for kind in dict.fromkeys(p.kind for p in profiles.steps):
+        sections += _sections(kind, [p for p in profiles.steps if p.kind == kind])
     summary = "What a step of the mask search and one of the recovery consist of, with the fused losses and without."
-    return Page(title, summary, sections, [row for p in profiles for row in _rows(p)])
+    if profiles.recovery_refusal is not None:
+        summary += f" Not measured: the recovery ({profiles.recovery_refusal})."
+    return Page(title, summary, sections, [row for p in profiles.steps for row in _rows(p)])
 
 
 def _sections(kind: str, profiles: list[StepProfile]) -> list[Section]:
