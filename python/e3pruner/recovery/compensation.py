@@ -27,17 +27,13 @@ from transformers import PreTrainedModel
 
 from e3pruner.models import PruningPlan, find_layers, last_hidden, output_head
 from e3pruner.models.stack import evaluating
+from e3pruner.models.sublayers import KINDS, writer
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.batches import Sequences, sequences_of, tokens_of
 from e3pruner.recovery.loss import DistillLoss, HeldOut
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher
 
-# Where decoder layers of transformers write to the residual stream: attention's projection and the last of the layer.
-_ATTENTION = (
-    "self_attn.o_proj self_attn.dense self_attn.out_proj attn.c_proj attn.out_proj attention.dense self_attention.dense"
-)
-_DOWN = "mlp.down_proj mlp.c_proj mlp.dense_4h_to_h mlp.fc2 mlp.fc_out fc2"
 # Flat between 0.05 and 0.5 on SmolLM2 with 8,000 tokens of calibration; at 0.001 it fits noise.
 RIDGE = 0.1
 
@@ -165,27 +161,24 @@ def _run(batch: Tensor, *models: PreTrainedModel) -> None:
             last_hidden(model, batch)
 
 
-def _projection(layer: nn.Module, names: str) -> nn.Linear:
-    """The linear module of `layer` that bears one of `names` and writes to the stream as it is.
+def _projection(layer: nn.Module, kind: str) -> nn.Linear:
+    """The linear module by which the "attention" or "mlp" of `layer` writes to the stream.
 
     Raises UnsupportedLayerError for a layer without one, as in a mixture of experts, or that normalises its writes.
     """
-    modules = dict(layer.named_modules())
-    found = [modules[name] for name in names.split() if name in modules]
-    # Norms that follow the branch rather than precede it, as in Gemma 2 and OLMo 2.
-    follows = "post_feedforward_layernorm" in modules
-    if len(found) != 1 or not isinstance(found[0], nn.Linear) or follows:
-        raise UnsupportedLayerError(
-            f"{type(layer).__name__} does not write to its residual stream by one linear projection"
-        )
-    return found[0]
+    with suppress(ValueError):
+        if isinstance(module := writer(layer, kind), nn.Linear):
+            return module
+    raise UnsupportedLayerError(
+        f"{type(layer).__name__} does not write to its residual stream by one linear projection"
+    )
 
 
 @torch.no_grad()
 def _least_squares(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches: list[Tensor]) -> None:
     """λ = RIDGE · the mean of the diagonal of Σ w·a·aᵀ."""
     last, behind = find_layers(student)[cut.layer - 1], find_layers(teacher)[cut.target - 1]
-    projection = _projection(last, _DOWN)
+    projection = _projection(last, "mlp")
     multiplier = getattr(student.config, "residual_multiplier", 1.0)
     gram = cross = torch.zeros((), dtype=torch.float64, device=student.device)
     with (
@@ -206,7 +199,7 @@ def _least_squares(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut,
 @torch.no_grad()
 def _scale(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches: list[Tensor]) -> None:
     layers = find_layers(student)
-    writes = [_projection(layer, names) for layer in layers[cut.layer :] for names in (_ATTENTION, _DOWN)]
+    writes = [_projection(layer, kind) for layer in layers[cut.layer :] for kind in KINDS]
     before, behind = layers[cut.layer - 1], find_layers(teacher)[cut.target - 1]
     norms = torch.zeros(2, dtype=torch.float64, device=student.device)
     with _recorded(before, output=True) as xs, _recorded(behind, output=True) as ys:
