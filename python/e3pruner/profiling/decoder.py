@@ -89,6 +89,12 @@ def middle(layers: int, count: int) -> list[int]:
     return list(range(start, start + count))
 
 
+def without_middle(layers: int, count: int) -> list[int]:
+    """The layers that stay when the `middle` ones go."""
+    gone = middle(layers, count)
+    return [layer for layer in range(layers) if layer not in gone]
+
+
 def profile_decoder(
     model: PreTrainedModel,
     *,
@@ -175,8 +181,7 @@ def _pruned(
     layers = len(find_layers(model))
     found: dict[tuple[int, str], Engine] = {}
     for count in counts:
-        gone = middle(layers, count)
-        kept = [layer for layer in range(layers) if layer not in gone]
+        kept = without_middle(layers, count)
         try:
             found[count, "eager"] = Eager(prune(model, kept, copy_weights=False))
         except ValueError as error:

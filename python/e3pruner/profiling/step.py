@@ -20,7 +20,7 @@ from e3kernels.profiling import MemoryTimeline, Profile, Range, RangeRecorder, T
 from e3pruner.models import OutputHead, find_layers, prune
 from e3pruner.precision import autocast_dtype
 from e3pruner.profiling import textbook
-from e3pruner.profiling.decoder import middle
+from e3pruner.profiling.decoder import without_middle
 from e3pruner.profiling.engines import synchronizer
 from e3pruner.profiling.fit import check_training_fits
 from e3pruner.profiling.process_memory import peak_above_inputs
@@ -28,6 +28,7 @@ from e3pruner.recovery import DistillOptions, LiveTeacher, Teacher, distill
 from e3pruner.recovery.teacher import narrowed
 from e3pruner.search import METHODS
 from e3pruner.search.account import Account
+from e3pruner.search.checks import check_drop
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.protocol import Search
 from e3pruner.search.units import units_of
@@ -83,9 +84,7 @@ def profile_steps(
     Raises ValueError for a `drop` that the model cannot lose, too few sequences, and a batch that does not fit in
     memory, from an estimate.
     """
-    layers = len(find_layers(model))
-    if not 1 <= drop < layers:
-        raise ValueError(f"drop={drop} must be from 1 to {layers - 1}: the model has {layers} layers")
+    check_drop(drop, len(find_layers(model)))
     if len(sequences) < batch * (rounds + 3):
         raise ValueError(f"sequences has {len(sequences)}; {rounds + 3} steps of batch={batch} need more")
     check_training_fits(model, batch, sequences.shape[1])
@@ -165,16 +164,10 @@ def _started(run: _Run) -> Iterator[tuple[SearchProblem, Search]]:
         yield problem, running
 
 
-def _kept(model: PreTrainedModel, drop: int) -> list[int]:
-    layers = len(find_layers(model))
-    gone = middle(layers, drop)
-    return [layer for layer in range(layers) if layer not in gone]
-
-
 def _recovery_refusal(model: PreTrainedModel, drop: int) -> str | None:
     """Why there is no student to recover: models whose layers follow from their index cannot lose those."""
     try:
-        prune(model, _kept(model, drop), copy_weights=False)
+        prune(model, without_middle(len(find_layers(model)), drop), copy_weights=False)
     except ValueError as error:
         return str(error)
     return None
@@ -182,7 +175,7 @@ def _recovery_refusal(model: PreTrainedModel, drop: int) -> str | None:
 
 def _recovery(run: _Run) -> StepProfile:
     model = run.model
-    student = prune(model, _kept(model, run.drop)).float()
+    student = prune(model, without_middle(len(find_layers(model)), run.drop)).float()
 
     def train(steps: int) -> None:
         with _teacher(model, run.losses) as teacher:
