@@ -17,7 +17,7 @@ from e3pruner.cli.results import recovery_results, run_results
 from e3pruner.cli.text import take, token_splits
 from e3pruner.models import PruningPlan
 from e3pruner.recovery import TeacherCache
-from e3pruner.recovery.state import STATE
+from e3pruner.recovery.state import STATE, going_on
 from e3pruner.report import save_results
 
 TRAINING = "training"
@@ -71,16 +71,13 @@ def distill(
     with output_folder(ctx, out, force) as folder:
         settings: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "seed": seed, **extra}
         training = folder / TRAINING
-        resume = (training / STATE).exists()
         result = e3pruner.distill(
             student,
             teacher=source,
             data=tokens.training,
             held_out=evaluated,
             plan=PruningPlan.load(plan) if plan else None,
-            output=training,
-            resume=resume,
-            force=not resume,
+            **going_on(training),
             **settings,
         )
         student.save_pretrained(folder)

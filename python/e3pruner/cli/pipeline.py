@@ -23,7 +23,7 @@ from e3pruner.evaluation import latency
 from e3pruner.models import PruningPlan
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.batches import tokens_of
-from e3pruner.recovery.state import STATE
+from e3pruner.recovery.state import going_on
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.units import units_of
 
@@ -145,8 +145,8 @@ class Pipeline(Stages):
     def recover(self) -> dict[str, Any]:
         student = self.load(PRUNED)
         training = self.folder / "training"
-        resume = (training / STATE).exists()
-        if not resume:
+        state = going_on(training)
+        if not state["resume"]:
             plan = PruningPlan.load(self.folder / PLAN_FILE)
             e3pruner.compensate(student, self.dense, plan, tokens_of(self.tokens.training)[: self.budget.compensation])
         result = e3pruner.distill(
@@ -154,9 +154,7 @@ class Pipeline(Stages):
             teacher=self.dense,
             data=self.tokens.training,
             held_out=self.held_out,
-            output=training,
-            resume=resume,
-            force=not resume,
+            **state,
             steps=self.budget.training_steps,
             batch_size=self.budget.batch,
             seed=self.seed,

@@ -18,7 +18,7 @@ from e3pruner.cli.results import recovery_results
 from e3pruner.cli.stages import Stages
 from e3pruner.models import PruningPlan, find_layers
 from e3pruner.recovery.batches import Sequences
-from e3pruner.recovery.state import STATE
+from e3pruner.recovery.state import going_on
 
 CACHE, MEASURED = "cache", "measured"
 PRUNED, RECOVERED = "pruned", "recovered"
@@ -123,7 +123,6 @@ class Rounds(Stages):
 
     def recover(self, number: int, plan: PruningPlan) -> dict[str, Any]:
         student, training = self.load(number, PRUNED), self.folder / f"training-{number}"
-        resume = (training / STATE).exists()
         teacher = e3pruner.TeacherCache(self.folder / CACHE) if self.schedule.cached else self.dense
         result = e3pruner.distill(
             student,
@@ -131,9 +130,7 @@ class Rounds(Stages):
             data=self.training,
             held_out=self.held_out,
             plan=plan,
-            output=training,
-            resume=resume,
-            force=not resume,
+            **going_on(training),
             seed=self.schedule.seed,
             **self.schedule.recover,
         )

@@ -16,6 +16,12 @@ STATE = "state.json"
 FORMAT = 1
 
 
+def going_on(output: Path) -> dict[str, Any]:
+    """`distill`'s arguments for a folder that is the caller's own: from its last state on, or from the beginning."""
+    resume = (output / STATE).exists()
+    return {"output": output, "resume": resume, "force": not resume}
+
+
 class StateFolder:
     """Folder of one run. The JSON is written last: until then the previous state stands.
 
