@@ -55,7 +55,8 @@ def gumbel_topk(
     )
     starts = _starts(problem, start, batches_of_start)
     free = problem.free
-    first = torch.tensor([[float(unit in lowest(problem, v)) for unit in free] for v in starts], dtype=torch.float64)
+    chosen = [set(lowest(problem, values)) for values in starts]
+    first = torch.tensor([[float(unit in each) for unit in free] for each in chosen], dtype=torch.float64)
     importance = starts[0] if start == "kl" else _in_nats(problem, starts[0])
     model = QuadraticModel(torch.tensor([importance[unit] for unit in free], dtype=torch.float64), _kinds(problem))
     best = first[0]
