@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from e3pruner.report import load_results, model_table
+from e3pruner.report.table import markdown_table
 from e3pruner.storage import replacing_file
 
 ROOT = Path(__file__).parent.parent
@@ -19,9 +20,7 @@ BEGIN, END = "<!-- demo: begin -->\n", "<!-- demo: end -->"
 
 def demo_markdown(results: dict[str, Any]) -> str:
     """The demo's table, and where and how it was measured."""
-    headings, rows = model_table(results)
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    table = markdown_table(*model_table(results))
     environment, minutes = results["environment"], sum(results["seconds"].values()) / 60
     machine, versions = environment["machine"], environment["versions"]
     return (

@@ -9,7 +9,6 @@ one in training goes on from its last state, all under --work.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -31,10 +30,11 @@ from e3pruner.cli.text import take, token_splits
 from e3pruner.models import find_layers
 from e3pruner.profiling.process_memory import peak_above_inputs
 from e3pruner.recovery.batches import Sequences, shuffled_batch, tokens_of
-from e3pruner.recovery.state import STATE
+from e3pruner.recovery.state import going_on
 from e3pruner.recovery.text import demo_tokens
 from e3pruner.report import describe_environment
-from e3pruner.storage import new_folder, replacing_file
+from e3pruner.report.table import markdown_table
+from e3pruner.storage import new_folder, read_json_lines, replacing_file, write_json_lines
 
 RESULTS = Path(__file__).parents[1] / "results" / "recovery.jsonl"
 CACHE, DENSE = "teacher cache", "dense"  # rows beside the cells
@@ -121,15 +121,14 @@ class Study:
         student = self.start(options.pop("compensate", "auto"))
         figures: dict[str, Any] = {}
         if source != "none":
-            output = self.work / f"{name}-{seed}"
-            resume = (output / STATE).exists()
+            state = going_on(self.work / f"{name}-{seed}")
             results: list[e3pruner.recovery.DistillResult] = []
 
             def train() -> None:
                 teacher = self.teacher if source == "live" else self.cache(tail)
-                arguments = {"data": self.text[0], "plan": self.plan, "output": output, "save_every": 50}
+                arguments = {"data": self.text[0], "plan": self.plan, "save_every": 50} | state
                 arguments |= {"steps": self.steps, "batch_size": self.settings["batch"], "seed": seed} | options
-                results.append(e3pruner.distill(student, teacher=teacher, resume=resume, force=not resume, **arguments))
+                results.append(e3pruner.distill(student, teacher=teacher, **arguments))
 
             figures["peak_bytes"] = peak_above_inputs(train)
             (result,) = results
@@ -149,13 +148,8 @@ class Study:
         }
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
 def write_rows(path: Path, rows: list[dict[str, Any]], order: list[str]) -> None:
-    with replacing_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_json_lines(path, rows)
     if {CACHE, DENSE} <= {row["cell"] for row in rows}:
         with replacing_file(path.with_suffix(".md")) as temporary:
             temporary.write_text(markdown(rows, [DENSE, *order]), encoding="utf-8")
@@ -168,7 +162,7 @@ def markdown(rows: list[dict[str, Any]], order: list[str]) -> str:
     headings = ["recovery", "seeds"]
     headings += [f"{kind}: {figure}" for kind in dense for figure in ("KL", "perplexity", "× dense")]
     headings += ["tokens/s", "peak GiB"]
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+    lines = []
     for name, measured in found.items():
         if not measured:
             continue
@@ -180,7 +174,7 @@ def markdown(rows: list[dict[str, Any]], order: list[str]) -> str:
         line.append(f"{fmean(row['tokens_per_s'] for row in trained):.0f}" if trained else "–")
         line.append(f"{max(row['peak_bytes'] for row in trained) / 2**30:.2f}" if trained else "–")
         lines.append(line)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = markdown_table(headings, lines)
     (cache,) = (row for row in rows if row["cell"] == CACHE)
     where = rows[-1]["environment"]
     return (
@@ -208,7 +202,7 @@ def main(arguments: list[str]) -> None:
     settings["tokens"] = given.tokens or settings["tokens"]
     if unknown := set(given.only or ()) - cells.keys():
         raise SystemExit(f"--only {sorted(unknown)} must be cells of {given.config}: {list(cells)}")
-    rows = read_rows(given.out)
+    rows = read_json_lines(given.out, ("cell", "seed", "settings"), "no cell") if given.out.exists() else []
     if any(row["settings"] != settings for row in rows):
         raise SystemExit(f"{given.out} holds figures of other settings; choose another --out")
 

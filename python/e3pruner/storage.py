@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,27 @@ def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
 def write_json(path: str | Path, content: Any) -> None:
     with replacing_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with replacing_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_json_lines(path: Path, keys: Collection[str], otherwise: str) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file. Raises ValueError naming the line that is no JSON or, saying `otherwise`, no
+    mapping with these `keys`.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        if not isinstance(row, dict) or not set(keys) <= row.keys():
+            raise ValueError(f"{path}, line {number}: {otherwise}")
+        rows.append(row)
+    return rows
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ import e3kernels as e3k
 import e3pruner
 from e3pruner.cli.kinds import KindsOfText
 from e3pruner.cli.matrix import Cell, Matrix, Recovery
-from e3pruner.models import find_layers
+from e3pruner.models import PruningPlan, find_layers
 from e3pruner.precision import autocast_dtype
 from e3pruner.search.checkpoint import Checkpoint, model_identity
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.search import METHODS, run_search
 from e3pruner.search.units import units_of
-from e3pruner.storage import fingerprint, replacing_file
+from e3pruner.storage import fingerprint, read_json_lines, write_json_lines
 
 CELLS_FILE, MEASURED_FOLDER = "cells.jsonl", "measured"
 _COMPENSATION = 32  # training sequences that the closed forms are fitted to
@@ -83,13 +82,14 @@ class Comparison:
 
         `advance(row)` is called after each.
         """
-        rows = {row["key"]: row for row in read_rows(self.folder / CELLS_FILE)}
+        file = self.folder / CELLS_FILE
+        rows = {row["key"]: row for row in read_rows(file)}
         chosen = []
         for cell in self.matrix.cells():
             key = self.key(cell)
             if key not in rows:
                 rows[key] = {"key": key, **self.measure(cell)}
-                write_rows(self.folder / CELLS_FILE, rows.values())
+                write_json_lines(file, rows.values())
             chosen.append(rows[key] | {"method": cell.contestant.name, "recovery": cell.recovery.name})
             advance(chosen[-1])
         return chosen
@@ -166,11 +166,11 @@ class Comparison:
         return {"kl": kl, "perplexity": math.exp(nll), "top1_agreement": agreement}
 
     def _recover(self, recovery: Recovery, removed: Sequence[int], seed: int) -> Row:
-        kept = [layer for layer in range(len(find_layers(self.model))) if layer not in removed]
-        student = e3pruner.prune(self.model, kept)
+        plan = PruningPlan.of_removed(removed, len(find_layers(self.model)))
+        student = e3pruner.prune(self.model, plan)
         began = time.perf_counter()
         if recovery.compensates:
-            e3pruner.compensate(student, self.model, kept, self.text.training[:_COMPENSATION])
+            e3pruner.compensate(student, self.model, plan, self.text.training[:_COMPENSATION])
         if recovery.options is not None:
             e3pruner.distill(student, teacher=self.model, data=self.text.training, **{"seed": seed, **recovery.options})
         took = time.perf_counter() - began
@@ -185,20 +185,5 @@ class Comparison:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSON lines file, none where there is no file. Raises `ValueError` naming the line that is none."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        if not isinstance(row, dict) or "key" not in row:
-            raise ValueError(f"{path}, line {number}: no cell of a comparison")
-        rows.append(row)
-    return rows
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """All rows, whole or not at all: a cell that is in the file is complete."""
-    with replacing_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """The rows of a comparison's file, if it exists. Raises `ValueError` naming a line that is none."""
+    return read_json_lines(path, ("key",), "no cell of a comparison") if path.exists() else []

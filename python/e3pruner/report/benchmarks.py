@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from e3pruner.storage import read_json_lines, replacing_file, write_json_lines
 
 Row = dict[str, Any]
 
@@ -54,27 +54,15 @@ def merge(old: Iterable[Row], new: list[Row]) -> list[Row]:
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Write JSON lines to `path` and the table beside it as Markdown."""
     rows = list(rows)
-    for target, text in (
-        (path, "".join(json.dumps(row) + "\n" for row in rows)),
-        (path.with_suffix(".md"), table(rows) + "\n"),
-    ):
-        partial = target.with_name(target.name + ".part")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
+    write_json_lines(path, rows)
+    with replacing_file(path.with_suffix(".md")) as temporary:
+        temporary.write_text(table(rows) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> list[Row]:
     """Rows of a JSON lines file; ValueError names the line that is not one."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        if not isinstance(row, dict) or not {"op", "provider", "median"} <= row.keys():
-            raise ValueError(f"{path}, line {number}: not a benchmark row (no op, provider and median)")
-        rows.append(row)
-    return rows
+    keys = ("op", "provider", "median")
+    return read_json_lines(path, keys, "not a benchmark row (no op, provider and median)")
 
 
 def compare(old: list[Row], new: list[Row], provider: str = "e3") -> list[Change]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from e3pruner.report.table import markdown_table
+
 Line = dict[str, Any]
 
 
@@ -74,7 +76,7 @@ def markdown(results: dict[str, Any]) -> str:
         "KL in nats a token; cost in tokens times dense forward passes; seconds as its measurements took.",
     ]
     for caption, lines in panels(results):
-        parts += [f"## {caption}", _table(lines)]
+        parts += [f"## {caption}", markdown_table(headings(lines), map(cells_of, lines))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -102,11 +104,6 @@ def cells_of(line: Line) -> list[str]:
     ]
     overall = str(Spread(*line["kl"]))
     return [line["method"], overall, *by_kind, f"{line['cost']:,.0f}", f"{line['seconds']:.1f}"]
-
-
-def _table(lines: list[Line]) -> str:
-    rows = [headings(lines), ["---", *["---:"] * (len(headings(lines)) - 1)], *map(cells_of, lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def tables(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -24,6 +24,12 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "decode_tokens_per_s": ("decode tokens/s", "{:.1f}".format),
     "prefill_tokens_per_s": ("prefill tokens/s", "{:.0f}".format),
 }
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Text cells as a Markdown table: the first column to the left, the figures to the right."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(key: str, value: float | None) -> str:
