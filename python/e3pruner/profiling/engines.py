@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -81,13 +82,15 @@ def run(engine: Engine, ids: Tensor, tokens: int) -> Speed:
 
 
 def in_turns(actions: Mapping[Name, Callable[[], Result]], rounds: int) -> dict[Name, list[Result]]:
-    """What each action returned in each of `rounds`, in which all take turns so that drift hits all alike; one round
-    before them does not count.
+    """What each action returned in each of `rounds`, in which all take turns so that drift hits all alike, in an order
+    drawn anew, so that none always follows the same other; one round before them does not count.
     """
     results: dict[Name, list[Result]] = {name: [] for name in actions}
+    order, draw = list(actions), random.Random(0)
     for _ in range(rounds + 1):
-        for name, action in actions.items():
-            results[name].append(action())
+        draw.shuffle(order)
+        for name in order:
+            results[name].append(actions[name]())
     return {name: mine[1:] for name, mine in results.items()}
 
 
