@@ -94,8 +94,16 @@ def in_turns(actions: Mapping[Name, Callable[[], Result]], rounds: int) -> dict[
     return {name: mine[1:] for name, mine in results.items()}
 
 
-def median_speed(rounds: Sequence[Speed]) -> Speed:
-    return Speed(*(statistics.median(column) for column in zip(*rounds, strict=True)))
+def faster_half(rounds: Sequence[Result], seconds: Callable[[Result], float]) -> list[Result]:
+    """The rounds up to the median, which are averaged: what else the machine does only adds time, and their mean
+    scatters two thirds as much as the median of all.
+    """
+    return sorted(rounds, key=seconds)[: (len(rounds) + 1) // 2]
+
+
+def typical_speed(rounds: Sequence[Speed]) -> Speed:
+    """The mean of the `faster_half`, of each phase by itself."""
+    return Speed(*(statistics.mean(faster_half(column, float)) for column in zip(*rounds, strict=True)))
 
 
 def synchronizer(device: torch.device) -> Callable[[], None] | None:
