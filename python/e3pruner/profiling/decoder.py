@@ -210,7 +210,7 @@ def _ranged(model: PreTrainedModel, ids: Tensor, tokens: int) -> dict[Key, float
 
 def _typical_parts(rounds: Sequence[dict[Key, float]]) -> dict[Key, float]:
     """Mean seconds of every part over the `faster_half` of the rounds, of each phase by itself."""
-    found = {}
+    found: dict[Key, float] = {}
     for phase in PHASES:
         rows = [{key: seconds for key, seconds in row.items() if key[0] == phase} for row in rounds]
         fast = faster_half(rows, lambda row: sum(row.values()))
