@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,30 +14,67 @@ import torch
 from e3kernels.backends import native_isa
 
 _M_MMAP_THRESHOLD = -3  # of mallopt
-_PAGES, _USUAL = 256 << 10, 32 << 20
+_MAPPED, _USUAL = 256 << 10, 32 << 20  # bytes from which on a block gets pages of its own: here, and at glibc's most
+
+
+class _Heap(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks")
+    ] + [("keepcost", ctypes.c_size_t)]  # fmt: skip
+
+
+_libc = ctypes.CDLL(None)
+_libc.malloc.restype, _libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+_libc.free.restype, _libc.free.argtypes = None, [ctypes.c_void_p]
 
 
 def peak_above_inputs(call: Callable[[], object]) -> int | None:
     """Growth of the process's resident memory at its highest while `call` runs; None where Linux does not tell.
 
-    The memory that the kernels keep for their next result is released first, so that it counts. Meanwhile malloc gives
-    back at once what is freed of the larger blocks that it takes (glibc only): what it keeps is not what is held.
+    The memory that the kernels keep for their next result is released first, so that it counts. What malloc keeps of
+    freed blocks does not (glibc only).
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
     gc.collect()
     if native_isa() is not None:
         torch.ops.e3.release_memory()
-    libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)
-    libc.mallopt(_M_MMAP_THRESHOLD, _PAGES)
-    try:
+    with _freed_blocks_returned():
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
         before = _status("VmRSS")
         call()
         return max(0, _status("VmHWM") - before)
+
+
+@contextmanager
+def _freed_blocks_returned() -> Iterator[None]:
+    """Inside, every larger block gets pages of its own, which go back when it is freed: the heap has no room for it."""
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    _libc.mallinfo2.restype = _Heap
+    _libc.malloc_trim(0)
+    _libc.mallopt(_M_MMAP_THRESHOLD, _USUAL)
+    fillers = [filler for size in (16 << 20, 4 << 20, 1 << 20, _MAPPED // 2) for filler in _filling(size)]
+    _libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+    try:
+        yield
     finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, _USUAL)  # the largest that glibc's own rule reaches
+        for filler in fillers:
+            _libc.free(filler)
+        _libc.mallopt(_M_MMAP_THRESHOLD, _USUAL)
+
+
+def _filling(size: int) -> Iterator[int]:
+    """Blocks of `size` bytes, never written to, until one no longer fits into a hole of the heap."""
+    grown = False
+    while not grown:
+        before = _libc.mallinfo2().arena
+        yield _libc.malloc(size)
+        grown = _libc.mallinfo2().arena > before
 
 
 def _status(key: str) -> int:
