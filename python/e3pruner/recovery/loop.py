@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
@@ -79,7 +80,7 @@ class Training:
         unpack_state(folder.tensors(content), taken, self.parameters, self.optimizer)
         self.result = result
 
-    def run(self, folder: StateFolder | None) -> DistillResult:
+    def run(self, folder: StateFolder | None, tracker: GeneralTracker) -> DistillResult:
         result, options = self.result, self.options
         if result.steps == self.steps:
             return result
@@ -91,7 +92,7 @@ class Training:
             task = progress.add_task("distil", total=self.steps, completed=result.steps, status="")
             while True:
                 last = result.steps == self.steps
-                self._watch(held_out, last)
+                self._watch(held_out, last, tracker)
                 result.seconds = time.monotonic() - started
                 progress.update(task, completed=result.steps, status=self._status())
                 if folder is not None and (last or interrupted() or result.steps % options.save_every == 0):
@@ -103,6 +104,7 @@ class Training:
                 try:
                     with named_range("step"):
                         self._step()
+                    _log(tracker, "train", result.curve[-1])
                     if "skipped" in result.curve[-1]:
                         progress.console.print(
                             f"step {result.steps} skipped: its loss is {result.curve[-1]['loss']:.3g}"
@@ -157,11 +159,12 @@ class Training:
         recent = [record["loss"] for record in self.result.curve[-SPIKE_WINDOW:]]
         return len(recent) >= SPIKE_WINDOW // 4 and loss > self.options.spike * statistics.median(recent) > 0
 
-    def _watch(self, held_out: HeldOut | None, last: bool) -> None:
+    def _watch(self, held_out: HeldOut | None, last: bool, tracker: GeneralTracker) -> None:
         result = self.result
         seen = bool(result.held_out) and result.held_out[-1]["step"] == result.steps
         if held_out is not None and not seen and (last or result.steps % self.options.eval_every == 0):
             result.held_out.append({"step": result.steps, **held_out.evaluate()})
+            _log(tracker, "held_out", result.held_out[-1])
 
     def _save(self, folder: StateFolder) -> None:
         content = {"step": self.result.steps, "settings": self.settings, "result": asdict(self.result)}
@@ -181,6 +184,10 @@ class Training:
         if result.tokens:
             parts.append(f"{result.tokens / result.seconds:.0f} tokens/s")
         return ", ".join(parts)
+
+
+def _log(tracker: GeneralTracker, kind: str, record: dict[str, float]) -> None:
+    tracker.log({f"{kind}/{name}": value for name, value in record.items() if name != "step"}, step=int(record["step"]))
 
 
 def _progress() -> Progress:
