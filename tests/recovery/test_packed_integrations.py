@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from recovery.test_integrations import KEPT, LR, InOrder, LightningTrainer, arguments, datasets, trl, weights
+from recovery.test_integrations import KEPT, LR, InOrder, arguments, datasets, fit_lightning, trl, weights
 from recovery.test_integrations import _tokenizer as word_tokenizer
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,7 +15,7 @@ from transformers import DataCollatorWithFlattening, TrainingArguments
 from e3pruner import find_layers, prune
 from e3pruner.recovery.batches import shuffled_batch
 from e3pruner.recovery.documents import Marked, pack_documents
-from e3pruner.recovery.integrations import lightning, trainer
+from e3pruner.recovery.integrations import trainer
 from e3pruner.recovery.integrations.step import DistillStep, batch_of
 
 LENGTHS = [5, 9, 3, 7, 4, 8, 6, 6]
@@ -109,24 +109,9 @@ def test_trl_packs(teacher, expected, tmp_path, packing):
 
 
 def test_lightning_learns_from_packed_rows(teacher, expected, tmp_path):
-    class Module(lightning.DistillMixin):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=LR)
-
     student = prune(teacher, KEPT)
-    LightningTrainer(
-        max_epochs=1,
-        accelerator="cpu",
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    ).fit(
-        Module(student, teacher),
-        DataLoader(documents(), batch_size=len(LENGTHS), collate_fn=DataCollatorWithFlattening()),
-    )
+    batches = DataLoader(documents(), batch_size=len(LENGTHS), collate_fn=DataCollatorWithFlattening())
+    fit_lightning(student, teacher, batches, tmp_path)
     assert_near(weights(student), expected)
 
 
