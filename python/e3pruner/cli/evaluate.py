@@ -57,6 +57,12 @@ def evaluate(
     sequences = batches(take(tokens, held_out, "--held-out"), batch)
     with nullcontext() if out is None else output_folder(ctx, out, force) as folder:
         networks = {name: load_model(name, device, dtype) for name in names}
+        # First, so that a task that is not defined is said before anything is measured.
+        scores = {
+            name: evaluate_tasks(network, tokenizer, task, folder=task_folder, batch_size=batch, seed=seed)
+            for name, network in networks.items()
+            if task
+        }
         dense = networks[teacher] if teacher is not None else None
         rows = [
             {"name": name, **e3pruner.evaluate(network, sequences, dense), **(latency(network) if speed else {})}
@@ -64,12 +70,9 @@ def evaluate(
         ]
         results = run_results(ctx, f"{model} on held-out text") | {"models": rows}
         if task:
-            results["tasks"] = {
-                name: evaluate_tasks(network, tokenizer, task, folder=task_folder, batch_size=batch, seed=seed)
-                for name, network in networks.items()
-            }
+            results["tasks"] = scores
         if folder is not None:
             save_results(results, folder)
     print_table(results)
     if task:
-        print_tasks(results["tasks"])
+        print_tasks(scores)
