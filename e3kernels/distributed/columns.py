@@ -49,6 +49,7 @@ class ShardedColumns(Columns):
         """(m, log Σ e^{z − m}), each (N, 1)."""
         largest = z.amax(-1, keepdim=True)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        largest.clamp_(min=torch.finfo(z.dtype).min)  # of no finite logit at all the sum is 0, not NaN
         return largest, self.total((z - largest).exp().sum(-1, keepdim=True)).log()
 
     def logsumexp(self, z: Tensor) -> Tensor:

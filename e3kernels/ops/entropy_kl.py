@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from e3kernels.distributed.columns import ShardedColumns
 from e3kernels.distributed.losses import local_tensors, sharded_loss
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape, last_size, rows_of
 from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
@@ -97,10 +96,8 @@ def entropy_kl(
     check_device(student_logits.device, teacher_logits=teacher_logits)
     check_model("teacher", teacher_softcap, teacher_scale)
     options.check(has_labels=labels is not None)
-    vocabulary, kernel = last_size("student_logits", student_logits), None
-    if group is not None:
-        columns = ShardedColumns(group, vocabulary, student_logits.shape[:-1].numel(), student_logits.device)
-        kernel, vocabulary = sharded_loss(OPERATOR, columns, vocabulary), columns.size
+    vocabulary = last_size("student_logits", student_logits)
+    kernel, vocabulary = sharded_loss(OPERATOR, group, student_logits, vocabulary)
     tokens = make_tokens(student_logits, labels, token_mask, ignore_index, vocabulary)
     return call_loss(
         OPERATOR,

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from e3kernels.distributed.columns import ShardedColumns
 from e3kernels.distributed.losses import local_tensors, sharded_loss
 from e3kernels.ops.common.arguments import check_device, check_shape, rows_of
 from e3kernels.ops.common.head import autocast_dtype, check_head, head_dtypes
@@ -119,10 +118,7 @@ def linear_entropy_kl(
     )
     check_model("teacher", teacher_softcap, teacher_scale)
     options.check(has_labels=labels is not None)
-    kernel = None
-    if group is not None:
-        columns = ShardedColumns(group, vocabulary, student_hidden.shape[:-1].numel(), student_hidden.device)
-        kernel, vocabulary = sharded_loss(OPERATOR, columns, vocabulary), columns.size
+    kernel, vocabulary = sharded_loss(OPERATOR, group, student_hidden, vocabulary)
     tokens = make_tokens(student_hidden, labels, token_mask, ignore_index, vocabulary)
     student = (rows_of(student_hidden), student_weight, student_bias)
     teacher = (rows_of(teacher_hidden.detach()), teacher_weight.detach(), teacher_bias)

@@ -1,12 +1,20 @@
 """`topk_kl` from hidden states and an output head: logits exist one tile at a time."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
+from e3kernels.distributed.losses import local_tensors, sharded_loss
 from e3kernels.ops.common.arguments import check_device, rows_of
 from e3kernels.ops.common.head import autocast_dtype, check_head, head_dtypes
 from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, make_tokens
 from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
 from e3kernels.ops.common.stored_teacher import check_tail, stored_teacher
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OPERATOR = declare_loss(
     LossSignature(
@@ -48,25 +56,43 @@ def linear_topk_kl(
     student_scale: float = 1.0,
     reduction: str = "mean",
     return_stats: bool = False,
+    group: ProcessGroup | None = None,
 ) -> LossResult:
     """`topk_kl(student_hidden @ student_weight.T + student_bias, teacher_logprobs, teacher_ids)`, tile by tile.
 
-    Hidden states, weight, bias, autocast and gradients are as in `linear_entropy_kl`, the teacher and `tail` as in
-    `topk_kl`, every other argument, the result and the errors as in `entropy_kl`.
+    Hidden states, weight, bias, autocast, gradients and `group` are as in `linear_entropy_kl`, the teacher and `tail`
+    as in `topk_kl`, every other argument, the result and the errors as in `entropy_kl`.
     """
     options = LossOptions(
         temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
         student_scale, reduction, return_stats,
     )  # fmt: skip
+    if hasattr(student_weight, "device_mesh"):
+        head = {"student_weight": student_weight, "student_bias": student_bias}
+        whole = {
+            "student_hidden": student_hidden,
+            "teacher_logprobs": teacher_logprobs,
+            "teacher_ids": teacher_ids,
+            "labels": labels,
+            "token_mask": token_mask,
+        }
+        group, parts = local_tensors(head, 0, whole)
+        student_weight, student_bias, student_hidden, teacher_logprobs, teacher_ids, labels, token_mask = parts
     compute_dtype = autocast_dtype(student_hidden)
     check_head("student", student_hidden, student_weight, student_bias, head_dtypes(student_hidden, compute_dtype))
     check_device(student_hidden.device, student_weight=student_weight, student_bias=student_bias)
     options.check(has_labels=labels is not None)
     tail_code = check_tail(tail, divergence)
-    vocabulary = student_weight.shape[0]
+    kernel, vocabulary = sharded_loss(OPERATOR, group, student_hidden, student_weight.shape[0])
     tokens = make_tokens(student_hidden, labels, token_mask, ignore_index, vocabulary)
     student = (rows_of(student_hidden), student_weight, student_bias)
     teacher = stored_teacher(teacher_logprobs, teacher_ids, tokens, ignore_index, student_hidden, vocabulary)
     return call_loss(
-        OPERATOR, (*student, *teacher), tokens, options, differentiable=student, codes=(tail_code, compute_dtype)
+        OPERATOR,
+        (*student, *teacher),
+        tokens,
+        options,
+        differentiable=student,
+        codes=(tail_code, compute_dtype),
+        kernel=kernel,
     )

@@ -1,11 +1,19 @@
 """Entropy-weighted distillation against a teacher's stored top-k log-probabilities."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
+from e3kernels.distributed.losses import local_tensors, sharded_loss
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, last_size, rows_of
 from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, make_tokens
 from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
 from e3kernels.ops.common.stored_teacher import check_tail, stored_teacher
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OPERATOR = declare_loss(
     LossSignature(
@@ -37,6 +45,7 @@ def topk_kl(
     student_scale: float = 1.0,
     reduction: str = "mean",
     return_stats: bool = False,
+    group: ProcessGroup | None = None,
 ) -> LossResult:
     """`entropy_kl` against a teacher of whom the k most likely tokens are stored, from a cache or a server.
 
@@ -51,6 +60,7 @@ def topk_kl(
         tail: "bucket": k + 1 events, the last holding 1 − Σp and 1 − Σq, a proper divergence; "renorm": both sides
             renormalised over the k ids; "truncated": Σ p(log p − log q) over the k ids, with no tail, not a divergence,
             for divergence="forward" only.
+        group: as in `entropy_kl`; `teacher_ids` are ids of the whole vocabulary, on every rank all k of them.
 
     Every other argument, the result and the errors are those of `entropy_kl`.
     """
@@ -58,10 +68,20 @@ def topk_kl(
         temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
         student_scale, reduction, return_stats,
     )  # fmt: skip
+    if hasattr(student_logits, "device_mesh"):
+        whole = {
+            "teacher_logprobs": teacher_logprobs,
+            "teacher_ids": teacher_ids,
+            "labels": labels,
+            "token_mask": token_mask,
+        }
+        group, parts = local_tensors({"student_logits": student_logits}, -1, whole)
+        student_logits, teacher_logprobs, teacher_ids, labels, token_mask = parts
     check_dtype("student_logits", student_logits, FLOAT_DTYPES)
     options.check(has_labels=labels is not None)
     tail_code = check_tail(tail, divergence)
     vocabulary = last_size("student_logits", student_logits)
+    kernel, vocabulary = sharded_loss(OPERATOR, group, student_logits, vocabulary)
     tokens = make_tokens(student_logits, labels, token_mask, ignore_index, vocabulary)
     teacher = stored_teacher(teacher_logprobs, teacher_ids, tokens, ignore_index, student_logits, vocabulary)
     return call_loss(
@@ -71,4 +91,5 @@ def topk_kl(
         options,
         differentiable=(student_logits,),
         codes=(tail_code,),
+        kernel=kernel,
     )

@@ -31,5 +31,15 @@ class Columns:
         """Where in `z` the columns `ids` are, and whether they are held: elsewhere the index is any legal one."""
         return ids, torch.ones_like(ids, dtype=torch.bool)
 
+    def gather(self, z: Tensor, ids: Tensor) -> Tensor:
+        """The columns `ids` (N, k) of `z`, whoever holds them."""
+        index, held = self.locate(z, ids)
+        return self.total(torch.where(held, z.gather(-1, index), 0.0))
+
+    def scatter_add(self, z: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+        """`z`, to whose columns `ids` (N, k) `values` (N, k) are added where they are held."""
+        index, held = self.locate(z, ids)
+        return z.scatter_add_(-1, index, torch.where(held, values, 0.0))
+
 
 WHOLE = Columns()

@@ -116,19 +116,18 @@ def token_loss(
     weight, kd, hard = _coefficients(term, options)
     losses = _weighted(kd * temperature**2, term.divergence)
     cross_entropy = torch.zeros_like(weight)
-    target = held = None
+    target = None
     if labels is not None:
-        target, held = columns.locate(z, torch.where(valid, labels, 0)[:, None])
-        own = torch.where(held, z.gather(-1, target), 0.0)[:, 0]
-        cross_entropy = columns.logsumexp(z) - columns.total(own)
+        target = torch.where(valid, labels, 0)[:, None]
+        cross_entropy = columns.logsumexp(z) - columns.gather(z, target)[:, 0]
         losses = losses + _weighted(hard, cross_entropy)
 
     def gradient(coefficient: Tensor) -> Tensor:
         grad = torch.zeros_like(z)
         if options.weighting == "mix" or options.kd_ratio != 0:
             grad += _weighted((kd * temperature)[:, None], term.gradient())
-        if target is not None and held is not None and (options.weighting == "mix" or options.kd_ratio != 1):
-            residual = columns.softmax(z).scatter_add_(-1, target, -held.to(z.dtype))
+        if target is not None and (options.weighting == "mix" or options.kd_ratio != 1):
+            residual = columns.scatter_add(columns.softmax(z), target, z.new_full(target.shape, -1.0))
             grad += _weighted(hard[:, None], residual)
         grad *= slope * coefficient[:, None]
         return torch.where(valid[:, None], grad, 0.0).to(student.dtype)

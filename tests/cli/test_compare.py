@@ -155,6 +155,14 @@ def test_recoveries_heal_what_was_cut(settings: dict[str, Any], tmp_path: Path) 
     assert kl[2] < kl[0]
 
 
+def test_a_recovery_may_train_the_layers_beside_the_cuts(settings: dict[str, Any], tmp_path: Path) -> None:
+    options = {"steps": 2, "lr": 1e-3}
+    recoveries = [{"distill": options | {"trainable": kind}, "name": kind} for kind in ("cuts", "all")]
+    changes = {"methods": ["last-n"], "drop": [1], "seeds": [0], "recoveries": recoveries}
+    cuts, whole = figures(comparison(settings | changes, tmp_path / "beside").run())
+    assert cuts["held_out"] != whole["held_out"]
+
+
 def test_held_out_text_shares_no_passage_with_what_was_seen(text_file: Path, tmp_path: Path) -> None:
     text = text_file.read_text(encoding="utf-8")
     copied = tmp_path / "copied.txt"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from cli.conftest import Command, pipeline_file
+from recovery.test_tracking import curves
 from transformers import AutoModelForCausalLM
 
 from e3pruner import PruningPlan
@@ -35,10 +36,13 @@ def test_two_rounds_leave_one_model(tmp_path: Path, settings: dict[str, Any], e3
     assert AutoModelForCausalLM.from_pretrained(out / "recovered").config.num_hidden_layers == 3
     assert str(out / "recovered") in result.stdout
 
-    again = e3("run", out / "e3.yaml", "--out", tmp_path / "again")
+    again = e3("run", out / "e3.yaml", "--out", tmp_path / "again", "--track", "tensorboard")
     assert again.exit_code == 0, again.output
     weights = "recovered/model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (out / weights).read_bytes()
+    for number, curve in enumerate(results["rounds"], start=1):
+        tracked = curves(tmp_path / "again" / "tensorboard" / f"round-{number}")
+        assert tracked["train/loss"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in curve["train"]]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,7 @@ def test_two_rounds_leave_one_model(tmp_path: Path, settings: dict[str, Any], e3
         ({"compensate": "magic"}, "--compensate magic must be one of"),
         ({"recover": {"weighting": "magic"}}, "weighting='magic' must be one of"),
         ({"sequences": 9999}, "--sequences 9999"),
+        ({"track": "paper"}, "track='paper' must be one of"),
         ({"recovery": {}}, "unknown keys: recovery"),
     ],
 )

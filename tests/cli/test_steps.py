@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from cli.conftest import Command
+from recovery.test_tracking import curves
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -42,7 +43,8 @@ def pruned(results: Path, model_folder: Path, searched: Path, e3: Command) -> Pa
 def recovered(results: Path, model_folder: Path, pruned: Path, text_file: Path, e3: Command) -> Path:
     out = results / "recovered"
     arguments = ("--steps", 12, "--length", 32, "--held-out", 4, "--text", text_file, "--option", "eval_every=4")
-    assert_done(e3("distill", "--model", pruned, "--teacher", model_folder, *arguments, "--lr", 3e-4, "--out", out))
+    arguments = (*arguments, "--lr", 3e-4, "--track", "tensorboard")
+    assert_done(e3("distill", "--model", pruned, "--teacher", model_folder, *arguments, "--out", out))
     return out
 
 
@@ -126,6 +128,8 @@ def test_distill_lowers_the_divergence(recovered: Path) -> None:
     assert [step for step, _ in curve["held_out"]] == [0, 4, 8, 12]
     assert len(curve["train"]) == 12
     assert curve["held_out"][-1][1] < curve["held_out"][0][1]
+    tracked = curves(recovered / "tensorboard")["held_out/kl"]
+    assert tracked == [(step, pytest.approx(kl, rel=1e-6)) for step, kl in curve["held_out"]]
 
 
 @pytest.fixture(scope="module")

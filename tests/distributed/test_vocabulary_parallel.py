@@ -65,6 +65,30 @@ def linear(leaves, **options):
     )
 
 
+def stored(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probabilities, ids) of the teacher in `dense_inputs`, some entries padding."""
+    logprobs, ids = dense_inputs()[1].log_softmax(-1).topk(k)
+    logprobs[0, 2, k // 2 :] = -torch.inf
+    return logprobs, ids
+
+
+def sparse(leaves, k=5, **options):
+    return e3k.topk_kl(leaves[0], *stored(k), labels(), **options)
+
+
+def linear_sparse(leaves, **options):
+    hidden, weight, bias = leaves
+    return e3k.linear_topk_kl(hidden, weight, *stored(5), labels(), student_bias=bias, **options)
+
+
+def sparse_options():
+    """Those of the dense losses with each tail that takes them."""
+    for options, tail in product(OPTIONS[::3] + OTHERS, ("bucket", "renorm", "truncated")):
+        own = {name: value for name, value in options.items() if not name.startswith("teacher")}
+        if tail != "truncated" or own.get("divergence", "forward") == "forward":
+            yield own | {"tail": tail}
+
+
 def dense_inputs():
     return [3 * random(2, TOKENS // 2, VOCABULARY, seed=seed) for seed in (0, 1)]
 
@@ -96,6 +120,44 @@ def test_dense_equals_the_whole(cuts, tmp_path):
             actual = run(dense, shards, options, group=dist.group.WORLD)
             assert_near(actual[:2], (value, stats))
             assert_near(actual[2][0], grad[..., own])
+
+    on_ranks(2, compare, tmp_path)
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("k", [1, 5, VOCABULARY])
+def test_stored_predictions_equal_the_whole(cuts, k, tmp_path):
+    def compare():
+        own = own_columns(CUTS[cuts])
+        for options in sparse_options():
+            options |= {"k": k}
+            value, stats, (grad,) = run(sparse, dense_inputs()[:1], options)
+            actual = run(sparse, [dense_inputs()[0][..., own]], options, group=dist.group.WORLD)
+            assert_near(actual[:2], (value, stats))
+            assert_near(actual[2][0], grad[..., own])
+
+    on_ranks(2, compare, tmp_path)
+
+
+def test_linear_stored_predictions_equal_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("e3kernels.distributed.losses.REFERENCE_LOGITS", 4 * VOCABULARY)
+
+    def compare():
+        own, mesh = own_columns(CUTS["uneven"]), init_device_mesh("cpu", (2,))
+        for options in sparse_options():
+            inputs = linear_inputs()[:3]
+            value, stats, expected = run(linear_sparse, inputs, options)
+            parts = [inputs[0], *(x[own] for x in inputs[1:])]
+            actual = run(linear_sparse, parts, options, group=dist.group.WORLD)
+            assert_near(actual[:2], (value, stats))
+            assert_near(actual[2], [expected[0], expected[1][own], expected[2][own]])
+        for loss, of_mesh in ((linear_sparse, inputs), (sparse, dense_inputs()[:1])):
+            value, stats, expected = run(loss, of_mesh, options)
+            places = [Replicate(), Shard(0), Shard(0)] if loss is linear_sparse else [Shard(2)]
+            shards = [distribute_tensor(x, mesh, [place]) for x, place in zip(of_mesh, places, strict=True)]
+            actual = run(loss, shards, options)
+            assert_near(actual[:2], (value, stats))
+            assert_near([g.full_tensor() for g in actual[2]], expected)
 
     on_ranks(2, compare, tmp_path)
 
@@ -160,6 +222,28 @@ def test_three_ranks_and_the_edges(tmp_path):
             assert_near(results[1], (*expected, grad[..., own]), tolerance=1e-5 if dtype == torch.float32 else 1e-2)
 
     on_ranks(3, compare, tmp_path)
+
+
+def test_stored_predictions_where_the_student_has_none(tmp_path):
+    """A rank whose columns are all minus infinity, and ids among them; a token whose stored entries are all padding."""
+
+    def compare():
+        student, (logprobs, ids) = dense_inputs()[0], stored(5)
+        student[0, 1, 20:] = student[0, 3, :20] = -torch.inf
+        logprobs[1, 2] = -torch.inf
+        for tail in ("bucket", "renorm", "truncated"):
+            results = []
+            for columns, group in ((slice(None), None), (own_columns(CUTS["uneven"]), dist.group.WORLD)):
+                part = student[..., columns].clone().requires_grad_()
+                value, stats = e3k.topk_kl(
+                    part, logprobs, ids, tail=tail, reduction="none", return_stats=True, group=group
+                )
+                value[value.isfinite()].sum().backward()
+                results.append((value, stats.kl, stats.teacher_entropy, stats.weight, part.grad))
+            *expected, grad = results[0]
+            assert_near(results[1], (*expected, grad[..., own_columns(CUTS["uneven"])]))
+
+    on_ranks(2, compare, tmp_path)
 
 
 def test_dtensors_imply_their_group(tmp_path):

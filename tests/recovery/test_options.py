@@ -23,6 +23,7 @@ from e3pruner.recovery import DistillOptions
         {"gamma": float("nan")},
         {"lora_rank": 0},
         {"spike": 1.0},
+        {"ema": 1.0},
         {"weighting": "entropic"},
         {"divergence": "backward"},
         {"trainable": "head"},

@@ -172,7 +172,8 @@ class Comparison:
         if recovery.compensates:
             e3pruner.compensate(student, self.model, plan, self.text.training[:_COMPENSATION])
         if recovery.options is not None:
-            e3pruner.distill(student, teacher=self.model, data=self.text.training, **{"seed": seed, **recovery.options})
+            options = {"seed": seed, "plan": plan, **recovery.options}
+            e3pruner.distill(student, teacher=self.model, data=self.text.training, **options)
         took = time.perf_counter() - began
         keys = ("kl", "perplexity", "top1_agreement")
         held_out = {}

@@ -12,12 +12,13 @@ import e3pruner
 from e3pruner.cli import options
 from e3pruner.cli.config import parse_options
 from e3pruner.cli.models import load_model, load_tokenizer
-from e3pruner.cli.output import output_folder
+from e3pruner.cli.output import TRACKED, output_folder
 from e3pruner.cli.results import recovery_results, run_results
 from e3pruner.cli.text import take, token_splits
 from e3pruner.models import PruningPlan
 from e3pruner.recovery import TeacherCache
 from e3pruner.recovery.state import STATE, going_on
+from e3pruner.recovery.tracking import check_tracker
 from e3pruner.report import save_results
 
 TRAINING = "training"
@@ -44,6 +45,7 @@ def distill(
     held_out: options.HeldOut = 16,
     batch: options.Batch = 4,
     option: options.MethodOptions = None,
+    track: options.Track = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     force: options.Force = False,
@@ -61,6 +63,7 @@ def distill(
     `e3 distill --model pruned --teacher-cache cache --text my.txt --option save_every=20 --out recovered`
     """
     extra = parse_options(option)
+    check_tracker(track)
     if (teacher is None) == (teacher_cache is None):
         raise typer.BadParameter("give one of them", param_hint="--teacher, --teacher-cache")
     tokenizer = load_tokenizer(teacher or model)
@@ -78,6 +81,8 @@ def distill(
             held_out=evaluated,
             plan=PruningPlan.load(plan) if plan else None,
             **going_on(training),
+            track=track,
+            track_folder=folder / TRACKED,
             **settings,
         )
         student.save_pretrained(folder)

@@ -45,6 +45,12 @@ MethodOptions = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="NAME=VALUE", help="A further option of the library call; may be repeated."),
 ]
+Track = Annotated[
+    str | None,
+    typer.Option(
+        help="Show the curves meanwhile in tensorboard (files in --out, under tensorboard), wandb or trackio."
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(

@@ -16,6 +16,7 @@ from e3pruner.cli.config import CONFIG_FILE, resolved, save_config
 from e3pruner.storage import remove_temporaries
 
 PLAN_FILE = "pruning.json"
+TRACKED = "tensorboard"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import e3pruner
 from e3pruner.cli.models import load_model
 from e3pruner.cli.options import Dtype
-from e3pruner.cli.output import PLAN_FILE
+from e3pruner.cli.output import PLAN_FILE, TRACKED
 from e3pruner.cli.results import recovery_results
 from e3pruner.cli.stages import Stages
 from e3pruner.models import PruningPlan, find_layers
@@ -35,6 +35,7 @@ class Schedule:
     compensate: str
     recover: dict[str, Any]
     cached: bool
+    track: str | None
     seed: int
 
     def drops(self, number: int) -> int:
@@ -131,6 +132,8 @@ class Rounds(Stages):
             held_out=self.held_out,
             plan=plan,
             **going_on(training),
+            track=self.schedule.track,
+            track_folder=self.folder / TRACKED / f"round-{number}",
             seed=self.schedule.seed,
             **self.schedule.recover,
         )

@@ -18,6 +18,7 @@ from e3pruner.cli.text import take, token_splits
 from e3pruner.models import find_layers
 from e3pruner.recovery import DistillOptions
 from e3pruner.recovery.compensation import METHODS as COMPENSATIONS
+from e3pruner.recovery.tracking import check_tracker
 from e3pruner.report import build_report, save_results
 from e3pruner.search import METHODS as SEARCHES
 from e3pruner.search.checks import check_drop
@@ -39,6 +40,7 @@ def run(
     compensate: Annotated[str, typer.Option(help="auto, none, scale or least-squares.")] = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each round.")] = 50,
     recover: Pairs = None,
+    track: options.Track = None,
     cached: Annotated[bool, typer.Option("--cached", help="Train from a teacher cache made first.")] = False,
     text: options.Text = None,
     length: options.Length = 256,
@@ -64,6 +66,7 @@ def run(
             raise ValueError(f"--{option} {value} must be one of {', '.join(choices)}")
     settings = {"steps": steps, "batch_size": batch, **parse_options(recover)}
     DistillOptions(**settings)
+    check_tracker(track)
     dense, tokenizer = load_model(model, device, options.Dtype.FLOAT32), load_tokenizer(model)
     check_drop(drop, len(find_layers(dense)))
     if rounds > drop:
@@ -71,7 +74,7 @@ def run(
     tokens = token_splits(tokenizer, text, length=length, seed=seed)
     calibration = take(tokens.calibration, sequences, "--sequences")
     evaluated = take(tokens.held_out, held_out, "--held-out")
-    schedule = Schedule(drop, rounds, method, parse_options(search), compensate, settings, cached, seed)
+    schedule = Schedule(drop, rounds, method, parse_options(search), compensate, settings, cached, track, seed)
     with output_folder(ctx, out, force) as folder:
         work = Rounds(folder, dense, tokenizer, tokens.training, calibration, evaluated, schedule, batch)
         layers = len(find_layers(dense))

@@ -19,6 +19,17 @@ def print_table(results: dict[str, Any]) -> None:
     console().print(rich_table(results["title"], headings, rows))
 
 
+def print_tasks(scores: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Prints {model: {task: {metric: value}}}, one metric of a task a row, to stdout."""
+    first = next(iter(scores.values()))
+    rows = [
+        [f"{task} {metric}", *(f"{found[task][metric]:.4f}" for found in scores.values())]
+        for task, figures in first.items()
+        for metric in figures
+    ]
+    console().print(rich_table("Tasks", ["task", *scores], rows))
+
+
 def rich_table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
     """A table whose first column names the row and whose others are figures."""
     table = Table(title=title, title_justify="left")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -56,14 +57,17 @@ def last_hidden(
 
 
 @torch.no_grad()
-def check_packing(name: str, model: PreTrainedModel) -> None:
-    """Raises ValueError naming `name` unless `model` keeps documents apart that are packed into one row."""
+def check_packing(name: str, model: PreTrainedModel, hidden: Callable[..., Tensor] = last_hidden) -> None:
+    """Raises ValueError naming `name` unless `model` keeps documents apart that are packed into one row.
+
+    `hidden(model, input_ids, attention_mask, position_ids)` is how its hidden states are computed.
+    """
     ids = torch.arange(12, device=model.device)[None] % output_head(model).weight.shape[0]
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(model.device)
     with evaluating(model):
-        apart = last_hidden(model, ids[:, 5:]).float()
+        apart = hidden(model, ids[:, 5:], None, None).float()
         try:
-            packed = last_hidden(model, ids, None, positions)[:, 5:].float()
+            packed = hidden(model, ids, None, positions)[:, 5:].float()
         except TypeError as error:
             raise ValueError(f"{name} ({model.config.model_type}) takes no position_ids: {error}") from error
     if not (packed - apart).abs().max() <= 1e-2 * apart.abs().max():

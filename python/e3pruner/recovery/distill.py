@@ -22,6 +22,7 @@ from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.state import StateFolder
 from e3pruner.recovery.student import refuse_shared_weights, trained_parameters
 from e3pruner.recovery.teacher import LiveTeacher, Teacher, narrowed
+from e3pruner.recovery.tracking import check_tracker, opened_tracker
 from e3pruner.storage import fingerprint
 
 
@@ -35,6 +36,8 @@ def distill(
     output: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
+    track: str | None = None,
+    track_folder: str | Path | None = None,
     **options: Any,
 ) -> DistillResult:
     """Train `pruned`, in place, on the divergence of its predictions from those of `teacher`.
@@ -47,14 +50,22 @@ def distill(
     With `output`, a folder, states are saved there every `save_every` steps, on Ctrl-C, when the loss is no longer
     finite, and at the end; `resume=True` goes on from the last one to the same bits as an uninterrupted run.
 
+    `track` shows the curves meanwhile: "tensorboard" (event files in `track_folder`, else in `output`), "wandb" or
+    "trackio". A resumed run goes on with the same curves.
+
     Raises ValueError for an illegal option or token, a teacher with another vocabulary or with weights shared with
     `pruned`, a damaged state, a resume with other options, data or teacher; FileExistsError if `output` is not empty
-    and neither `resume` nor `force` is given; FloatingPointError naming the step whose loss or gradient is not finite,
+    and neither `resume` nor `force` is given; ModuleNotFoundError if the package that `track` names is not installed;
+    FloatingPointError naming the step whose loss or gradient is not finite,
     which then has changed no weight; KeyboardInterrupt after Ctrl-C, once the state is saved.
     """
     chosen = DistillOptions(**options)
     if resume and output is None:
         raise ValueError("resume=True needs output: the folder of the run to resume")
+    check_tracker(track)
+    events = output if track_folder is None else track_folder
+    if track == "tensorboard" and events is None:
+        raise ValueError("track='tensorboard' needs track_folder or output: a folder for its event files")
     dtype = autocast_dtype(chosen.precision, pruned.device)
     if isinstance(teacher, PreTrainedModel):
         refuse_shared_weights(pruned, teacher)
@@ -83,4 +94,6 @@ def distill(
         training = Training(loss, parameters, sequences, watched, steps, settings)
         if folder is not None and resume:
             training.restore(folder)
-        return training.run(folder)
+        first = training.result.steps + 1 if resume else 0
+        with opened_tracker(track, events, fingerprint(settings)[:16], first) as tracker:
+            return training.run(folder, tracker)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from e3kernels.profiling import named_range
+from e3pruner.recovery.average import WeightAverage
 from e3pruner.recovery.batches import Sequences, shuffled_batch
 from e3pruner.recovery.interrupt import deferred_interrupt
 from e3pruner.recovery.loss import DistillLoss, HeldOut
@@ -66,6 +69,7 @@ class Training:
             betas=(0.9, 0.95),
             fused=True,
         )
+        self.average = None if self.options.ema is None else WeightAverage(parameters, self.options.ema)
         self.result = DistillResult()
 
     def restore(self, folder: StateFolder) -> None:
@@ -76,13 +80,22 @@ class Training:
                 raise ValueError(f"resume: {name} was {saved!r} in the saved run and is {value!r} now")
         result = DistillResult(**content["result"])
         taken = result.steps - len(result.skipped)
-        unpack_state(folder.tensors(content), taken, self.parameters, self.optimizer)
+        tensors = folder.tensors(content)
+        unpack_state(tensors, taken, self.parameters, self.optimizer)
+        if self.average is not None:
+            self.average.unpack(tensors)
         self.result = result
 
-    def run(self, folder: StateFolder | None) -> DistillResult:
+    def run(self, folder: StateFolder | None, tracker: GeneralTracker) -> DistillResult:
+        """The rest of the steps; afterwards the parameters are their average, if one is kept."""
+        if self.result.steps < self.steps:
+            self._train(folder, tracker)
+        if self.average is not None:
+            self.average.exchange()
+        return self.result
+
+    def _train(self, folder: StateFolder | None, tracker: GeneralTracker) -> None:
         result, options = self.result, self.options
-        if result.steps == self.steps:
-            return result
         started = time.monotonic() - result.seconds
         held_out = (
             HeldOut(self.loss, self.held_out_data, options.batch_size) if self.held_out_data is not None else None
@@ -91,7 +104,7 @@ class Training:
             task = progress.add_task("distil", total=self.steps, completed=result.steps, status="")
             while True:
                 last = result.steps == self.steps
-                self._watch(held_out, last)
+                self._watch(held_out, last, tracker)
                 result.seconds = time.monotonic() - started
                 progress.update(task, completed=result.steps, status=self._status())
                 if folder is not None and (last or interrupted() or result.steps % options.save_every == 0):
@@ -99,10 +112,11 @@ class Training:
                 if interrupted():
                     raise KeyboardInterrupt
                 if last:
-                    return result
+                    return
                 try:
                     with named_range("step"):
                         self._step()
+                    _log(tracker, "train", result.curve[-1])
                     if "skipped" in result.curve[-1]:
                         progress.console.print(
                             f"step {result.steps} skipped: its loss is {result.curve[-1]['loss']:.3g}"
@@ -149,6 +163,8 @@ class Training:
                 group["lr"] = rate
             with named_range("optimizer"):
                 self.optimizer.step()
+                if self.average is not None:
+                    self.average.update()
         result.steps, result.tokens = step, result.tokens + tokens
         result.curve.append(record)
 
@@ -157,15 +173,18 @@ class Training:
         recent = [record["loss"] for record in self.result.curve[-SPIKE_WINDOW:]]
         return len(recent) >= SPIKE_WINDOW // 4 and loss > self.options.spike * statistics.median(recent) > 0
 
-    def _watch(self, held_out: HeldOut | None, last: bool) -> None:
+    def _watch(self, held_out: HeldOut | None, last: bool, tracker: GeneralTracker) -> None:
         result = self.result
         seen = bool(result.held_out) and result.held_out[-1]["step"] == result.steps
         if held_out is not None and not seen and (last or result.steps % self.options.eval_every == 0):
-            result.held_out.append({"step": result.steps, **held_out.evaluate()})
+            with nullcontext() if self.average is None else self.average.in_place():
+                result.held_out.append({"step": result.steps, **held_out.evaluate()})
+            _log(tracker, "held_out", result.held_out[-1])
 
     def _save(self, folder: StateFolder) -> None:
         content = {"step": self.result.steps, "settings": self.settings, "result": asdict(self.result)}
-        folder.save(content, pack_state(self.parameters, self.optimizer))
+        average = {} if self.average is None else self.average.packed()
+        folder.save(content, pack_state(self.parameters, self.optimizer) | average)
 
     def _kept(self, folder: StateFolder | None) -> str:
         if folder is None:
@@ -181,6 +200,10 @@ class Training:
         if result.tokens:
             parts.append(f"{result.tokens / result.seconds:.0f} tokens/s")
         return ", ".join(parts)
+
+
+def _log(tracker: GeneralTracker, kind: str, record: dict[str, float]) -> None:
+    tracker.log({f"{kind}/{name}": value for name, value in record.items() if name != "step"}, step=int(record["step"]))
 
 
 def _progress() -> Progress:

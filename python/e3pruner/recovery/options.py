@@ -19,6 +19,8 @@ class DistillOptions:
     matrices of rank `lora_rank` beside all linear layers, merged at the end; "cuts": the layers beside the cuts only;
     "norms": norms and biases only (PERP, arXiv 2312.15230).
     spike: a step whose loss is above `spike` times the median of the last 32 is skipped; inf: none.
+    ema: decay δ of the moving average of the weights, e ← δ·e + (1 − δ)·θ after each step taken, from e = θ after the
+    first; it is what held-out text is judged with and what the model ends with. None: none.
     precision: "bf16" (autocast over fp32 master weights), "fp32", or "auto": bf16 where the processor multiplies it.
     eval_every, save_every: steps between held-out evaluations and between saved states. seed: order of the data.
     """
@@ -38,6 +40,7 @@ class DistillOptions:
     trainable: Literal["all", "decoder", "lora", "cuts", "norms"] = "all"
     lora_rank: int = 16
     spike: float = 3.0
+    ema: float | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     eval_every: int = 25
     save_every: int = 100
@@ -58,6 +61,8 @@ class DistillOptions:
                 raise ValueError(f"{name}={value} must be finite and above 0")
         if not self.spike > 1:
             raise ValueError(f"spike={self.spike} must be above 1")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema={self.ema} must be between 0 and 1, or None")
         for name in ("warmup", "kd_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")

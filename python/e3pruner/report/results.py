@@ -14,6 +14,7 @@ Keys (all but `title` and `environment` may be missing; the report then leaves t
 - `recovery`: `{"train": [[step, loss], ...], "held_out": [[step, KL], ...],
   "perplexity": [[step, perplexity], ...]}`.
 - `models`: `[{"name", "layers", "parameters", "kl", "perplexity", "top1_agreement", "decode_tokens_per_s", ...}]`.
+- `tasks`: `{model name: {task: {metric: value}}}`, by the evaluation harness.
 - `generations`: `[{"prompt": str, "answers": {model name: str}}]`.
 """
 

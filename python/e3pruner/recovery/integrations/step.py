@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
+from e3pruner.models.head import check_packing
 from e3pruner.recovery.batches import IGNORED, Batch
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
@@ -20,18 +21,24 @@ from e3pruner.recovery.teacher import LiveTeacher, Teacher
 def batch_of(inputs: Mapping[str, Any]) -> Batch:
     """A `Batch` of what Hugging Face collators make: `input_ids` (B, S), and if given `labels` (B, S; −100 where none),
     `attention_mask` (B, S) and `rows` (B,), the sequences' numbers in the data of a `TeacherCache`. Padding predicts
-    nothing, so the first token behind it is not learnt.
+    nothing, so the first token behind it is not learnt; and with `position_ids` (B, S) of documents packed into a row,
+    no document's first token is.
 
-    Raises ValueError for sequences packed into one row, told apart by `position_ids`: they need another attention mask.
+    Raises ValueError for `position_ids` of another shape, or beside padding: the models tell documents apart by
+    positions only where nothing is masked.
     """
-    if "position_ids" in inputs:
-        raise ValueError(
-            "inputs hold position_ids: packed rows are not supported; set packing and padding_free to False"
-        )
-    labels, mask = inputs.get("labels", inputs["input_ids"])[:, 1:], inputs.get("attention_mask")
+    input_ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
+    labels = inputs.get("labels", input_ids)[:, 1:]
+    if positions is not None:
+        if positions.shape != input_ids.shape:
+            found, wanted = tuple(positions.shape), tuple(input_ids.shape)
+            raise ValueError(f"position_ids has shape {found}; input_ids ask for {wanted}")
+        if mask is not None and not mask.all():
+            raise ValueError("attention_mask holds padding beside position_ids; pack without padding, or leave one out")
+        mask, labels = None, labels.masked_fill(positions[:, 1:] == 0, IGNORED)
     if mask is not None:
         labels = labels.masked_fill(mask[:, :-1] == 0, IGNORED)
-    return Batch(inputs["input_ids"], labels, inputs.get("rows"), mask)
+    return Batch(input_ids, labels, inputs.get("rows"), mask, positions)
 
 
 class DistillStep:
@@ -49,28 +56,40 @@ class DistillStep:
         # The caller's loop decides about autocast; the loss follows it.
         self.loss = DistillLoss(student, source, options or DistillOptions(), None)
         self._weight: Tensor | None = None
+        self._packs = False
 
     def backward_loss(self, wrapper: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """(Σw·ℓ to be differentiated, the mean of this batch to be shown), running the student as `wrapper`(…).
 
-        DDP and FSDP act in the forward of their wrapper, so the hidden states are taken from within; of the logits
-        that the model computes on the way only the last position is asked for.
+        Raises ValueError at the first packed batch if student or teacher does not keep its documents apart.
         """
-        base = self.loss.student.base_model
-        outputs: list[Any] = []
-        hook = base.register_forward_hook(lambda *call: outputs.append(call[-1]))
-        try:
-            with named_range("student forward"):
-                wrapper(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1
-                )
-        finally:
-            hook.remove()
+        if batch.position_ids is not None and not self._packs:
+            check_packing("student", self.loss.student, lambda _, *inputs: self._hidden(wrapper, *inputs))
+            if isinstance(self.loss.teacher, LiveTeacher):
+                check_packing("teacher", self.loss.teacher.model)
+            self._packs = True
+        with named_range("student forward"):
+            hidden = self._hidden(wrapper, batch.input_ids, batch.attention_mask, batch.position_ids)
         targets = self.loss.targets(batch)
-        loss, stats = self.loss.of_hidden(outputs[0].last_hidden_state, batch, targets, "sum")
+        loss, stats = self.loss.of_hidden(hidden, batch, targets, "sum")
         weight = stats.weight.sum()
         self._weight = weight if self._weight is None else self._weight + weight
         return loss, loss.detach() / weight
+
+    def _hidden(self, wrapper: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """The student's last hidden states (B, S, H), running it as `wrapper`(…).
+
+        DDP and FSDP act in the forward of their wrapper, so they are taken from within; of the logits that the model
+        computes on the way only the last position is asked for.
+        """
+        outputs: list[Any] = []
+        packed = {} if positions is None else {"position_ids": positions}
+        hook = self.loss.student.base_model.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        try:
+            wrapper(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1, **packed)
+        finally:
+            hook.remove()
+        return outputs[0].last_hidden_state
 
     def discard(self) -> None:
         """Forget the batches since the last step: they were evaluated, not learnt from."""
