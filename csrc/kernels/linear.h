@@ -16,7 +16,7 @@
 
 namespace e3::E3_ISA_NAMESPACE {
 
-inline constexpr int kTile = 16;   // rows or columns of a tile
+inline constexpr int kTile = 16;  // rows or columns of a tile
 inline constexpr int kPair = 2 * kTile;
 inline constexpr int kDepth = 32;  // terms of the sum in a tile
 inline constexpr int kTileWords = kTile * kTile;
