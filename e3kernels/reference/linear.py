@@ -27,8 +27,11 @@ _ROW_MULTIPLE = 8
 
 
 def product_dtype(hidden: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of products: `compute_dtype` (autocast's), else that of `hidden`. On the CPU fp16 is multiplied in fp32:
-    that is as fast there, and logits rounded to fp16 cost the gradient more than its own rounding."""
+    """The dtype of products: `compute_dtype` (autocast's), else that of `hidden`.
+
+    On the CPU fp16 is multiplied in fp32: as fast there, and rounded logits cost a gradient more than
+    its own rounding.
+    """
     if compute_dtype is None and hidden.dtype == torch.float16 and hidden.device.type == "cpu":
         return torch.float32
     return compute_dtype or hidden.dtype
