@@ -10,7 +10,7 @@ from e3pruner.profiling import fit
 from e3pruner.profiling.ceilings import Ceilings
 from e3pruner.profiling.decoder import PHASES, DecoderProfile, middle, profile_decoder
 from e3pruner.profiling.decoder_page import decoder_page
-from e3pruner.profiling.engines import Eager, Speed, run
+from e3pruner.profiling.engines import Eager, Speed, in_turns, run, typical_speed
 from e3pruner.profiling.page import write_page
 from e3pruner.profiling.parts import ranged_parts
 from e3pruner.profiling.work import WorkCounter
@@ -42,6 +42,21 @@ def test_every_model_type_has_its_parts(model_type):
     assert profile.removal_refusal is not None or set(profile.removed) == {2}
     assert sum(profile.weights.values()) == sum(p.nbytes for p in model.parameters())
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_actions_take_turns_in_changing_order():
+    calls = []
+    actions = {name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}
+    results = in_turns(actions, 5)
+    turns = [calls[start : start + 3] for start in range(0, 18, 3)]
+    assert all(sorted(turn) == list("abc") for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1
+    assert results == {name: [3 * n + turn.index(name) + 1 for n, turn in enumerate(turns) if n] for name in "abc"}
+
+
+def test_a_disturbed_round_does_not_count():
+    """Each phase keeps its own faster half: 1 and 2 of 1, 9, 2; 3 and 5 of 7, 3, 5."""
+    assert typical_speed([Speed(1, 7), Speed(9, 3), Speed(2, 5)]) == Speed(1.5, 4)
 
 
 def test_work_is_that_of_the_shapes():

@@ -29,7 +29,7 @@ from e3pruner.report import describe_environment
 app = typer.Typer(name="profile", no_args_is_help=True, help="See where the time and the bytes go.")
 
 Subject = Annotated[str, typer.Argument(metavar="MODEL", help="As --model elsewhere: a folder, or `smollm2`.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Rounds that medians are taken over.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")]
 
 
 def finish(page: Page, folder: Path, out: Path) -> None:

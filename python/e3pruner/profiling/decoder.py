@@ -19,7 +19,17 @@ import e3kernels
 from e3kernels.profiling import MemoryTimeline, Profile, RangeRecorder, Timeline
 from e3pruner.models import LayerSkipRuntime, find_layers, output_head, prune
 from e3pruner.models.stack import evaluating
-from e3pruner.profiling.engines import Eager, Engine, Runtime, Speed, in_turns, median_speed, run, synchronizer
+from e3pruner.profiling.engines import (
+    Eager,
+    Engine,
+    Runtime,
+    Speed,
+    faster_half,
+    in_turns,
+    run,
+    synchronizer,
+    typical_speed,
+)
 from e3pruner.profiling.fit import check_decoding_fits
 from e3pruner.profiling.operators import operator_seconds
 from e3pruner.profiling.parts import part_of, parts_of, ranged_parts
@@ -32,7 +42,8 @@ Key = tuple[str, int | None, str]  # phase, layer (None: outside the layers), pa
 
 @dataclass
 class DecoderProfile:
-    """What `profile_decoder` measured. Seconds are medians; those of "decode" are a token's.
+    """What `profile_decoder` measured. Seconds are means of the faster half of the rounds; those of "decode" are a
+    token's.
 
     parts: {(phase, layer, part)} -> "seconds", of them "python" (outside operators: Python, module calls, dispatch of
     views), "flops", "bytes" (see `Work`). runtime: seconds of (phase, "attention" | "ffn" | "rest"), by ablation; empty
@@ -130,9 +141,8 @@ def profile_decoder(
             key: partial(run, engine, ids, tokens) for key, engine in engines.items()
         }
         measured = in_turns(actions | {"parts": partial(_ranged, model, ids, tokens)}, rounds)
-        rows = measured.pop("parts")
-        parts = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        speed = {key: median_speed(values) for key, values in measured.items()}
+        parts = _typical_parts(measured.pop("parts"))
+        speed = {key: typical_speed(values) for key, values in measured.items()}
         work = _work(model, ids, tokens)
         growth, traced = _traced(model, ids, tokens, folder)
     outside = _python_share(traced, parts, speed["eager"], tokens)
@@ -196,6 +206,16 @@ def _ranged(model: PreTrainedModel, ids: Tensor, tokens: int) -> dict[Key, float
     with ranged_parts(model), RangeRecorder(synchronizer(ids.device)) as recorder:
         run(Eager(model), ids, tokens)
     return _by_part(Timeline(recorder.ranges).seconds(), tokens)
+
+
+def _typical_parts(rounds: Sequence[dict[Key, float]]) -> dict[Key, float]:
+    """Mean seconds of every part over the `faster_half` of the rounds, of each phase by itself."""
+    found: dict[Key, float] = {}
+    for phase in PHASES:
+        rows = [{key: seconds for key, seconds in row.items() if key[0] == phase} for row in rounds]
+        fast = faster_half(rows, lambda row: sum(row.values()))
+        found |= {key: statistics.mean(row[key] for row in fast) for key in rows[0]}
+    return found
 
 
 def _by_part(values: dict[tuple[str, ...], float], tokens: int) -> dict[Key, float]:

@@ -27,13 +27,15 @@ STARTS = ("kl", "bi", "uniform", "random")
 def gumbel_topk(
     problem: SearchProblem,
     *,
-    steps: int = 16,
+    steps: int | None = None,
     samples: int = 8,
     noise: float = 0.7,
     finalists: int = 6,
     start: str = "kl",
 ) -> Search:
     """Importance start, `steps` rounds of `samples` masks on one batch each, final choice on all calibration tokens.
+
+    Unless told, two steps for every unit that goes: the more go, the more pairs there are to learn about.
 
     1. I_l, the mean KL without layer l alone, is the prior of the model. Two masks start: the lowest I_l, and, of
        whole layers, the lowest block influence, which costs a dense pass and often knows better which layers may go
@@ -44,6 +46,7 @@ def gumbel_topk(
     3. Of the masks measured so far the model's `finalists` best are measured on all batches, and so are both starts:
        the best of them is final, and on the calibration tokens never worse than where it began.
     """
+    steps = 2 * problem.drop if steps is None else steps
     check_integer("steps", steps, 1)
     check_integer("samples", samples, 2)
     check_integer("finalists", finalists, 1)
