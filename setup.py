@@ -29,12 +29,14 @@ ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the first whose tensors can own memory of ours
 X86_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 X86_AVX512 = [*X86_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+X86_AVX512_BF16 = [*X86_AVX512, "-mavx512bf16"]
 INSTRUCTION_SETS = {
     "x86_64": {
         "baseline": [],
         "avx2": X86_AVX2,
         "avx512": X86_AVX512,
-        "avx512_bf16": [*X86_AVX512, "-mavx512bf16"],
+        "avx512_bf16": X86_AVX512_BF16,
+        "amx": [*X86_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
     },
 }
 PORTABLE: dict[str, list[str]] = {"baseline": []}

@@ -7,7 +7,6 @@
 #include <sys/mman.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <mutex>
 #include <vector>
 
@@ -35,10 +34,7 @@ class BufferCache {
         return found;
       }
     }
-    const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    void* data = std::aligned_alloc(kHugePage, rounded);
-    if (data != nullptr) madvise(data, rounded, MADV_HUGEPAGE);
-    return {data, rounded};
+    return map((bytes + kHugePage - 1) / kHugePage * kHugePage);
   }
 
   // Keeps a buffer, and frees the oldest ones where more than kLimit bytes would be kept.
@@ -60,10 +56,22 @@ class BufferCache {
   static constexpr int64_t kHugePage = int64_t{2} << 20;
   static constexpr int64_t kLimit = int64_t{2} << 30;
 
+  // Of its own mapping: what malloc has had in use before is of small pages.
+  static Buffer map(int64_t bytes) {
+    void* mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) return {nullptr, 0};
+    char* begin = static_cast<char*>(mapped);
+    const int64_t before = -reinterpret_cast<intptr_t>(begin) & (kHugePage - 1);
+    if (before > 0) munmap(begin, before);
+    munmap(begin + before + bytes, kHugePage - before);
+    madvise(begin + before, bytes, MADV_HUGEPAGE);
+    return {begin + before, bytes};
+  }
+
   int64_t drop_oldest() {
     const Buffer oldest = kept_.front();
     kept_.erase(kept_.begin());
-    std::free(oldest.data);
+    munmap(oldest.data, oldest.bytes);
     return oldest.bytes;
   }
 

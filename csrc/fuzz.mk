@@ -9,7 +9,8 @@ FUZZ_FLAGS   := -std=c++20 -O1 -g -Icsrc -ffp-contract=off -fno-sanitize-recover
 FUZZ_avx2        := -mavx2 -mfma -mf16c
 FUZZ_avx512      := $(FUZZ_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
 FUZZ_avx512_bf16 := $(FUZZ_avx512) -mavx512bf16
-FUZZ_SETS        := baseline $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512_bf16)
+FUZZ_amx         := $(FUZZ_avx512_bf16) -mamx-tile -mamx-bf16
+FUZZ_SETS        := baseline $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512_bf16 amx)
 
 .PHONY: fuzz
 fuzz: $(FUZZ_FOLDER)/driver $(FUZZ_FOLDER)/fuzzer

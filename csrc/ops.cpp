@@ -24,8 +24,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A result larger than this is written past the caches: whoever reads it next finds it in memory anyway.
-constexpr int64_t kStreamBytes = int64_t{32} << 20;
+// A result larger than this, twice a core's second-level cache, is written past the caches: lines that are written whole need
+// not be read first, and do not push out the row that is in use.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 // The memory of a result larger than this is kept for the next one: below it malloc keeps its own.
 constexpr int64_t kKeptBytes = int64_t{4} << 20;
@@ -411,6 +412,21 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor h
   return {grad_hidden, grad_branch, torch::stable::to(torch::stable::reshape(folded, gate.sizes()), gate.scalar_type())};
 }
 
+// hidden·weightᵀ + bias to `out`, all in bf16.
+void linear_logits(Tensor hidden, Tensor weight, OptionalTensor bias, Tensor out) {
+  const int64_t rows = hidden.size(0), width = hidden.size(1), vocabulary = weight.size(0);
+  STD_TORCH_CHECK(kernels().linear_logits != nullptr, "linear_logits needs AMX");
+  const e3::Rows hidden_rows = rows_of(hidden, "hidden"), weight_rows = rows_of(weight, "weight");
+  STD_TORCH_CHECK(out.is_contiguous() && out.size(0) == rows && out.size(1) == vocabulary && weight.size(1) == width,
+                  "out must be contiguous (", rows, ", ", vocabulary, "), and weight (", vocabulary, ", ", width, ")");
+  for (const e3::DType dtype : {hidden_rows.dtype, weight_rows.dtype, dtype_of(out, "out")}) {
+    STD_TORCH_CHECK(dtype == e3::DType::bfloat16, "hidden, weight and out must be bfloat16");
+  }
+  kernels().linear_logits({rows, width, vocabulary, hidden_rows, weight_rows,
+                           vector_of<void>(bias, ScalarType::BFloat16, vocabulary, "bias"), out.mutable_data_ptr()},
+                          torch_pool());
+}
+
 std::string native_isa() { return e3::kIsaNames[static_cast<int>(kernels().isa)]; }
 
 }  // namespace
@@ -431,6 +447,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(e3, m) {
   m.def("entropy_kl_tile_backward(Tensor grad_loss, " E3_STUDENT E3_DENSE ") -> Tensor(a!)");
   m.def("topk_kl_tile(" E3_STUDENT E3_SPARSE E3_REDUCE);
   m.def("topk_kl_tile_backward(Tensor grad_loss, " E3_STUDENT E3_SPARSE ") -> Tensor(a!)");
+  m.def("linear_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(e3, CompositeExplicitAutograd, m) {
@@ -447,6 +464,7 @@ STABLE_TORCH_LIBRARY_IMPL(e3, CPU, m) {
   m.impl("topk_kl_backward.native", TORCH_BOX(&topk_kl_backward<Target::fresh>));
   m.impl("topk_kl_tile", TORCH_BOX(&topk_kl<Target::in_place>));
   m.impl("topk_kl_tile_backward", TORCH_BOX(&topk_kl_backward<Target::in_place>));
+  m.impl("linear_logits", TORCH_BOX(&linear_logits));
   m.impl("gumbel_topk.native", TORCH_BOX(&gumbel_topk));
   m.impl("gumbel_topk_backward.native", TORCH_BOX(&gumbel_topk_backward));
   m.impl("gated_residual.native", TORCH_BOX(&gated_residual));

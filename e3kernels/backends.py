@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from e3kernels.contract import BACKENDS
-from e3kernels.reference.linear import TileKernel, kernels
+from e3kernels.reference.linear import TileKernel, kernels, product
 from e3kernels.registration import OPERATORS, define_overload
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes a pair: 48 MiB.
 _NATIVE_TILE_LOGITS = 6 << 20
 # What a compiled module from before these sources lacks.
-_NEWEST_OPERATOR = "topk_kl_tile_backward"
+_NEWEST_OPERATOR = "linear_logits"
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,14 @@ def native_isa() -> str | None:
     return None if "native" in unavailable else torch.ops.e3.native_isa()
 
 
+def _tile_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """`linear.product`, on AMX for bf16."""
+    if hidden.dtype != torch.bfloat16 or weight.stride(1) != 1:
+        return product(hidden, weight, bias, out)
+    torch.ops.e3.linear_logits(hidden, weight, bias, out)
+    return out
+
+
 def _load_native() -> None:
     modules = sorted(Path(__file__).parent.glob("_ops*.so"))
     if not modules:
@@ -193,10 +202,11 @@ def _load_native() -> None:
         overload = f"e3::{operation}.native"
         if torch._C._dispatch_has_kernel(overload) and torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CPU"):
             register("native", operation, None, None, devices=("cpu",), dtypes=FLOATS)
+    tile_product = _tile_product if torch.ops.e3.native_isa() == "amx" else product
     for operation, dense in (("linear_entropy_kl", "entropy_kl"), ("linear_topk_kl", "topk_kl")):
         if ("native", dense) in services:
             forward, backward = (getattr(torch.ops.e3, f"{dense}_tile{part}").default for part in ("", "_backward"))
-            tile = TileKernel(forward, backward, _NATIVE_TILE_LOGITS, lean=True)
+            tile = TileKernel(forward, backward, _NATIVE_TILE_LOGITS, lean=True, product=tile_product)
             problem = importlib.import_module(f"e3kernels.reference.{operation}").problem
             register("native", operation, *kernels(problem, tile), devices=("cpu",), dtypes=FLOATS)
 

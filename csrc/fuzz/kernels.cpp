@@ -206,16 +206,30 @@ void run_gated_residual(Source& source, const OpsTable& table) {
   table.gated_residual_backward(problem, grad.get(), pool, source.coin(), dh.get(), out.get(), dm.data());
 }
 
+void run_linear_logits(Source& source, const OpsTable& table) {
+  if (table.linear_logits == nullptr) return;
+  const DType dtype = DType::bfloat16;
+  const int64_t rows = 1 + source.below(70), width = 1 + source.below(100), vocabulary = 1 + source.below(200);
+  const int64_t gap = source.byte() % 3, stride = width + gap;
+  Buffer hidden(source, dtype, rows * stride - gap), weight(source, dtype, vocabulary * stride - gap);
+  Buffer bias(source, dtype, vocabulary), out(dtype, rows * vocabulary);
+  const bool biased = source.coin();
+  table.linear_logits({rows, width, vocabulary, {dtype, hidden.get(), stride}, {dtype, weight.get(), stride},
+                       biased ? bias.get() : nullptr, out.get()},
+                      pool_of(source));
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const int sets = static_cast<int>(detect_isa()) + 1;  // every instruction set that this machine runs
   Source source(data, size);
   const OpsTable& table = *table_of(static_cast<Isa>(source.byte() % sets));
-  switch (source.byte() % 4) {
+  switch (source.byte() % 5) {
     case 0: run_entropy_kl(source, table); break;
     case 1: run_topk_kl(source, table); break;
     case 2: run_gumbel_topk(source, table); break;
+    case 3: run_linear_logits(source, table); break;
     default: run_gated_residual(source, table);
   }
   return 0;

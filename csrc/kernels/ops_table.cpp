@@ -3,6 +3,7 @@
 #include "kernels/entropy_kl.h"
 #include "kernels/gated_residual.h"
 #include "kernels/gumbel_topk.h"
+#include "kernels/linear.h"
 #include "kernels/topk_kl.h"
 
 namespace e3::E3_ISA_NAMESPACE {
@@ -17,6 +18,11 @@ const OpsTable table{
     .gumbel_topk_backward = gumbel_topk_backward,
     .gated_residual = gated_residual,
     .gated_residual_backward = gated_residual_backward,
+#if defined(__AMX_BF16__)
+    .linear_logits = linear_logits,
+#else
+    .linear_logits = nullptr,
+#endif
 };
 
 }  // namespace e3::E3_ISA_NAMESPACE

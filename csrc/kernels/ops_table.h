@@ -18,6 +18,7 @@ struct OpsTable {
   void (*gated_residual)(const GatedResidual&, const Parallel&, bool stream, void* out);
   void (*gated_residual_backward)(const GatedResidual&, const void* grad, const Parallel&, bool stream,
                                   void* grad_hidden, void* grad_branch, float* grad_gate);
+  void (*linear_logits)(const LinearLogits&, const Parallel&);  // null without AMX
 };
 
 // Defined by ops_table.cpp, in one object an instruction set.
@@ -26,6 +27,7 @@ namespace baseline { extern const OpsTable table; }
 namespace avx2 { extern const OpsTable table; }
 namespace avx512 { extern const OpsTable table; }
 namespace avx512_bf16 { extern const OpsTable table; }
+namespace amx { extern const OpsTable table; }
 #endif
 
 // The table of `isa`, or null where this build does not hold it.
@@ -36,6 +38,7 @@ inline const OpsTable* table_of(Isa isa) {
     case Isa::avx2: return &avx2::table;
     case Isa::avx512: return &avx512::table;
     case Isa::avx512_bf16: return &avx512_bf16::table;
+    case Isa::amx: return &amx::table;
 #endif
     default: return nullptr;
   }

@@ -82,6 +82,17 @@ struct LossOutput {
   bool stream;          // write the gradient past the caches
 };
 
+// All in bf16; out (rows, vocabulary) without gaps.
+struct LinearLogits {
+  int64_t rows;
+  int64_t width;
+  int64_t vocabulary;
+  Rows hidden;
+  Rows weight;
+  const void* bias;  // null: none
+  void* out;
+};
+
 struct GumbelTopk {
   Rows logits;
   int64_t column_stride;

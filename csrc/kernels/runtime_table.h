@@ -22,6 +22,7 @@ namespace baseline { extern const RuntimeTable runtime_table; }
 namespace avx2 { extern const RuntimeTable runtime_table; }
 namespace avx512 { extern const RuntimeTable runtime_table; }
 namespace avx512_bf16 { extern const RuntimeTable runtime_table; }
+namespace amx { extern const RuntimeTable runtime_table; }
 #endif
 
 inline const RuntimeTable& runtime_table_of(Isa isa) {
@@ -30,6 +31,7 @@ inline const RuntimeTable& runtime_table_of(Isa isa) {
     case Isa::avx2: return avx2::runtime_table;
     case Isa::avx512: return avx512::runtime_table;
     case Isa::avx512_bf16: return avx512_bf16::runtime_table;
+    case Isa::amx: return amx::runtime_table;
 #endif
     default: return baseline::runtime_table;
   }

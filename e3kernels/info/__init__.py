@@ -68,7 +68,7 @@ def _instruction_sets() -> list[str]:
 
 
 def _accelerator() -> dict[str, Any] | None:
-    device = torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         return None
     properties = torch.get_device_module(device).get_device_properties()
@@ -82,7 +82,7 @@ def _build() -> dict[str, Any]:
 
 
 def _devices() -> list[str]:
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 

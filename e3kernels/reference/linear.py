@@ -26,16 +26,36 @@ _BLOCK_BYTES = 8 << 20
 _ROW_MULTIPLE = 8
 
 
+def product_dtype(hidden: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of products: `compute_dtype` (autocast's), else that of `hidden`.
+
+    On the CPU fp16 is multiplied in fp32: as fast there, and rounded logits cost a gradient more than
+    its own rounding.
+    """
+    if compute_dtype is None and hidden.dtype == torch.float16 and hidden.device.type == "cpu":
+        return torch.float32
+    return compute_dtype or hidden.dtype
+
+
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """hidden @ weight.T + bias, all of one dtype, written to `out`."""
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
 class TileKernel(NamedTuple):
     """The dense operation on one tile of logits: forward and backward with the operators' arguments, and how many
     fp32 logits of one model a tile may hold for the kernel's temporaries to stay in its workspace. The gradient may
     replace the student's logits. A `lean` kernel has no temporaries but the logits: of a narrower dtype it takes more.
+    `product` makes the logits.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., Tensor]
     logits: int
     lean: bool = False
+    product: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor] = product
 
     def rows(self, vocabulary: int, dtype: torch.dtype) -> int:
         """Rows of a tile whose logits have `dtype`."""
@@ -50,6 +70,7 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     dtype: torch.dtype
+    product: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
     def blocks(self) -> Iterator[slice]:
         vocabulary, width = self.weight.shape
@@ -60,9 +81,7 @@ class Head(NamedTuple):
         """Logits (rows, V) of `hidden` (rows, H), written to `out`."""
         hidden = hidden.to(self.dtype)
         if self.weight.dtype == self.dtype:
-            if self.bias is None:
-                return torch.mm(hidden, self.weight.t(), out=out)
-            return torch.addmm(self.bias.to(self.dtype), hidden, self.weight.t(), out=out)
+            return self.product(hidden, self.weight, None if self.bias is None else self.bias.to(self.dtype), out)
         for block in self.blocks():
             bias = None if self.bias is None else self.bias[block].to(self.dtype)
             out[:, block] = F.linear(hidden, self.weight[block].to(self.dtype), bias)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
-from e3kernels.reference.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels
+from e3kernels.reference.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels, product_dtype
 
 KERNEL = TileKernel(entropy_kl, entropy_kl_backward, REFERENCE_LOGITS)
 
@@ -33,8 +33,9 @@ def problem(
     compute_dtype: torch.dtype | None,
 ) -> LinearLoss:
     """The linear loss of the operator's arguments, with `kernel` as its dense operation."""
-    student = Head(student_hidden, student_weight, student_bias, compute_dtype or student_hidden.dtype)
-    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, compute_dtype or teacher_hidden.dtype)
+    dtype = product_dtype(student_hidden, compute_dtype)
+    student = Head(student_hidden, student_weight, student_bias, dtype, kernel.product)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, dtype, kernel.product)
     shared = _same(student_weight, teacher_weight) and _same(student_bias, teacher_bias)
 
     def tile(rows: slice, workspace: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

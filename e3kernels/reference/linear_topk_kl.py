@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from e3kernels.reference.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels
+from e3kernels.reference.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels, product_dtype
 from e3kernels.reference.topk_kl import topk_kl, topk_kl_backward
 
 KERNEL = TileKernel(topk_kl, topk_kl_backward, REFERENCE_LOGITS)
@@ -27,7 +27,8 @@ def problem(
     compute_dtype: torch.dtype | None,
 ) -> LinearLoss:
     """The linear loss of the operator's arguments, with `kernel` as its sparse operation."""
-    student = Head(student_hidden, student_weight, student_bias, compute_dtype or student_hidden.dtype)
+    dtype = product_dtype(student_hidden, compute_dtype)
+    student = Head(student_hidden, student_weight, student_bias, dtype, kernel.product)
 
     def tile(rows: slice, workspace: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return student.project(student_hidden[rows], workspace), (teacher_logprobs[rows], teacher_ids[rows])

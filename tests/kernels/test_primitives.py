@@ -18,7 +18,7 @@ from e3kernels.reference.philox import uniform
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++")
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")

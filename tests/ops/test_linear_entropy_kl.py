@@ -277,3 +277,16 @@ def test_wrong_values_are_named(options, message):
     }
     with pytest.raises(ValueError, match=message):
         e3k.linear_entropy_kl(**(arguments | options))
+
+
+def test_fp16_logits_are_not_rounded_on_the_cpu(backend, naive_entropy_kl, with_gradients, assert_no_worse):
+    generator = torch.Generator().manual_seed(0)
+    hidden, other = (torch.randn(6, 64, generator=generator).half() for _ in range(2))
+    weight, teacher = (torch.randn(2049, 64, generator=generator).mul(0.3).half() for _ in range(2))
+    product = torch.nn.functional.linear
+    wide, logits = (weight.double(), other.double(), teacher.double()), product(other, teacher)
+    ours = with_gradients(lambda h: e3k.linear_entropy_kl(h, weight, other, teacher), [hidden], 1)
+    naive = with_gradients(lambda h: naive_entropy_kl(product(h, weight), logits), [hidden], 1)
+    with e3k.use_backend("reference"):
+        exact = with_gradients(lambda h: e3k.linear_entropy_kl(h, *wide), [hidden.double()], 1)
+    assert_no_worse(ours, naive, exact, torch.float16)
