@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def test_a_killed_run_goes_on_with_its_curves(teacher, tmp_path):
         distill(prune(teacher, KEPT), teacher=killer, **options)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert [step for step, _ in curves(tmp_path / "run")["train/loss"]] == [1, 2, 3, 4, 5]
+    time.sleep(1)  # event files are in order by the second they were begun in
     result = distill(prune(teacher, KEPT), teacher=teacher, resume=True, **options)
     assert curves(tmp_path / "run") == expected_curves(result)
     assert {"train/loss", "train/lr", "train/grad_norm", "held_out/kl", "held_out/perplexity"} == expected_curves(
