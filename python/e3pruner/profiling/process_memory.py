@@ -18,17 +18,9 @@ _MAPPED, _USUAL = 256 << 10, 32 << 20  # bytes from which on a block gets pages 
 
 
 class _Heap(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
+    """glibc's `struct mallinfo2`, of which only the size of the heap is wanted."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks")
-    ] + [("keepcost", ctypes.c_size_t)]  # fmt: skip
-
-
-_libc = ctypes.CDLL(None)
-_libc.malloc.restype, _libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-_libc.free.restype, _libc.free.argtypes = None, [ctypes.c_void_p]
+    _fields_ = (("arena", ctypes.c_size_t), ("others", 9 * ctypes.c_size_t))
 
 
 def peak_above_inputs(call: Callable[[], object]) -> int | None:
@@ -55,26 +47,28 @@ def _freed_blocks_returned() -> Iterator[None]:
     if platform.libc_ver()[0] != "glibc":
         yield
         return
-    _libc.mallinfo2.restype = _Heap
-    _libc.malloc_trim(0)
-    _libc.mallopt(_M_MMAP_THRESHOLD, _USUAL)
-    fillers = [filler for size in (16 << 20, 4 << 20, 1 << 20, _MAPPED // 2) for filler in _filling(size)]
-    _libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.mallinfo2.restype = ctypes.c_void_p, _Heap
+    libc.malloc_trim(0)
+    libc.mallopt(_M_MMAP_THRESHOLD, _USUAL)
+    sizes = (16 << 20, 4 << 20, 1 << 20, _MAPPED // 2)
+    fillers = [ctypes.c_void_p(filler) for size in sizes for filler in _filling(libc, size)]
+    libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED)
     try:
         yield
     finally:
         for filler in fillers:
-            _libc.free(filler)
-        _libc.mallopt(_M_MMAP_THRESHOLD, _USUAL)
+            libc.free(filler)
+        libc.mallopt(_M_MMAP_THRESHOLD, _USUAL)
 
 
-def _filling(size: int) -> Iterator[int]:
+def _filling(libc: ctypes.CDLL, size: int) -> Iterator[int]:
     """Blocks of `size` bytes, never written to, until one no longer fits into a hole of the heap."""
     grown = False
     while not grown:
-        before = _libc.mallinfo2().arena
-        yield _libc.malloc(size)
-        grown = _libc.mallinfo2().arena > before
+        before = libc.mallinfo2().arena
+        yield libc.malloc(size)
+        grown = libc.mallinfo2().arena > before
 
 
 def _status(key: str) -> int:
