@@ -21,10 +21,8 @@ from rich.console import Console
 from rich.progress import track
 
 from e3pruner.cli.comparison import CELLS_FILE, Comparison, read_rows
-from e3pruner.cli.kinds import kinds_of_text
 from e3pruner.cli.matrix import load_matrix
-from e3pruner.cli.models import load_model, load_tokenizer
-from e3pruner.cli.options import Dtype
+from e3pruner.models import find_layers
 from e3pruner.report import describe_environment
 from e3pruner.storage import write_json
 
@@ -94,14 +92,11 @@ def main(arguments: list[str]) -> None:
     rows = [row for row in rows if row["method"] == given.method and row["drop"] == given.drop]
     if not rows:
         parser.error(f"{given.compared} has no cell of {given.method} with {given.drop} layers removed")
-    text = kinds_of_text(
-        load_tokenizer(settings.model), settings.text, length=settings.length, held_out=settings.held_out
-    )
-    model = load_model(settings.model, dtype=Dtype.FLOAT32)
-    held_out = HeldOut(Comparison(settings, model, text, given.compared), given.drop)
+    comparison = Comparison.load(settings, given.compared)
+    held_out, layers = HeldOut(comparison, given.drop), len(find_layers(comparison.model))
     masks = sorted({tuple(sorted(row["removed"])) for row in rows})
     tried = track(masks, "exchanges", console=Console(stderr=True))
-    found = [exchanges(held_out, frozenset(mask), model.config.num_hidden_layers) for mask in tried]
+    found = [exchanges(held_out, frozenset(mask), layers) for mask in tried]
     for each in found:
         print(each)
     about = {"command": shlex.join(["python", "bench/search/exchanges.py", *arguments])}

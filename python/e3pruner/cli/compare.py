@@ -11,9 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from e3pruner.cli import options
 from e3pruner.cli.comparison import CELLS_FILE, Comparison
-from e3pruner.cli.kinds import kinds_of_text
 from e3pruner.cli.matrix import load_matrix
-from e3pruner.cli.models import load_model, load_tokenizer
 from e3pruner.cli.results import run_results
 from e3pruner.report import build_report, save_results
 from e3pruner.report.comparison import markdown, summary
@@ -38,11 +36,7 @@ def compare(
     settings = load_matrix(matrix)
     if out.exists() and any(out.iterdir()) and not (out / CELLS_FILE).is_file():
         raise FileExistsError(f"--out {out} holds no {CELLS_FILE}, so no comparison goes on there; name another folder")
-    tokenizer = load_tokenizer(settings.model)
-    text = kinds_of_text(tokenizer, settings.text, length=settings.length, held_out=settings.held_out)
-    # In fp32 whatever the checkpoint: `precision` says what is computed in, and recovery needs the master weights.
-    model = load_model(settings.model, device, options.Dtype.FLOAT32)
-    comparison = Comparison(settings, model, text, out)
+    comparison = Comparison.load(settings, out, device)
     columns = (TextColumn("compare"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=len(list(settings.cells())))

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 import e3kernels as e3k
 import e3pruner
-from e3pruner.cli.kinds import KindsOfText
+from e3pruner.cli.kinds import KindsOfText, kinds_of_text
 from e3pruner.cli.matrix import Cell, Matrix, Recovery
+from e3pruner.cli.models import load_model, load_tokenizer
+from e3pruner.cli.options import Dtype
 from e3pruner.models import PruningPlan, find_layers
 from e3pruner.precision import autocast_dtype
 from e3pruner.search.checkpoint import Checkpoint, model_identity
@@ -60,6 +62,13 @@ class Comparison:
     model: PreTrainedModel
     text: KindsOfText
     folder: Path
+
+    @classmethod
+    def load(cls, matrix: Matrix, folder: Path, device: str = "cpu") -> Comparison:
+        """The comparison of the model and the texts that `matrix` names."""
+        text = kinds_of_text(load_tokenizer(matrix.model), matrix.text, length=matrix.length, held_out=matrix.held_out)
+        # In fp32 whatever the checkpoint: `precision` says what is computed in, and recovery needs the master weights.
+        return cls(matrix, load_model(matrix.model, device, Dtype.FLOAT32), text, folder)
 
     def __post_init__(self) -> None:
         self.units = {drop: units_of(self.model, drop, self.matrix.protect) for drop in self.matrix.drop}
