@@ -107,6 +107,17 @@ def with_gradients() -> Callable[..., list[Tensor]]:
 
 
 @pytest.fixture(scope="session")
+def rows_far_apart() -> Callable[[Tensor], Tensor]:
+    """rows_far_apart(x): two rows (2, V) with 2³¹ elements between them; the pages that lie there are never touched."""
+
+    def apart(rows: Tensor) -> Tensor:
+        stride = 1 << 31
+        return rows.new_empty(stride + rows.shape[1]).as_strided(rows.shape, (stride, 1)).copy_(rows)
+
+    return apart
+
+
+@pytest.fixture(scope="session")
 def compiled_calls() -> Callable[..., tuple[list, int]]:
     """compiled_calls(function, argument lists): the results of the fullgraph-compiled function, and how often it was
     compiled."""

@@ -273,6 +273,15 @@ def test_wrong_values_are_named(options, message):
         e3k.topk_kl(**(arguments | options))
 
 
+def test_rows_may_lie_further_apart_than_32_bits_count(backend, with_gradients, rows_far_apart):
+    student = torch.randn(2, 70).bfloat16()
+    logprobs, ids = torch.randn(2, 70).log_softmax(-1).topk(5)
+    near, far = (
+        with_gradients(lambda z: e3k.topk_kl(z, logprobs, ids), [s], 1) for s in (student, rows_far_apart(student))
+    )
+    assert all(map(torch.equal, near, far))
+
+
 @pytest.mark.parametrize("name", ["teacher_logprobs", "teacher_ids"])
 def test_wrong_dtypes_are_named(name):
     arguments = {"teacher_logprobs": torch.zeros(3, 2), "teacher_ids": torch.zeros(3, 2).long()}
