@@ -1,7 +1,9 @@
 // Rows of logits, one block at a time: storage dtype <-> fp32 scratch that stays in the first-level cache.
 #pragma once
 
+#include <cmath>
 #include <memory>
+#include <type_traits>
 
 #include "kernels/parallel.h"
 #include "kernels/problem.h"
@@ -158,6 +160,53 @@ inline float block_max(const float* x, int count) {
   for (int i = 0; i < count; i += kLanes) high = max(high, load(x + i));
   const float largest = horizontal_max(high);
   return largest <= kPadding ? -kInfinity : largest;
+}
+
+// The largest of the first values of a row of `columns`: few, since nothing has fetched them yet.
+inline float first_max(const Rows& rows, int64_t row, int64_t columns, const Transform& transform) {
+  constexpr int64_t kFirst = 256;
+  alignas(64) float scratch[kFirst + kLanes];
+  const int count = static_cast<int>(columns < kFirst ? columns : kFirst);
+  return block_max(load_block(rows, row, 0, count, transform, scratch), padded(count));
+}
+
+// A reference m in fp32, and what exponentials relative to it have to be multiplied by to be relative to m itself.
+struct Rounded {
+  explicit Rounded(double m) : value(static_cast<float>(m)), exact(m) {}
+  float factor(float temperature = 1.0f) const {
+    return static_cast<float>(value == exact ? 1.0 : std::exp(temperature * (value - exact)));
+  }
+  float value;
+  double exact;
+};
+
+// The reference m of exponentials of values stored as T, and y = (x − m)·log2 e. fp32 subtracts first, so that the largest
+// value has exactly e⁰ = 1; the 16-bit types, whose own rounding hides the difference, save that step: with
+// c = fl(m·log2 e), y = x·log2 e − c is one fused operation relative to c/log2 e, which takes the place of m.
+template <class T>
+class Reference {
+ public:
+  explicit Reference(float m) : m_(kSubtracts ? m : m * kBitsPerNat) {}
+  double value() const { return kSubtracts ? m_ : m_ / double{kBitsPerNat}; }
+  Vf bits_above(Vf x) const {
+    return kSubtracts ? (x - m_) * kBitsPerNat : fma(x, broadcast(kBitsPerNat), broadcast(-m_));
+  }
+
+ private:
+  static constexpr bool kSubtracts = sizeof(T) == sizeof(float);
+  float m_;
+};
+
+// Σ e^{T·(x−m)}: the softmax without temperature that the cross-entropy needs.
+template <class T>
+float sum_untempered(const T* x, int count, float reference, float temperature) {
+  Vf sum[2] = {};
+  for (int i = 0; i < count; i += kStep) {
+    for (int chain = 0; chain < 2; ++chain) {
+      sum[chain] += exp((load(x + i + chain * kLanes) - reference) * temperature);
+    }
+  }
+  return horizontal_sum(sum[0] + sum[1]);
 }
 
 // Rounds value(i), the lanes from i on, for i in [0, count) to `target`, past the caches if asked. `value` may be asked for

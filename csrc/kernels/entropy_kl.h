@@ -13,9 +13,11 @@
 //   ∂jsd/∂x^s     = (1−β)·q·(log q − log μ − KL(q‖μ))
 //   ∂CE/∂f(z^s)   = softmax(f(z^s)) − onehot(label)
 //
-// Terms are centred: the raw Σp·z would cancel. The reference m of a row is the maximum of its first block, so that the sums
+// Terms are centred: the raw Σp·z would cancel. The reference m of a row is the maximum of its first values, so that the sums
 // of all blocks add up as they are; a block for which that reference is too low (overflow), or that holds −∞, is summed anew
 // relative to its own maximum. Blocks are summed in fp32 and joined in fp64, in their order.
+//
+// The plain sums have their exponents in bits, y = (x − m)·log2 e, so that A and B come out as multiples of log2 e.
 //
 // The row pair is read from memory once. The gradient's sweep finds it in the cache, or, for the forward divergence, finds
 // e^{x−m} of both there; meanwhile the next rows are on their way.
@@ -103,29 +105,31 @@ inline Vf limit_term(Vf first, Vf second, Vf term) {
   return select(Vi(first == -kInfinity), Vf{}, reachable);
 }
 
-inline KlSums folded(const Lanes (&lanes)[2], float student_reference, float teacher_reference) {
+// Lanes whose exponents are in units of which `unit` make a nat.
+inline KlSums folded(const Lanes (&lanes)[2], double student_reference, double teacher_reference, double unit) {
   KlSums sums;
   sums.student_reference = student_reference;
   sums.teacher_reference = teacher_reference;
   sums.student_sum = horizontal_sum(lanes[0].student + lanes[1].student);
   sums.teacher_sum = horizontal_sum(lanes[0].teacher + lanes[1].teacher);
-  sums.teacher_energy = horizontal_sum(lanes[0].energy + lanes[1].energy);
-  sums.cross = horizontal_sum(lanes[0].cross + lanes[1].cross);
+  sums.teacher_energy = horizontal_sum(lanes[0].energy + lanes[1].energy) / unit;
+  sums.cross = horizontal_sum(lanes[0].cross + lanes[1].cross) / unit;
   return sums;
 }
 
 template <class T>
-KlSums sum_teacher(const T* xt, int count, float reference, Prefetch ahead) {
+KlSums sum_teacher(const T* xt, int count, float first, Prefetch ahead) {
+  const Reference<T> m(first);
   Lanes lanes[2];
   for (int i = 0; i < count; i += kStep) {
     ahead.step();
     for (int chain = 0; chain < 2; ++chain) {
-      const Vf d = load(xt + i + chain * kLanes) - reference, e = exp(d);
+      const Vf y = m.bits_above(load(xt + i + chain * kLanes)), e = exp2<T>(y);
       lanes[chain].teacher += e;
-      lanes[chain].energy = fma(e, d, lanes[chain].energy);
+      lanes[chain].energy = fma(e, y, lanes[chain].energy);
     }
   }
-  return folded(lanes, 0.0f, reference);
+  return folded(lanes, 0.0, m.value(), kBitsPerNat);
 }
 
 // Where the exponentials of a block are kept for the gradient.
@@ -141,27 +145,28 @@ struct Ahead {
 };
 
 template <Divergence D, bool kKeep, class T>
-KlSums sum_block(const T* student, const T* teacher, int count, References m, Ahead ahead, Kept kept) {
+KlSums sum_block(const T* student, const T* teacher, int count, References first, Ahead ahead, Kept kept) {
+  const Reference<T> ms(first.student), mt(first.teacher);
   Lanes lanes[2];
   for (int i = 0; i < count; i += kStep) {
     ahead.student.step();
     ahead.teacher.step();
     for (int chain = 0; chain < 2; ++chain) {
       const int at = i + chain * kLanes;
-      const Vf ds = load(student + at) - m.student, dt = load(teacher + at) - m.teacher;
-      const Vf es = exp(ds), et = exp(dt);
+      const Vf ys = ms.bits_above(load(student + at)), yt = mt.bits_above(load(teacher + at));
+      const Vf es = exp2<T>(ys), et = exp2<T>(yt);
       lanes[chain].student += es;
       lanes[chain].teacher += et;
-      lanes[chain].energy = fma(et, dt, lanes[chain].energy);
+      lanes[chain].energy = fma(et, yt, lanes[chain].energy);
       if constexpr (kKeep) {
         store(kept.student + at, es);
         store(kept.teacher + at, et);
       }
-      if constexpr (D == Divergence::forward) lanes[chain].cross = fma(et, dt - ds, lanes[chain].cross);
-      if constexpr (D == Divergence::reverse) lanes[chain].cross = fma(es, ds - dt, lanes[chain].cross);
+      if constexpr (D == Divergence::forward) lanes[chain].cross = fma(et, yt - ys, lanes[chain].cross);
+      if constexpr (D == Divergence::reverse) lanes[chain].cross = fma(es, ys - yt, lanes[chain].cross);
     }
   }
-  return folded(lanes, m.student, m.teacher);
+  return folded(lanes, ms.value(), mt.value(), kBitsPerNat);
 }
 
 // The same where logits may be −∞ or far apart, relative to the block's own maxima.
@@ -177,18 +182,7 @@ KlSums sum_limits(const float* xs, const float* xt, int count, float student_ref
     if constexpr (D == Divergence::forward) lanes[0].cross += limit_term(t, s, et * (dt - ds));
     if constexpr (D == Divergence::reverse) lanes[0].cross += limit_term(s, t, es * (ds - dt));
   }
-  return folded(lanes, student_reference, teacher_reference);
-}
-
-// Σ e^{T·(x−m)}: the softmax without temperature that the cross-entropy needs.
-inline float sum_untempered(const float* x, int count, float reference, float temperature) {
-  Vf sum[2] = {};
-  for (int i = 0; i < count; i += kStep) {
-    for (int chain = 0; chain < 2; ++chain) {
-      sum[chain] += exp((load(x + i + chain * kLanes) - reference) * temperature);
-    }
-  }
-  return horizontal_sum(sum[0] + sum[1]);
+  return folded(lanes, student_reference, teacher_reference, 1.0);
 }
 
 // log p, log q and log μ of one vector; −∞ is held finite so that 0·log 0 = 0.
@@ -253,7 +247,7 @@ class EntropyKlRows {
   }
 
   double teacher_entropy(int64_t row, const RowContext& context) const {
-    const float first = first_max(problem_.teacher, row, problem_.teacher_transform);
+    const float first = first_max(problem_.teacher, row, problem_.vocabulary, problem_.teacher_transform);
     return entropy(fold(context.pool, [&](int64_t begin, int count) {
       alignas(64) float scratch[kRoom];
       const Transform& transform = problem_.teacher_transform;
@@ -271,8 +265,8 @@ class EntropyKlRows {
   }
 
   Statistics statistics(int64_t row, const RowContext& context) const {
-    const References first{first_max(problem_.student, row, problem_.student_transform),
-                           first_max(problem_.teacher, row, problem_.teacher_transform)};
+    const References first{first_max(problem_.student, row, problem_.vocabulary, problem_.student_transform),
+                           first_max(problem_.teacher, row, problem_.vocabulary, problem_.teacher_transform)};
     Statistics s{};
     s.sums = fold(context.pool,
                   [&](int64_t begin, int count) { return block_sums(row, begin, count, first, context); });
@@ -320,12 +314,6 @@ class EntropyKlRows {
     });
   }
 
-  float first_max(const Rows& rows, int64_t row, const Transform& transform) const {
-    alignas(64) float scratch[kRoom];
-    const int count = static_cast<int>(problem_.vocabulary < kBlock ? problem_.vocabulary : kBlock);
-    return block_max(load_block(rows, row, 0, count, transform, scratch), padded(count));
-  }
-
   KlSums block_sums(int64_t row, int64_t begin, int count, References first, const RowContext& context) const {
     alignas(64) float student[kRoom], teacher[kRoom];
     if (std::isfinite(first.student) && std::isfinite(first.teacher)) {
@@ -367,7 +355,8 @@ class EntropyKlRows {
     });
     if (untempered_) {
       const float* loaded = load_block(problem_.student, row, begin, count, problem_.student_transform, student);
-      sums.label_sum = sum_untempered(loaded, padded(count), m.student, temperature_);
+      const Rounded reference(sums.student_reference);
+      sums.label_sum = sum_untempered(loaded, padded(count), reference.value, temperature_) * reference.factor(temperature_);
     }
     return sums;
   }
@@ -431,10 +420,11 @@ class EntropyKlRows {
                            float* g) const {
     if constexpr (D == Divergence::forward) {
       const Slopes slope = slopes(s, c);
-      const float ms = static_cast<float>(s.sums.student_reference), mt = static_cast<float>(s.sums.teacher_reference);
+      const Rounded ms(s.sums.student_reference), mt(s.sums.teacher_reference);
+      const float student = slope.student * ms.factor(), teacher = -slope.teacher * mt.factor();
       for (int i = 0; i < count; i += kLanes) {
-        const Vf es = exp(load(xs + i) - ms), et = exp(load(xt + i) - mt);
-        store(g + i, fma(es, broadcast(slope.student), et * -slope.teacher));
+        const Vf es = exp(load(xs + i) - ms.value), et = exp(load(xt + i) - mt.value);
+        store(g + i, fma(es, broadcast(student), et * teacher));
       }
     } else {
       const float beta = static_cast<float>(problem_.beta), ls = s.student_log_norm(), lt = s.teacher_log_norm();
@@ -454,10 +444,10 @@ class EntropyKlRows {
                       const Coefficients& c, float* g) const {
     if (problem_.tokens.labels == nullptr || c.cross_entropy == 0.0) return;
     if (untempered_ || D != Divergence::forward) {
-      const float slope = static_cast<float>(c.cross_entropy / s.sums.label_sum);
-      const float ms = static_cast<float>(s.sums.student_reference);
+      const Rounded ms(s.sums.student_reference);
+      const float slope = static_cast<float>(c.cross_entropy / s.sums.label_sum) * ms.factor(temperature_);
       for (int i = 0; i < count; i += kLanes) {
-        store(g + i, fma(exp((load(xs + i) - ms) * temperature_), broadcast(slope), load(g + i)));
+        store(g + i, fma(exp((load(xs + i) - ms.value) * temperature_), broadcast(slope), load(g + i)));
       }
     }
     const int64_t column = problem_.tokens.labels[row] - begin;

@@ -73,15 +73,15 @@ inline void join(TopkSums& total, TopkSums part, double temperature) {
   total.plain &= part.plain;
 }
 
-// Σ e^{T·(x−m)}; the terms are kept in `kept`.
-template <class T>
-float sum_exponentials(const T* x, int count, float reference, float temperature, float* kept, Prefetch ahead) {
+// Σ E; the terms are kept in `kept`.
+template <class T, class Exponential>
+float sum_exponentials(const T* x, int count, const Exponential& exponential, float* kept, Prefetch ahead) {
   Vf sum[2] = {};
   for (int i = 0; i < count; i += kStep) {
     ahead.step();
     for (int chain = 0; chain < 2; ++chain) {
       const int at = i + chain * kLanes;
-      const Vf e = exp((load(x + at) - reference) * temperature);
+      const Vf e = exponential(load(x + at));
       store(kept + at, e);
       sum[chain] += e;
     }
@@ -98,10 +98,11 @@ inline float sum_values(const float* x, int count) {
 }
 
 // g = or += slope·e^{T·(x−m)}.
-inline void exponential_gradient(const float* x, int count, float reference, float temperature, float slope, bool add,
-                                 float* g) {
+inline void exponential_gradient(const float* x, int count, const Rounded& reference, float temperature, float slope,
+                                 bool add, float* g) {
+  slope *= reference.factor(temperature);
   for (int i = 0; i < count; i += kLanes) {
-    const Vf term = exp((load(x + i) - reference) * temperature) * slope;
+    const Vf term = exp((load(x + i) - reference.value) * temperature) * slope;
     store(g + i, add ? load(g + i) + term : term);
   }
 }
@@ -144,7 +145,7 @@ class TopkKlRows {
   Statistics statistics(int64_t row, const RowContext& context) const {
     Statistics s{};
     if (full_) {
-      const float first = first_max(row);
+      const float first = first_max(problem_.student, row, problem_.vocabulary, problem_.transform);
       s.sums = fold_blocks<TopkSums>(
           context.pool, problem_.vocabulary,
           [&](int64_t begin, int count) { return block_sums(row, begin, count, first, context); },
@@ -168,23 +169,25 @@ class TopkKlRows {
     const bool divergent = problem_.tail != Tail::renorm && a != 0.0;
     const double slope = b - (divergent ? a * s.slope_sum / (s.sums.rest + s.sums.stored) : 0.0);
     const double rest = divergent && s.sums.rest != 0 ? a * s.rest_slope / s.sums.rest : 0.0;
-    const float reference = static_cast<float>(s.sums.reference);
+    const Rounded reference(s.sums.reference);
     const DType dtype = problem_.student.dtype;
+    // What the kept exponentials are multiplied by; stored ids and the label, which differ, are put in as multiples of it.
+    const double common = slope + rest, unit = 1.0 / common;
+    const bool kept = keeps_ && s.sums.plain && std::fabs(unit) < 1e30;
     for_each_block(context.pool, problem_.vocabulary, [&](int64_t begin, int count) {
-      alignas(64) float scratch[kRoom], g[kRoom];
-      const bool kept = keeps_ && s.sums.plain;
       const int64_t label = labelled ? problem_.tokens.labels[row] - begin : -1;
       const bool labelled_here = label >= 0 && label < count;
-      const float* e = kept ? exponentials(context) + begin : nullptr;
-      if (kept && !labelled_here && !holds_stored(row, begin, count)) {
-        const float factor = static_cast<float>((slope + rest) * problem_.transform.scale);
+      if (kept) {
+        float* e = exponentials(context) + begin;
+        stored_gradient(row, begin, count, a * unit, slope * unit, s.sums.reference, context, e);
+        if (labelled_here) e[label] -= static_cast<float>(c.cross_entropy * unit);
+        const float factor = static_cast<float>(common * problem_.transform.scale);
         return store_values(count, dtype, stream_out, target, begin, [&](int i) { return load(e + i) * factor; });
       }
-      const float* x = kept ? nullptr : load_block(problem_.student, row, begin, count, problem_.transform, scratch);
-      if (kept) {
-        scaled_values(e, padded(count), static_cast<float>(slope + rest), g);
-      } else if (full_) {
-        exponential_gradient(x, padded(count), reference, 1.0f, static_cast<float>(slope + rest), false, g);
+      alignas(64) float scratch[kRoom], g[kRoom];
+      const float* x = load_block(problem_.student, row, begin, count, problem_.transform, scratch);
+      if (full_) {
+        exponential_gradient(x, padded(count), reference, 1.0f, static_cast<float>(common), false, g);
       } else {
         std::memset(g, 0, sizeof(float) * count);
       }
@@ -194,7 +197,7 @@ class TopkKlRows {
         exponential_gradient(x, padded(count), reference, temperature_, hard, true, g);
       }
       if (labelled_here) g[label] -= static_cast<float>(c.cross_entropy);
-      kept ? scale_values(g, count, problem_.transform.scale) : transform_gradient(x, count, problem_.transform, g);
+      transform_gradient(x, count, problem_.transform, g);
       store_block(g, count, dtype, stream_out, target, begin);
     });
   }
@@ -232,12 +235,6 @@ class TopkKlRows {
     return *load_block(problem_.student, row, column, 1, problem_.transform, scratch);
   }
 
-  float first_max(int64_t row) const {
-    alignas(64) float scratch[kRoom];
-    const int count = static_cast<int>(problem_.vocabulary < kBlock ? problem_.vocabulary : kBlock);
-    return block_max(load_block(problem_.student, row, 0, count, problem_.transform, scratch), padded(count));
-  }
-
   TopkSums block_sums(int64_t row, int64_t begin, int count, float first, const RowContext& context) const {
     alignas(64) float scratch[kRoom], local[kRoom];
     const bool keep = keeps_ && context.keep;
@@ -246,30 +243,36 @@ class TopkKlRows {
       const Prefetch ahead(keep ? address(problem_.student, context.next, begin)
                                 : address(problem_.student, row, begin + kPrefetchColumns),
                            size_of(problem_.student.dtype));
-      const TopkSums sums =
-          with_values(block_values(problem_.student, row, begin, count, problem_.transform, scratch),
-                      [&](const auto* x) { return sums_of(row, begin, count, x, first, e, ahead); });
+      const TopkSums sums = with_values(
+          block_values(problem_.student, row, begin, count, problem_.transform, scratch), [&](const auto* x) {
+            using T = std::decay_t<decltype(*x)>;
+            const Reference<T> m(first);
+            const auto exponential = [=](Vf value) { return exp2<T>(m.bits_above(value)); };
+            return sums_of(row, begin, count, x, m.value(), exponential, e, ahead);
+          });
       if (std::isfinite(sums.rest + sums.stored + sums.label_sum)) return sums;
     }
     const float* x = load_block(problem_.student, row, begin, count, problem_.transform, scratch);
-    const float own = block_max(x, padded(count));
-    TopkSums sums = sums_of(row, begin, count, x, own == -kInfinity ? 0.0f : own, e, Prefetch(x, 0));
+    const float highest = block_max(x, padded(count)), own = highest == -kInfinity ? 0.0f : highest;
+    const auto exponential = [=](Vf value) { return exp(value - own); };
+    TopkSums sums = sums_of(row, begin, count, x, own, exponential, e, Prefetch(x, 0));
     sums.plain = false;
     if (sums.rest + sums.stored == 0) sums.reference = -INFINITY;
     return sums;
   }
 
-  // `e` gets the block's exponentials, 0 at the stored ids.
-  template <class T>
-  TopkSums sums_of(int64_t row, int64_t begin, int count, const T* x, float reference, float* e,
-                   Prefetch ahead) const {
+  // `e` gets the block's exponentials, relative to `reference`, 0 at the stored ids.
+  template <class T, class Exponential>
+  TopkSums sums_of(int64_t row, int64_t begin, int count, const T* x, double reference, const Exponential& exponential,
+                   float* e, Prefetch ahead) const {
     TopkSums sums;
     sums.reference = reference;
     sums.rest_count = count;
     if (problem_.tokens.labels != nullptr && temperature_ != 1.0f) {
-      sums.label_sum = sum_exponentials(x, padded(count), reference, temperature_, e, ahead);
+      const Rounded m(reference);
+      sums.label_sum = sum_untempered(x, padded(count), m.value, temperature_) * m.factor(temperature_);
     }
-    sums.rest = sum_exponentials(x, padded(count), reference, 1.0f, e, ahead);
+    sums.rest = sum_exponentials(x, padded(count), exponential, e, ahead);
     if (!holds_stored(row, begin, count)) return sums;
     constexpr float kTaken = -1.0f;
     for (int64_t j = 0; j < problem_.k; ++j) {
@@ -323,7 +326,7 @@ class TopkKlRows {
     slope = event.slope;
   }
 
-  // Sets g at the stored ids of a block, which E's slope for the others has filled wrongly.
+  // Sets g at the stored ids of a block, where what E is multiplied by is `slope` alone and each event adds its own.
   void stored_gradient(int64_t row, int64_t begin, int count, double a, double slope, double reference,
                        const RowContext& context, float* g) const {
     for (const bool first : {true, false}) {
