@@ -23,20 +23,23 @@ struct TokenStats {
   double cross_entropy;
 };
 
+// `divergent`: the divergence counts, whatever the incoming gradient that its coefficient is multiplied by.
 struct Coefficients {
   double weight;
   double divergence;
   double cross_entropy;
+  bool divergent;
 };
 
 inline Coefficients coefficients(const Objective& objective, double teacher_entropy, int64_t support) {
   const double h = support > 1 ? teacher_entropy / std::log(static_cast<double>(support)) : 0.0;
   const double squared = objective.temperature * objective.temperature;
-  if (objective.weighting == Weighting::mix) return {1.0, h * squared, 1.0 - h};
+  if (objective.weighting == Weighting::mix) return {1.0, h * squared, 1.0 - h, h != 0.0};
   double weight = 1.0;
   if (objective.weighting == Weighting::entropy) weight = 1.0 + objective.gamma * h;
   if (objective.weighting == Weighting::inverse) weight = 1.0 + objective.gamma * (1.0 - h);
-  return {weight, weight * objective.kd_ratio * squared, weight * (1.0 - objective.kd_ratio)};
+  const double divergence = weight * objective.kd_ratio * squared;
+  return {weight, divergence, weight * (1.0 - objective.kd_ratio), divergence != 0.0};
 }
 
 // A term that is switched off is 0 even where its value is infinite.

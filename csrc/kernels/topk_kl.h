@@ -166,7 +166,7 @@ class TopkKlRows {
     const double a = c.divergence / temperature_;
     const bool labelled = problem_.tokens.labels != nullptr && c.cross_entropy != 0.0;
     const double b = labelled && temperature_ == 1.0f ? c.cross_entropy / s.sums.label_sum : 0.0;
-    const bool divergent = problem_.tail != Tail::renorm && a != 0.0;
+    const bool divergent = problem_.tail != Tail::renorm && c.divergent;
     const double slope = b - (divergent ? a * s.slope_sum / (s.sums.rest + s.sums.stored) : 0.0);
     const double rest = divergent && s.sums.rest != 0 ? a * s.rest_slope / s.sums.rest : 0.0;
     const Rounded reference(s.sums.reference);
@@ -179,7 +179,7 @@ class TopkKlRows {
       const bool labelled_here = label >= 0 && label < count;
       if (kept) {
         float* e = exponentials(context) + begin;
-        stored_gradient(row, begin, count, a * unit, slope * unit, s.sums.reference, context, e);
+        stored_gradient(row, begin, count, c.divergent, a * unit, slope * unit, s.sums.reference, context, e);
         if (labelled_here) e[label] -= static_cast<float>(c.cross_entropy * unit);
         const float factor = static_cast<float>(common * problem_.transform.scale);
         return store_values(count, dtype, stream_out, target, begin, [&](int i) { return load(e + i) * factor; });
@@ -191,7 +191,7 @@ class TopkKlRows {
       } else {
         std::memset(g, 0, sizeof(float) * count);
       }
-      stored_gradient(row, begin, count, a, slope, s.sums.reference, context, g);
+      stored_gradient(row, begin, count, c.divergent, a, slope, s.sums.reference, context, g);
       if (labelled && temperature_ != 1.0f) {
         const float hard = static_cast<float>(c.cross_entropy / s.sums.label_sum);
         exponential_gradient(x, padded(count), reference, temperature_, hard, true, g);
@@ -327,7 +327,7 @@ class TopkKlRows {
   }
 
   // Sets g at the stored ids of a block, where what E is multiplied by is `slope` alone and each event adds its own.
-  void stored_gradient(int64_t row, int64_t begin, int count, double a, double slope, double reference,
+  void stored_gradient(int64_t row, int64_t begin, int count, bool divergent, double a, double slope, double reference,
                        const RowContext& context, float* g) const {
     for (const bool first : {true, false}) {
       for (int64_t j = 0; j < problem_.k; ++j) {
@@ -336,8 +336,8 @@ class TopkKlRows {
         if (first) {
           const double e = slope == 0.0 ? 0.0 : std::exp(static_cast<double>(value_at(row, id(row, j))) - reference);
           g[column] = static_cast<float>(slope * e);
-        } else {
-          g[column] += static_cast<float>(term(a, slopes(context)[j]));
+        } else if (divergent) {
+          g[column] += static_cast<float>(a * slopes(context)[j]);
         }
       }
     }

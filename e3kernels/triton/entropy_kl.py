@@ -189,7 +189,7 @@ def entropy_kl_gradient(
     sweep_gradient(
         student_ptr + row * student_stride, teacher_ptr + row * teacher_stride, grad_row, first, last, V,
         tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3),
-        tl.load(fields + 4) * incoming, tl.load(fields + 5) * incoming, label,
+        tl.load(fields + 4), tl.load(fields + 5), incoming, label,
         1.0 / scalar(scalars_ptr, TEMPERATURE), scalar(scalars_ptr, BETA), scale_s, scale_t, softcap_s, softcap_t,
         DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
@@ -247,7 +247,7 @@ def entropy_kl_row(
     incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
     tl.debug_barrier()  # the gradient may overwrite the logits: the label's must have been read
     sweep_gradient(
-        student_row, teacher_row, grad_row, 0, V, V, log_zs, log_zt, log_z1, term, kd * incoming, ce * incoming, label,
+        student_row, teacher_row, grad_row, 0, V, V, log_zs, log_zt, log_z1, term, kd, ce, incoming, label,
         inverse_temperature, beta, scale_s, scale_t, softcap_s, softcap_t,
         DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip

@@ -115,12 +115,17 @@ def sweep_mixture(
 
 @triton.jit
 def sweep_gradient(
-    student_row, teacher_row, grad_row, first, last, V, log_zs, log_zt, log_z1, term, kd, ce, label,
+    student_row, teacher_row, grad_row, first, last, V, log_zs, log_zt, log_z1, term, kd, ce, incoming, label,
     inverse_temperature, beta, scale_s, scale_t, softcap_s, softcap_t,
     DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Write kd·∂divergence/∂x + ce·∂CE/∂x on the columns [first, last); `term` is KL(q‖p) or KL(q‖r)."""
+    """Write incoming·(kd·∂divergence/∂x + ce·∂CE/∂x) on the columns [first, last); `term` is KL(q‖p) or KL(q‖r).
+
+    A zero coefficient removes its term; a zero incoming gradient leaves NaN what it is.
+    """
+    divergence_slope = kd * incoming * inverse_temperature
+    hard_slope = ce * incoming
     for start in range(first, last, LANES * VEC * UNROLL):
         for part in tl.static_range(UNROLL):
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
@@ -137,10 +142,10 @@ def sweep_gradient(
             else:
                 gap_q, _ = mixture_gaps(log_q, log_p, beta)
                 g = (1.0 - beta) * q * (gap_q - term)
-            g = tl.where(kd == 0.0, 0.0, g * (kd * inverse_temperature))
+            g = tl.where(kd == 0.0, 0.0, g * divergence_slope)
             if HAS_LABELS:
                 hard = tl.exp(y - log_z1) - tl.where(columns == label, 1.0, 0.0)
-                g += tl.where(ce == 0.0, 0.0, ce * hard)
+                g += tl.where(ce == 0.0, 0.0, hard_slope * hard)
             tl.store(grad_row + columns, (g * slope).to(grad_row.dtype.element_ty), mask=mask)
 
 

@@ -239,8 +239,8 @@ def topk_kl_gradient(
     log_z1 = tl.load(fields + 1)
     dense = tl.load(fields + 2)
     incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
-    kd = tl.load(fields + 3) * incoming * inverse_temperature
-    ce = tl.load(fields + 4) * incoming
+    kd, ce = tl.load(fields + 3), tl.load(fields + 4)
+    divergence_slope, hard_slope = kd * incoming * inverse_temperature, ce * incoming
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
     grad_row = grad_ptr + row * V
     for start in range(first, last, LANES * VEC * UNROLL):
@@ -252,10 +252,10 @@ def topk_kl_gradient(
             g = tl.zeros_like(y)
             if TAIL != RENORM:
                 g = dense * tl.exp(tl.minimum(y * inverse_temperature - log_rest, 0.0))
-                g = tl.where(kd == 0.0, 0.0, g * kd)
+                g = tl.where(kd == 0.0, 0.0, g * divergence_slope)
             if HAS_LABELS:
                 hard = tl.exp(y - log_z1) - tl.where(columns == label, 1.0, 0.0)
-                g += tl.where(ce == 0.0, 0.0, ce * hard)
+                g += tl.where(ce == 0.0, 0.0, hard_slope * hard)
             tl.store(grad_row + columns, (g * slope).to(grad_ptr.dtype.element_ty), mask=mask)
 
 
@@ -275,14 +275,14 @@ def topk_kl_stored(
     fields = rows_ptr + row * ROW_FIELDS
     log_z1 = tl.load(fields + 1, mask=valid, other=0.0)[:, None]
     incoming = tl.load(incoming_ptr + row * incoming_stride, mask=inside, other=0.0).to(tl.float32)[:, None]
-    kd = tl.load(fields + 3, mask=valid, other=0.0)[:, None] * incoming / temperature
-    ce = tl.load(fields + 4, mask=valid, other=0.0)[:, None] * incoming
+    kd = tl.load(fields + 3, mask=valid, other=0.0)[:, None]
+    ce = tl.load(fields + 4, mask=valid, other=0.0)[:, None]
     g = tl.load(terms_ptr + row[:, None] * k + tl.arange(0, K)[None, :], mask=kept, other=0.0)
-    g = tl.where(kd == 0.0, 0.0, kd * g)
+    g = tl.where(kd == 0.0, 0.0, kd * incoming / temperature * g)
     if HAS_LABELS:
         label = tl.load(labels_ptr + row, mask=valid, other=0)[:, None]
         hard = tl.exp(y - log_z1) - tl.where(ids == label, 1.0, 0.0)
-        g += tl.where(ce == 0.0, 0.0, ce * hard)
+        g += tl.where(ce == 0.0, 0.0, ce * incoming * hard)
     tl.store(grad_ptr + row[:, None] * V + ids, (g * slope).to(grad_ptr.dtype.element_ty), mask=kept)
 
 

@@ -224,6 +224,8 @@ def test_nan_in_gives_nan_out(backend, side):
     student.requires_grad_()
     per_token = e3k.entropy_kl(student, teacher, labels, reduction="none")
     assert per_token.isnan().tolist() == [False, True, False]
+    (grad,) = torch.autograd.grad(per_token, student, torch.tensor([1.0, 0.0, 1.0]))  # which 0 does not hide
+    assert grad.isnan().all(1).tolist() == [False, True, False]
     loss = e3k.entropy_kl(student, teacher, labels)
     loss.backward()
     assert loss.isnan()

@@ -70,6 +70,8 @@ def test_error_is_no_worse_than_naive(backend, dtype, naive_topk_kl, with_gradie
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_many_tiles(backend, reduction, with_gradients):
+    if backend == "triton":
+        pytest.skip("its tiles hold 64 Mi logits; test_triton_kernels.py makes them smaller")
     student, teacher, labels = make(44, (100_003, 4, 10), 1, torch.float32)
     options = {"reduction": reduction, "kd_ratio": 0.5}
     ours = with_gradients(fused(teacher, labels, **options), student, 3)

@@ -15,7 +15,8 @@ import e3kernels as e3k
 from e3kernels import backends
 from e3kernels.contract import DIVERGENCES, REDUCTIONS
 from e3kernels.reference.gumbel_topk import scores
-from e3kernels.triton import entropy_kl, launch, linear_entropy_kl, tune
+from e3kernels.reference.linear import TileKernel, kernels
+from e3kernels.triton import entropy_kl, launch, linear_entropy_kl, linear_topk_kl, tune
 from e3kernels.triton.gumbel_topk import gumbel_noise
 from e3kernels.triton.reduction import reduced_loss
 
@@ -278,6 +279,23 @@ def test_linear_topk_kl(with_gradients, tail):
     with torch.no_grad(), e3k.use_backend("triton"):
         on_chip = loss(hidden, weight)
     torch.testing.assert_close(on_chip.double(), exact[0].double(), rtol=1e-5, atol=1e-6)
+
+
+def test_linear_losses_in_tiles_of_two_rows(monkeypatch, with_gradients):
+    hidden, weight, teacher, _ = heads(True)
+    log_p, ids = (teacher @ weight.t()).log_softmax(-1).topk(6)
+    losses = {
+        linear_entropy_kl: lambda h, w: e3k.linear_entropy_kl(h, w, teacher.to(h.dtype), w.detach(), LABELS),
+        linear_topk_kl: lambda h, w: e3k.linear_topk_kl(h, w, log_p, ids, LABELS),
+    }
+    kernel = {
+        linear_entropy_kl: (linear_entropy_kl.entropy_kl_tile, linear_entropy_kl.entropy_kl_backward),
+        linear_topk_kl: (linear_topk_kl.topk_kl, linear_topk_kl.topk_kl_backward),
+    }
+    for module, loss in losses.items():
+        forward, _ = kernels(module.problem, TileKernel(*kernel[module], logits=2 * 70))
+        monkeypatch.setattr(module, "_tiled", forward)
+        assert_close(*both(loss, [hidden, weight], with_gradients))
 
 
 def test_a_row_stride_beyond_the_vocabulary(with_gradients):
