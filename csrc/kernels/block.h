@@ -48,12 +48,9 @@ inline void convert(const T* source, int count, float* target, const Map& map) {
   store(target + i, map(load(rest)));
 }
 
-inline void scaled_values(const float* x, int count, float factor, float* out) {
-  for (int i = 0; i < count; i += kLanes) store(out + i, load(x + i) * factor);
-}
-
 inline void scale_values(float* g, int count, float factor) {
-  if (factor != 1.0f) scaled_values(g, count, factor, g);
+  if (factor == 1.0f) return;
+  for (int i = 0; i < count; i += kLanes) store(g + i, load(g + i) * factor);
 }
 
 // `g` times ∂f(z)/∂z, in place: scale, or scale·(1 − tanh²) with tanh = x·T/c of x = f(z)/T.
