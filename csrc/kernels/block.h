@@ -196,14 +196,15 @@ class Reference {
 
 // Σ e^{T·(x−m)}: the softmax without temperature that the cross-entropy needs.
 template <class T>
-float sum_untempered(const T* x, int count, float reference, float temperature) {
+double sum_untempered(const T* x, int count, double reference, float temperature) {
+  const Rounded m(reference);
   Vf sum[2] = {};
   for (int i = 0; i < count; i += kStep) {
     for (int chain = 0; chain < 2; ++chain) {
-      sum[chain] += exp((load(x + i + chain * kLanes) - reference) * temperature);
+      sum[chain] += exp((load(x + i + chain * kLanes) - m.value) * temperature);
     }
   }
-  return horizontal_sum(sum[0] + sum[1]);
+  return horizontal_sum(sum[0] + sum[1]) * m.factor(temperature);
 }
 
 // Rounds value(i), the lanes from i on, for i in [0, count) to `target`, past the caches if asked. `value` may be asked for

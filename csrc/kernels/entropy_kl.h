@@ -355,8 +355,7 @@ class EntropyKlRows {
     });
     if (untempered_) {
       const float* loaded = load_block(problem_.student, row, begin, count, problem_.student_transform, student);
-      const Rounded reference(sums.student_reference);
-      sums.label_sum = sum_untempered(loaded, padded(count), reference.value, temperature_) * reference.factor(temperature_);
+      sums.label_sum = sum_untempered(loaded, padded(count), sums.student_reference, temperature_);
     }
     return sums;
   }

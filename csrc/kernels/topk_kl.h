@@ -269,8 +269,7 @@ class TopkKlRows {
     sums.reference = reference;
     sums.rest_count = count;
     if (problem_.tokens.labels != nullptr && temperature_ != 1.0f) {
-      const Rounded m(reference);
-      sums.label_sum = sum_untempered(x, padded(count), m.value, temperature_) * m.factor(temperature_);
+      sums.label_sum = sum_untempered(x, padded(count), reference, temperature_);
     }
     sums.rest = sum_exponentials(x, padded(count), exponential, e, ahead);
     if (!holds_stored(row, begin, count)) return sums;
