@@ -10,7 +10,8 @@ from e3pruner.search.quadratic import QuadraticModel
 def truth(layers, seed):
     generator = torch.Generator().manual_seed(seed)
     linear = 0.1 + torch.rand(layers, generator=generator, dtype=torch.float64)
-    pairs = 0.2 * torch.randn(layers, layers, generator=generator, dtype=torch.float64)
+    size = (linear[:, None] * linear).sqrt()
+    pairs = 0.2 * size * torch.randn(layers, layers, generator=generator, dtype=torch.float64)
     pairs = (pairs + pairs.T).fill_diagonal_(0)
     return linear, pairs
 
@@ -25,10 +26,10 @@ def value(linear, pairs, masks):
 
 
 def fitted(linear, pairs, masks):
-    """A model that has seen every mask, on two batches of different level."""
-    model = QuadraticModel(linear)
+    """A model that has seen every mask, on two batches, one a fifth harder than the other."""
+    model = QuadraticModel(linear, batches=2)
     both, batches = masks.repeat(2, 1), torch.arange(2).repeat_interleave(len(masks))
-    model.fit(both, batches, value(linear, pairs, both) + 3 + batches)
+    model.fit(both, batches, value(linear, pairs, both) * (1 + 0.2 * batches))
     return model
 
 
@@ -65,12 +66,49 @@ def test_marginal_is_the_derivative_of_the_prediction():
 
 def test_without_measurements_it_is_the_prior():
     linear, _ = truth(6, 3)
-    model = QuadraticModel(linear)
-    torch.testing.assert_close(model.predict(masks_of(6, 2)), masks_of(6, 2) @ linear)
+    model = QuadraticModel(linear, batches=2)
+    masks = masks_of(6, 2)
+    pairs = (masks * linear).where(masks == 1, torch.ones(())).prod(1).sqrt()
+    torch.testing.assert_close(model.predict(masks), masks @ linear + 0.1 * pairs)
+
+
+def test_it_is_gaussian_process_regression_on_the_model_as_written():
+    """Mean and deviation against the weights themselves, w, u, W and noise, as one Gaussian vector."""
+    layers, batches = 5, 3
+    prior, _ = truth(layers, 4)
+    place = torch.arange(layers, dtype=torch.float64)
+    alike = torch.exp(-(place[:, None] - place).square() / 2)
+    couples = list(itertools.combinations(range(layers), 2))
+    field = [[alike[a, c] * alike[b, d] + alike[a, d] * alike[b, c] for c, d in couples] for a, b in couples]
+    size = torch.tensor([(prior[a] * prior[b]).sqrt() for a, b in couples])
+    of_pairs = 0.25**2 * size[:, None] * torch.tensor(field) * size
+    of_batch = 0.1**2 * prior[:, None] * prior + (0.25 * prior).square().diag()
+    weights = torch.block_diag((0.05 * prior).square().diag(), of_pairs, *[of_batch] * batches)
+    mean = torch.cat([prior, 0.1 * size, torch.zeros(batches * layers, dtype=torch.float64)])
+
+    def features(masks, shares):
+        together = torch.stack([masks[:, a] * masks[:, b] for a, b in couples], 1)
+        return torch.cat([masks, together, *(masks * share[:, None] for share in shares.T)], 1)
+
+    masks = masks_of(layers, 2)
+    batch = torch.arange(len(masks)) % 2
+    seen = features(masks, torch.nn.functional.one_hot(batch, batches).double())
+    found = torch.linspace(0.5, 2, len(masks), dtype=torch.float64)
+    asked = masks_of(layers, 3)
+    wanted = features(asked, torch.full((len(asked), batches), 1 / batches, dtype=torch.float64))
+    noise = (0.02 * masks @ prior).square().diag()
+    gain = wanted @ weights @ seen.T @ torch.linalg.inv(seen @ weights @ seen.T + noise)
+    left = wanted @ weights @ wanted.T - gain @ seen @ weights @ wanted.T
+    apart = left.diagonal() + left[0, 0] - 2 * left[:, 0]
+
+    model = QuadraticModel(prior, batches)
+    model.fit(masks, batch, found)
+    torch.testing.assert_close(model.predict(asked), wanted @ mean + gain @ (found - seen @ mean))
+    torch.testing.assert_close(model.deviation(asked, asked[0]), apart.clamp(min=0).sqrt(), atol=1e-7, rtol=1e-6)
 
 
 def test_layers_that_do_nothing_are_no_trouble():
-    model = QuadraticModel(torch.zeros(5, dtype=torch.float64))
+    model = QuadraticModel(torch.zeros(5, dtype=torch.float64), batches=1)
     masks = masks_of(5, 2)
     model.fit(masks, torch.zeros(len(masks), dtype=torch.int64), torch.zeros(len(masks), dtype=torch.float64))
     assert model.predict(masks).isfinite().all()
