@@ -1,4 +1,5 @@
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -139,6 +140,14 @@ def test_plackett_luce_gradient_is_that_of_the_log_probability():
     log_probability = sum(logits[order[i]] - logits[order[i:]].logsumexp(0) for i in range(4))
     (expected,) = torch.autograd.grad(log_probability, logits)
     torch.testing.assert_close(plackett_luce_gradient(logits.detach(), order, 4), expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+def test_gumbel_topk_finds_the_best_of_all_masks(model_type):
+    model = tiny_model(model_type)
+    plan = run("gumbel-topk", model, drop=3, precision="fp32")
+    every = itertools.combinations(range(NUM_LAYERS), 3)
+    assert tuple(plan.removed) == min(every, key=lambda removed: plain_kl(model, removed))
 
 
 def test_greedy_is_brute_force_one_layer_at_a_time():
