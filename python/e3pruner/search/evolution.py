@@ -8,7 +8,7 @@ from torch import Tensor
 import e3kernels as e3k
 from e3pruner.search.checks import check_integer
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Search, layers_of, removed_share
+from e3pruner.search.protocol import Search, layers_of, removed_share, scores_of
 
 _MOST_SWITCHES = 3
 _LAST_BATCHES = 4  # that the survivors and their parent are compared on
@@ -29,11 +29,11 @@ def evolution(problem: SearchProblem, *, generations: int = 20, offspring: int =
     parent = e3k.gumbel_topk(uniform, problem.drop, seed=problem.seed).mask
     for generation in range(generations):
         children = _switched(problem, parent.expand(offspring, -1), generation + 1)
-        first = problem.score([problem.mask(layers_of(problem, child)) for child in children], [generation % count])
+        first = scores_of(problem, children, [generation % count])
         ranked = sorted(range(len(children)), key=first.__getitem__)[:survivors]
         rivals = torch.cat([parent[None], children[ranked]])
         batches = sorted({(generation + shift) % count for shift in range(_LAST_BATCHES)})
-        last = problem.score([problem.mask(layers_of(problem, rival)) for rival in rivals], batches)
+        last = scores_of(problem, rivals, batches)
         parent = rivals[last.index(min(last))]
         yield {
             "score": min(last),

@@ -14,7 +14,15 @@ from e3kernels.profiling import named_range
 from e3pruner.search.bi import cosine_distance
 from e3pruner.search.checks import check_choice, check_integer, check_positive
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Search, layers_of, leave_one_out_scores, lowest, removed_share, sampled
+from e3pruner.search.protocol import (
+    Search,
+    layers_of,
+    leave_one_out_scores,
+    lowest,
+    removed_of,
+    removed_share,
+    sampled,
+)
 from e3pruner.search.quadratic import GUESSED_SPREAD, MEASURED_SPREAD
 from e3pruner.search.study import Study
 
@@ -63,7 +71,7 @@ def gumbel_topk(
     importance = starts[0] if start == "kl" else _in_nats(problem, starts[0])
     study = Study(problem, importance, MEASURED_SPREAD if start == "kl" else GUESSED_SPREAD)
     study.measure_alone(start_batches)
-    first = torch.stack([study.mask(lowest(problem, values)) for values in starts])
+    first = torch.stack([removed_of(problem, lowest(problem, values)) for values in starts])
     model, best = study.model, first[0]
     yield {"importance": importance, "removed": layers_of(problem, best)}
 

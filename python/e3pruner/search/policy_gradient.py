@@ -8,7 +8,7 @@ from torch import Tensor
 import e3kernels as e3k
 from e3pruner.search.checks import check_integer, check_positive
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Search, layers_of, leave_one_out_scores, lowest, removed_share
+from e3pruner.search.protocol import Search, leave_one_out_scores, lowest, removed_share, scores_of
 
 _BASELINE_DECAY = 0.8
 
@@ -46,7 +46,7 @@ def policy_gradient(
             step=step,
             relaxation="softmax",
         )
-        scores = problem.score([problem.mask(layers_of(problem, gone)) for gone in 1 - mask], [step % count])
+        scores = scores_of(problem, 1 - mask, [step % count])
         reward = torch.tensor(scores, dtype=torch.float64).log()
         mean = reward.mean()
         baseline = mean if baseline is None else _BASELINE_DECAY * baseline + (1 - _BASELINE_DECAY) * mean

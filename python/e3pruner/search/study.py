@@ -10,7 +10,7 @@ from torch import Tensor
 
 from e3kernels.profiling import named_range
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import layers_of
+from e3pruner.search.protocol import layers_of, scores_of
 from e3pruner.search.quadratic import QuadraticModel
 
 _HOPE = 3.0  # standard deviations
@@ -30,13 +30,9 @@ class Study:
         self._batches = torch.empty(0, dtype=torch.int64)
         self._scores = prior.new_empty(0)
 
-    def mask(self, removed: list[int]) -> Tensor:
-        """(F,)"""
-        return torch.tensor([float(unit in removed) for unit in self.problem.free], dtype=torch.float64)
-
     def measure(self, masks: Tensor, batch: int) -> list[float]:
         """The divergence of each of `masks` on one batch; fits the model to it."""
-        found = self.problem.score([self.problem.mask(layers_of(self.problem, mask)) for mask in masks], [batch])
+        found = scores_of(self.problem, masks, [batch])
         new = self._new(masks, batch)
         self._masks = torch.cat([self._masks, masks[new]])
         self._batches = torch.cat([self._batches, torch.full((int(new.sum()),), batch)])
@@ -70,7 +66,7 @@ class Study:
             behind = predicted - predicted.min()
             masks = masks[behind <= _BEHIND * self.model.deviation(masks, masks[predicted.argmin()])]
         last = [layers_of(self.problem, mask) for mask in masks]
-        scores = self.problem.score([self.problem.mask(layers) for layers in last])
+        scores = scores_of(self.problem, masks)
         best = scores.index(min(scores))
         return {"score": scores[best], "removed": last[best], "finalists": entered, "last": last, "scores": scores}
 
