@@ -4,8 +4,9 @@ python bench/search/exchanges.py bench/search/depths.yaml --compared compared/de
 
 For each seed of a finished comparison: every exchange of one removed layer for a kept one, then two such exchanges at
 once, those whose single effects promise most, are measured on a few batches of held-out text; the best of them on the
-even batches of it. What is best there is judged on the odd ones, which chose nothing. It sees text of the kind that
-figures are taken on, which no search does. -> exchanges.json in the folder of the comparison
+even batches of it. What is best there is judged on the odd ones, which chose nothing, and on all the calibration text
+there is: a search sees a part of that and nothing of the held-out text. -> exchanges-DROP.json in the folder of the
+comparison
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from e3pruner.cli.comparison import CELLS_FILE, Comparison, read_rows
+from e3pruner.cli.comparison import CELLS_FILE, Comparison, Measurements, read_rows
 from e3pruner.cli.matrix import load_matrix
 from e3pruner.models import find_layers
 from e3pruner.report import describe_environment
@@ -33,16 +34,16 @@ FINALISTS = 8
 Removed = frozenset[int]
 
 
-class HeldOut:
-    """KL of masks on batches of all kinds of held-out text; what it has measured the comparison's folder keeps."""
+class Texts:
+    """KL of masks on batches of several texts; what it has measured the comparison's folder keeps."""
 
-    def __init__(self, comparison: Comparison, drop: int) -> None:
-        self.stores = list(comparison.held_out.values())
+    def __init__(self, comparison: Comparison, drop: int, stores: list[Measurements]) -> None:
+        self.stores = stores
         units = comparison.units[drop]
         self.problems = [each.problem(comparison.model, comparison.dtype, units=units) for each in self.stores]
 
     def kl(self, masks: list[Removed], batches: slice) -> list[float]:
-        """The mean over kinds, each over its batches in `batches`."""
+        """The mean over texts, each over its batches in `batches`."""
         table = []
         for store, problem in zip(self.stores, self.problems, strict=True):
             numbers = range(len(problem.batches))[batches]
@@ -54,7 +55,7 @@ class HeldOut:
         return [sum(column) / len(table) for column in zip(*table, strict=True)]
 
 
-def exchanges(held_out: HeldOut, removed: Removed, layers: int) -> dict[str, Any]:
+def exchanges(held_out: Texts, calibration: Texts, removed: Removed, layers: int) -> dict[str, Any]:
     """The best mask one or two exchanges away, found on one half of the held-out text and judged on the other."""
     screening = slice(0, 2 * SCREENING, 2)
     swaps = list(product(removed, sorted(set(range(layers)) - removed)))
@@ -69,7 +70,8 @@ def exchanges(held_out: HeldOut, removed: Removed, layers: int) -> dict[str, Any
     finalists = sorted(found, key=found.__getitem__)[:FINALISTS]
     chosen = dict(zip(finalists, held_out.kl(finalists, slice(0, None, 2)), strict=True))
     winner = min(chosen, key=chosen.__getitem__)
-    own, other = held_out.kl([removed, winner], slice(1, None, 2))
+    pair = [removed, winner]
+    (own, other), (own_seen, other_seen) = held_out.kl(pair, slice(1, None, 2)), calibration.kl(pair, slice(None))
     return {
         "removed": sorted(removed),
         "measured": len(screened),
@@ -77,6 +79,7 @@ def exchanges(held_out: HeldOut, removed: Removed, layers: int) -> dict[str, Any
         "kl": own,
         "kl_of_exchange": other,
         "ratio": other / own,
+        "calibration_ratio": other_seen / own_seen,
     }
 
 
@@ -93,15 +96,17 @@ def main(arguments: list[str]) -> None:
     if not rows:
         parser.error(f"{given.compared} has no cell of {given.method} with {given.drop} layers removed")
     comparison = Comparison.load(settings, given.compared)
-    held_out, layers = HeldOut(comparison, given.drop), len(find_layers(comparison.model))
+    held_out = Texts(comparison, given.drop, list(comparison.held_out.values()))
+    calibration = Texts(comparison, given.drop, [comparison.measurements(comparison.text.calibration)])
+    layers = len(find_layers(comparison.model))
     masks = sorted({tuple(sorted(row["removed"])) for row in rows})
     tried = track(masks, "exchanges", console=Console(stderr=True))
-    found = [exchanges(held_out, frozenset(mask), layers) for mask in tried]
+    found = [exchanges(held_out, calibration, frozenset(mask), layers) for mask in tried]
     for each in found:
         print(each)
     about = {"command": shlex.join(["python", "bench/search/exchanges.py", *arguments])}
     results = about | {"method": given.method, "drop": given.drop, "masks": found}
-    write_json(given.compared / "exchanges.json", results | {"environment": describe_environment()})
+    write_json(given.compared / f"exchanges-{given.drop}.json", results | {"environment": describe_environment()})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ gradient of Σℓ, and take that gradient back to hidden states, weight and bias
 last tile; it is applied to the gradients, which are small beside the logits. Every backend uses this loop with its own
 dense kernel. Where a weight must be cast, or its gradient is a product in a narrower dtype than its sum, the work goes
 by blocks of the vocabulary, so that no second copy of the weight ever exists.
+
+A tile of few rows reads the head, and reads and writes its gradient, once for few products. But until the first tile's
+products are summed, the gradient of the weight is memory that holds nothing: 4·V·H bytes, room for the logits of both
+models at H/2 rows in fp32, at H rows in bf16. The first tile's logits lie there.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,10 +76,11 @@ class Head(NamedTuple):
     dtype: torch.dtype
     product: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
-    def blocks(self) -> Iterator[slice]:
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         vocabulary, width = self.weight.shape
+        stop = vocabulary if stop is None else stop
         step = max(1, _BLOCK_BYTES // (width * self.weight.element_size()))
-        return (slice(start, start + step) for start in range(0, vocabulary, step))
+        return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
 
     def project(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Logits (rows, V) of `hidden` (rows, H), written to `out`."""
@@ -88,6 +93,16 @@ class Head(NamedTuple):
         return out
 
 
+def _pack_columns(matrix: Tensor, columns: int) -> Tensor:
+    """The first columns of a contiguous matrix, made contiguous at the front of its own memory."""
+    packed = matrix.view(-1)[: len(matrix) * columns].view(-1, columns)
+    step = max(1, _BLOCK_BYTES // (columns * matrix.element_size()))
+    for start in range(0, len(matrix), step):
+        rows = slice(start, start + step)
+        packed[rows] = matrix[rows, :columns].clone()  # the rows below have not moved yet, and lie further back
+    return packed
+
+
 class HeadGradients:
     """Gradients of a head's hidden states, weight and bias, summed over tiles; None for those not needed."""
 
@@ -95,18 +110,34 @@ class HeadGradients:
         self.head = head
         dtype = accumulate_dtype(head.hidden.dtype)
         need_hidden, need_weight, need_bias = needs
-        self.hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if need_hidden else None
-        self.weight = torch.zeros_like(head.weight, dtype=dtype) if need_weight else None
+        contiguous = torch.contiguous_format
+        self.hidden = torch.empty_like(head.hidden, memory_format=contiguous) if need_hidden else None
+        self.weight = torch.empty_like(head.weight, dtype=dtype, memory_format=contiguous) if need_weight else None
         self.bias = torch.zeros_like(head.bias, dtype=dtype) if need_bias and head.bias is not None else None
+        self._begun = False  # until then the weight's gradient holds nothing
+
+    def room(self) -> int:
+        """Rows of logits of two models for which there is room in the weight's gradient before anything is added."""
+        return 0 if self.weight is None else self._memory().numel() // (2 * len(self.weight))
+
+    def workspace(self, rows: int) -> Tensor:
+        """(rows, V) in the memory of the weight's gradient; what is added first may lie at the front of it."""
+        vocabulary = len(self.head.weight)
+        return self._memory()[: rows * vocabulary].view(rows, vocabulary)
+
+    def _memory(self) -> Tensor:
+        assert self.weight is not None
+        return self.weight.view(-1).view(self.head.dtype)
 
     def add(self, rows: slice, grad_logits: Tensor) -> None:
         head, grad = self.head, grad_logits.to(self.head.dtype)
         if self.hidden is not None:
             self.hidden[rows] = self._through_weight(grad)
-        if self.weight is not None:
-            self._add_weight(grad, head.hidden[rows].to(head.dtype))
         if self.bias is not None:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
+        if self.weight is not None:
+            self._add_weight(grad, head.hidden[rows].to(head.dtype))
+        self._begun = True
 
     def _through_weight(self, grad: Tensor) -> Tensor:
         weight = self.head.weight
@@ -118,17 +149,35 @@ class HeadGradients:
         return total
 
     def _add_weight(self, grad: Tensor, hidden: Tensor) -> None:
+        """Where `grad` lies at the front of the sum's own memory, at most half of it, the rows of the sum behind it
+        come first; then the columns of `grad` that the other rows need are packed, and so on."""
+        assert self.weight is not None
+        count, stop = grad.shape
+        row_bytes = self.weight.shape[1] * self.weight.element_size()
+        while grad.data_ptr() == self.weight.data_ptr():
+            below = -(-count * stop * grad.element_size() // row_bytes)
+            self._add_products(grad, hidden, below, stop)
+            stop = below
+            few = stop == 1 or count * stop * grad.element_size() <= _BLOCK_BYTES
+            grad = grad[:, :stop].clone() if few else _pack_columns(grad, stop)
+        self._add_products(grad, hidden, 0, stop)
+
+    def _add_products(self, grad: Tensor, hidden: Tensor, start: int, stop: int) -> None:
+        """gradᵀ·hidden to the rows [start, stop) of the weight's gradient."""
         assert self.weight is not None
         if self.weight.dtype == grad.dtype:
-            self.weight.addmm_(grad.t(), hidden)
+            self.weight[start:stop].addmm_(grad[:, start:stop].t(), hidden, beta=float(self._begun))
             return
-        for block in self.head.blocks():
-            self.weight[block] += grad[:, block].t() @ hidden
+        for block in self.head.blocks(start, stop):
+            part = grad[:, block].t() @ hidden
+            self.weight[block] = self.weight[block] + part if self._begun else part
 
     def results(self, divisor: Tensor | None = None) -> tuple[Tensor, ...]:
         """The three gradients over `divisor`; an empty tensor for each that was not needed."""
         like = self.head.hidden
         wide = accumulate_dtype(like.dtype)
+        if self.weight is not None and not self._begun:
+            self.weight.zero_()
         gradients = (self.hidden, self.weight, self.bias)
         if divisor is not None:
             for gradient in gradients:
@@ -158,15 +207,25 @@ class LinearLoss:
     needs: tuple[bool, bool, bool]
     kernel: TileKernel
 
-    def _tiles(self) -> Iterator[tuple[slice, tuple[Any, ...]]]:
-        """Each slice of rows with the dense operator's inputs for it."""
-        head = self.head
-        vocabulary, count = len(head.weight), len(head.hidden)
-        step = min(self.kernel.rows(vocabulary, head.dtype), count)
-        workspace = head.hidden.new_empty(self.models * step, vocabulary, dtype=head.dtype)
-        for start in range(0, count, max(1, step)):
+    def _workspaces(self, gradients: HeadGradients) -> Iterator[tuple[slice, Tensor]]:
+        """Each slice of rows with the memory for its logits."""
+        vocabulary, count = len(self.head.weight), len(self.head.hidden)
+        step, first = self.kernel.rows(vocabulary, self.head.dtype), 0
+        if self.kernel.lean and (room := min(gradients.room(), count)) > step:
+            first = room if room == count else room // _ROW_MULTIPLE * _ROW_MULTIPLE
+            yield slice(0, first), gradients.workspace(self.models * first)
+        if first == count:
+            return
+        step = min(step, count - first)
+        workspace = self.head.hidden.new_empty(self.models * step, vocabulary, dtype=self.head.dtype)
+        for start in range(first, count, step):
             rows = slice(start, min(start + step, count))
-            student, teacher = self.tile(rows, workspace[: self.models * (rows.stop - start)])
+            yield rows, workspace[: self.models * (rows.stop - start)]
+
+    def _tiles(self, gradients: HeadGradients) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+        """Each slice of rows with the dense operator's inputs for it."""
+        for rows, workspace in self._workspaces(gradients):
+            student, teacher = self.tile(rows, workspace)
             tokens = (None if tensor is None else tensor[rows] for tensor in (self.labels, self.token_mask))
             yield rows, (student, *teacher, *tokens, *self.codes)
 
@@ -179,7 +238,7 @@ class LinearLoss:
         losses, stats = hidden.new_zeros(count, dtype=dtype), hidden.new_empty((4, count), dtype=dtype)
         needs = self.needs if name != "none" else (False, False, False)
         gradients = HeadGradients(self.head, needs)
-        for rows, inputs in self._tiles():
+        for rows, inputs in self._tiles(gradients):
             # A summed tile puts its loss into its first row; the sum over rows is the same.
             loss, stats[:, rows], grad = self.kernel.forward(*inputs, per_tile, None, any(needs))
             losses[rows if name == "none" else rows.start] = loss
@@ -193,7 +252,7 @@ class LinearLoss:
     def backward(self, grad_loss: Tensor) -> tuple[Tensor, ...]:
         """Gradients of hidden, weight, bias for one incoming gradient a token."""
         gradients = HeadGradients(self.head, self.needs)
-        for rows, inputs in self._tiles():
+        for rows, inputs in self._tiles(gradients):
             gradients.add(rows, self.kernel.backward(grad_loss[rows], *inputs))
         return gradients.results()
 

@@ -26,12 +26,13 @@ def test_every_exchange_around_a_mask_is_tried(matrix: Path, tmp_path: Path, e3:
     assert e3("compare", matrix, "--out", folder).exit_code == 0
     (row,) = read_rows(folder / CELLS_FILE)
     exchanges.main([str(matrix), "--compared", str(folder), "--drop", "2"])
-    (found,) = json.loads((folder / "exchanges.json").read_text())["masks"]
+    (found,) = json.loads((folder / "exchanges-2.json").read_text())["masks"]
     kept = NUM_LAYERS - 2
     assert found["removed"] == sorted(row["removed"])
     assert found["measured"] == 2 * kept + kept * (kept - 1) // 2
     assert len(found["best_exchange"]) == 2
     assert found["best_exchange"] != found["removed"]
+    assert found["calibration_ratio"] > 0
     assert found["ratio"] == found["kl_of_exchange"] / found["kl"] > 0
 
 

@@ -10,18 +10,18 @@ from e3kernels.reference.linear_entropy_kl import problem
 SCALARS = torch.tensor([1.5, 1.0, 0.7, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
 
 
-def arguments(dtype, compute_dtype):
+def arguments(dtype, compute_dtype, width):
     generator = torch.Generator().manual_seed(1)
-    shapes = ((11, 6), (23, 6), (23,), (11, 5), (23, 5), (23,))
+    shapes = ((11, width), (23, width), (23,), (11, 5), (23, 5), (23,))
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     labels = torch.arange(11)
     labels[3] = -100
     return (*tensors, labels, None, SCALARS, 1, 0, -100, compute_dtype)
 
 
-def run(kernel, dtype, compute_dtype, reduction, needs=(True, True, True)):
+def run(kernel, dtype, compute_dtype, reduction, needs=(True, True, True), width=6):
     forward, backward = linear.kernels(problem, kernel)
-    inputs = arguments(dtype, compute_dtype)
+    inputs = arguments(dtype, compute_dtype, width)
     code = REDUCTIONS.index(reduction)
     loss, stats, *gradients = forward(*inputs, code, None, *needs)
     if reduction == "none":
@@ -60,6 +60,45 @@ def test_a_lean_kernel_takes_more_rows_of_a_narrow_dtype():
     assert kernel.rows(5000, torch.float32) == 1
 
 
+def in_place(student, *rest):
+    """`entropy_kl` whose gradient replaces the student's logits, as the compiled tile kernel's does."""
+    loss, stats, grad = entropy_kl(student, *rest)
+    return loss, stats, student.copy_(grad) if grad.numel() else grad
+
+
+def in_place_backward(grad_loss, student, *rest):
+    return student.copy_(entropy_kl_backward(grad_loss, student, *rest))
+
+
+def recording(sizes, kernel, student):
+    """`kernel`, which notes the rows of the student's logits, its argument number `student`."""
+    return lambda *inputs: sizes.append(len(inputs[student])) or kernel(*inputs)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype", "first"),
+    [(torch.float64, None, 8), (torch.float32, torch.bfloat16, 11), (torch.bfloat16, None, 11)],
+)
+@pytest.mark.parametrize("block_bytes", [1, 300, 1 << 20])
+def test_the_first_tile_lies_in_the_weight_gradient(monkeypatch, reduction, dtype, compute_dtype, first, block_bytes):
+    tiles = []
+    lean = TileKernel(recording(tiles, in_place, 0), recording(tiles, in_place_backward, 1), 23, lean=True)
+    whole = run(TileKernel(entropy_kl, entropy_kl_backward, 1 << 20), dtype, compute_dtype, reduction, width=17)
+    monkeypatch.setattr(linear, "_BLOCK_BYTES", block_bytes)
+    lent = run(lean, dtype, compute_dtype, reduction, width=17)
+    assert max(tiles) == first
+    tolerance = 1e-12 if dtype == torch.float64 else 2.0**-7
+    torch.testing.assert_close(lent, whole, rtol=tolerance, atol=tolerance)
+
+
+def test_the_gradient_of_a_head_without_tokens_is_zero():
+    head = linear.Head(torch.empty(0, 6), torch.randn(23, 6), None, torch.float32, linear.product)
+    _, weight, _ = linear.HeadGradients(head, (True, True, True)).results()
+    assert weight.shape == (23, 6)
+    assert not weight.any()
+
+
 def test_a_frozen_model_asks_for_no_gradient_of_the_logits():
     asked = []
 
@@ -79,7 +118,7 @@ def test_a_shared_head_is_multiplied_once(monkeypatch):
     monkeypatch.setattr(
         linear.Head, "project", lambda head, hidden, out: products.append(hidden.shape) or plain(head, hidden, out)
     )
-    inputs = list(arguments(torch.float32, None))
+    inputs = list(arguments(torch.float32, None, 6))
     inputs[3:6] = [torch.randn(11, 6), inputs[1], inputs[2]]
     forward, _ = linear.kernels(problem, TileKernel(entropy_kl, entropy_kl_backward, 1 << 20))
     forward(*inputs, 1, None, False, False, False)

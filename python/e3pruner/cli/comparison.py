@@ -74,7 +74,7 @@ class Comparison:
         self.units = {drop: units_of(self.model, drop, self.matrix.protect) for drop in self.matrix.drop}
         self.dtype = autocast_dtype(self.matrix.precision, self.model.device)
         self.identity = {"dtype": str(self.dtype), "model": model_identity(self.model)}
-        self.held_out = {kind: self._measurements(tokens) for kind, tokens in self.text.held_out.items()}
+        self.held_out = {kind: self.measurements(tokens) for kind, tokens in self.text.held_out.items()}
         self._searched: dict[int, Measurements] = {}
 
     def key(self, cell: Cell) -> str:
@@ -106,7 +106,7 @@ class Comparison:
     def calibration(self, seed: int) -> Measurements:
         """The calibration tokens of a seed, the same for every method."""
         if seed not in self._searched:
-            self._searched[seed] = self._measurements(self.text.calibration_of(seed, self.matrix.calibration))
+            self._searched[seed] = self.measurements(self.text.calibration_of(seed, self.matrix.calibration))
         return self._searched[seed]
 
     def measure(self, cell: Cell) -> Row:
@@ -116,7 +116,8 @@ class Comparison:
             return row | {"held_out": {kind: self._judge(row["removed"], each) for kind, each in self.held_out.items()}}
         return row | self._recover(cell.recovery, row["removed"], cell.seed)
 
-    def _measurements(self, tokens: Tensor) -> Measurements:
+    def measurements(self, tokens: Tensor) -> Measurements:
+        """What the folder knows of these tokens."""
         path = self.folder / MEASURED_FOLDER / f"{fingerprint(tokens)[:16]}.json"
         return Measurements(path, tokens, self.identity)
 
