@@ -20,21 +20,37 @@ inline constexpr float kPadding = -1e30f;
 
 inline int padded(int count) { return (count + kStep - 1) / kStep * kStep; }
 
-// Brings values that are read later towards the core while a loop computes, kStep of them a step.
+// Brings the lines of a row, read later, towards the core while a loop computes, kStep values of them a step.
+//
+// The hardware follows a stream of lines up to the end of its page, and a core that asks for lines of several pages by turns
+// is served faster: on a Sapphire Rapids two cores read 20 GB/s in order, 26 GB/s from four pages, 29 GB/s from eight.
+// Four, since student and teacher come at once. A window that the row does not fill is brought in order.
 class Prefetch {
  public:
-  Prefetch(const void* first, int64_t bytes_per_value)
-      : at_(static_cast<const char*>(first)), bytes_(bytes_per_value * kStep) {}
+  static constexpr int64_t kLine = 64, kPage = 4096, kPages = 4, kWindow = kPages * kPage;
+
+  // From byte `offset` on, a multiple of kPages lines, of the row of `size` bytes at `row`.
+  Prefetch(const char* row, int64_t offset, int64_t size, int64_t bytes_per_value)
+      : step_(static_cast<int>(bytes_per_value) * kStep) {
+    const int64_t window = offset / kWindow * kWindow, lines = (offset - window) / (kPages * kLine);
+    const bool by_turns = window + kWindow <= size;
+    stride_ = by_turns ? kPage : kLine;
+    advance_ = by_turns ? kLine : kPages * kLine;
+    at_ = row + window + lines * advance_;
+  }
   void step() {
-    constexpr int64_t kLine = 64;
-    __builtin_prefetch(at_, 0, 2);
-    if (bytes_ > kLine) __builtin_prefetch(at_ + kLine, 0, 2);
-    at_ += bytes_;
+    if (done_ % (kPages * kLine) == 0) {
+      for (int64_t page = 0; page < kPages; ++page) __builtin_prefetch(at_ + page * stride_, 0, 2);
+      at_ += advance_;
+    }
+    done_ += step_;
   }
 
  private:
   const char* at_;
-  int64_t bytes_;
+  int64_t stride_, advance_;
+  int step_;
+  unsigned done_ = 0;
 };
 
 // Widens `count` values and maps each vector of them.
@@ -104,6 +120,18 @@ inline auto with_dtype(DType dtype, const Body& body) {
 
 inline const char* address(const Rows& rows, int64_t row, int64_t column) {
   return static_cast<const char*>(rows.data) + (row * rows.stride + column) * size_of(rows.dtype);
+}
+
+// What lies a window behind column `begin` of `row`, be it the following row.
+inline Prefetch prefetch_same(const Rows& rows, int64_t row, int64_t begin) {
+  const int64_t bytes = size_of(rows.dtype);
+  return Prefetch(address(rows, row, 0), begin * bytes + Prefetch::kWindow, INT64_MAX, bytes);
+}
+
+// What the row `next`, of `columns`, has in the place of column `begin`.
+inline Prefetch prefetch_next(const Rows& rows, int64_t next, int64_t begin, int64_t columns) {
+  const int64_t bytes = size_of(rows.dtype);
+  return Prefetch(address(rows, next, 0), begin * bytes, columns * bytes, bytes);
 }
 
 // x = f(z)/T of the logits z in columns [begin, begin + count) of `row`, count <= kBlock, padded to a multiple of kStep:
@@ -211,11 +239,19 @@ double sum_untempered(const T* x, int count, double reference, float temperature
 // lanes past the end, up to kLanes − 1 of them, unless stores_whole.
 template <class T, class Value>
 void store_typed(int count, bool stream_out, T* target, const Value& value) {
-  constexpr int kBytes = kLanes * sizeof(T);
+  constexpr int kBytes = kStreamed<T> * sizeof(T);
+  const int head = static_cast<int>(-reinterpret_cast<uintptr_t>(target) % kBytes / sizeof(T));
   int i = 0;
-  if (stream_out) {
-    for (; i < count && reinterpret_cast<uintptr_t>(target + i) % kBytes != 0; ++i) store_one(target + i, value(i)[0]);
-    for (; i + kLanes <= count; i += kLanes) stream(target + i, value(i));
+  if (stream_out && head + kStreamed<T> <= count) {
+    // The last vector before the first line may reach into it: written twice, with the same values.
+    for (; i < head; i += kLanes) store(target + i, value(i));
+    for (i = head; i + kStreamed<T> <= count; i += kStreamed<T>) {
+      if constexpr (kStreamed<T> == kLanes) {
+        stream(target + i, value(i));
+      } else {
+        stream(target + i, value(i), value(i + kLanes));
+      }
+    }
   }
   for (; i + kLanes <= count; i += kLanes) store(target + i, value(i));
   for (; i < count; ++i) store_one(target + i, value(i)[0]);

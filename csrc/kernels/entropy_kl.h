@@ -252,7 +252,7 @@ class EntropyKlRows {
       alignas(64) float scratch[kRoom];
       const Transform& transform = problem_.teacher_transform;
       if (std::isfinite(first)) {
-        const Prefetch ahead = prefetch(problem_.teacher, row, begin + kPrefetchColumns);
+        const Prefetch ahead = prefetch_same(problem_.teacher, row, begin);
         const KlSums sums =
             with_values(block_values(problem_.teacher, row, begin, count, transform, scratch),
                         [&](const auto* xt) { return sum_teacher(xt, padded(count), first, ahead); });
@@ -295,16 +295,11 @@ class EntropyKlRows {
 
  private:
   static constexpr int64_t kKeptColumns = 1 << 18;
-  static constexpr int64_t kPrefetchColumns = 2048;
 
   int64_t padded_row() const { return (problem_.vocabulary + kStep - 1) / kStep * kStep; }
 
   static double entropy(const KlSums& sums) {
     return std::log(sums.teacher_sum) - sums.teacher_energy / sums.teacher_sum;
-  }
-
-  static Prefetch prefetch(const Rows& rows, int64_t row, int64_t column) {
-    return Prefetch(address(rows, row, column), size_of(rows.dtype));
   }
 
   template <class Part>
@@ -333,9 +328,11 @@ class EntropyKlRows {
   KlSums plain_sums(int64_t row, int64_t begin, int count, References m, const RowContext& context, float* student,
                     float* teacher) const {
     float* kept = context.scratch;
-    const int64_t next_row = kept != nullptr ? context.next : row;
-    const int64_t next = kept != nullptr ? begin : begin + kPrefetchColumns;
-    const Ahead ahead{prefetch(problem_.student, next_row, next), prefetch(problem_.teacher, next_row, next)};
+    const auto prefetch = [&](const Rows& rows) {
+      return kept == nullptr ? prefetch_same(rows, row, begin)
+                             : prefetch_next(rows, context.next, begin, problem_.vocabulary);
+    };
+    const Ahead ahead{prefetch(problem_.student), prefetch(problem_.teacher)};
     const Transform &of_student = problem_.student_transform, &of_teacher = problem_.teacher_transform;
     BlockValues xs = block_values(problem_.student, row, begin, count, of_student, student);
     BlockValues xt = block_values(problem_.teacher, row, begin, count, of_teacher, teacher);

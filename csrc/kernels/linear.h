@@ -152,9 +152,9 @@ inline void multiply_pairs(const Tiles (&a)[2], const char* b0, const char* b1, 
 inline Scratch new_tiles(int64_t count) { return new_scratch(count * kTileBytes / 4); }
 inline char* bytes_of(const Scratch& scratch) { return reinterpret_cast<char*>(scratch.get()); }
 
-// `value` to the columns of a row that are there, past the caches if asked.
-inline void store_some(Vf value, int64_t columns, bool stream_out, bf16* target) {
-  if (columns >= kLanes) return stream_out ? stream(target, value) : store(target, value);
+// `value` to the columns of a row that are there.
+inline void store_some(Vf value, int64_t columns, bf16* target) {
+  if (columns >= kLanes) return store(target, value);
   for (int64_t i = 0; i < columns; ++i) store_one(target + i, value[i]);
 }
 
@@ -162,16 +162,20 @@ inline void store_some(Vf value, int64_t columns, bool stream_out, bf16* target)
 inline void store_logits(const LinearLogits& problem, const float* first, const float* second, int64_t row, int64_t v) {
   const int64_t columns = problem.vocabulary - v;
   bf16* target = static_cast<bf16*>(problem.out) + row * problem.vocabulary + v;
-  const bool aligned = problem.vocabulary % kTile == 0 && reinterpret_cast<uintptr_t>(target) % 32 == 0;
+  const bool lines = problem.vocabulary % kPair == 0 && reinterpret_cast<uintptr_t>(target) % kRowBytes == 0;
   alignas(64) bf16 bias[kPair] = {};
   if (problem.bias != nullptr) store_raw(bias, load_some(static_cast<const bf16*>(problem.bias) + v, columns));
   Vu words[2][kTile];
   transpose(first, words[0]);
   transpose(second, words[1]);
   for (int64_t n = 0; n < kTile && row + n < problem.rows; ++n, target += problem.vocabulary) {
-    // Both halves of a line at once: past the caches it leaves as one.
-    store_some(bits_as<Vf>(words[0][n]) + load(bias), columns, aligned, target);
-    store_some(bits_as<Vf>(words[1][n]) + load(bias + kTile), columns - kTile, aligned, target + kTile);
+    const Vf low = bits_as<Vf>(words[0][n]) + load(bias), high = bits_as<Vf>(words[1][n]) + load(bias + kTile);
+    if (lines) {
+      stream(target, low, high);
+    } else {
+      store_some(low, columns, target);
+      store_some(high, columns - kTile, target + kTile);
+    }
   }
 }
 

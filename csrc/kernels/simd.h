@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -263,6 +264,28 @@ inline void stream(T* target, Vf value) {
   store_raw(target, narrowed);
 #endif
 }
+
+// How many values leave at once: with AVX-512 a whole line, whose halves could leave apart.
+#if defined(__AVX512F__)
+template <class T>
+inline constexpr int kStreamed = 64 / sizeof(T);
+
+template <class T>
+inline void stream(T* target, Vf first, Vf second) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto line = bits_as<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), line);
+  }
+#endif
+  const __m512i low = _mm512_castsi256_si512(bits_as<__m256i>(narrow(first, T{})));
+  const __m512i line = _mm512_inserti64x4(low, bits_as<__m256i>(narrow(second, T{})), 1);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(target), line);
+}
+#else
+template <class T>
+inline constexpr int kStreamed = kLanes;
+#endif
 
 inline void stream_fence() {
 #if defined(__x86_64__)

@@ -204,7 +204,6 @@ class TopkKlRows {
 
  private:
   static constexpr int64_t kKeptColumns = 1 << 18;
-  static constexpr int64_t kPrefetchColumns = 2048;
 
   int64_t id_floats() const { return (4 * problem_.k + 15) / 16 * 16; }
   double* slopes(const RowContext& context) const { return reinterpret_cast<double*>(context.scratch); }
@@ -239,10 +238,9 @@ class TopkKlRows {
     alignas(64) float scratch[kRoom], local[kRoom];
     const bool keep = keeps_ && context.keep;
     float* e = keep ? exponentials(context) + begin : local;
+    const Prefetch ahead = keep ? prefetch_next(problem_.student, context.next, begin, problem_.vocabulary)
+                                : prefetch_same(problem_.student, row, begin);
     if (std::isfinite(first)) {
-      const Prefetch ahead(keep ? address(problem_.student, context.next, begin)
-                                : address(problem_.student, row, begin + kPrefetchColumns),
-                           size_of(problem_.student.dtype));
       const TopkSums sums = with_values(
           block_values(problem_.student, row, begin, count, problem_.transform, scratch), [&](const auto* x) {
             using T = std::decay_t<decltype(*x)>;
@@ -255,7 +253,7 @@ class TopkKlRows {
     const float* x = load_block(problem_.student, row, begin, count, problem_.transform, scratch);
     const float highest = block_max(x, padded(count)), own = highest == -kInfinity ? 0.0f : highest;
     const auto exponential = [=](Vf value) { return exp(value - own); };
-    TopkSums sums = sums_of(row, begin, count, x, own, exponential, e, Prefetch(x, 0));
+    TopkSums sums = sums_of(row, begin, count, x, own, exponential, e, ahead);
     sums.plain = false;
     if (sums.rest + sums.stored == 0) sums.reference = -INFINITY;
     return sums;
