@@ -122,16 +122,13 @@ inline const char* address(const Rows& rows, int64_t row, int64_t column) {
   return static_cast<const char*>(rows.data) + (row * rows.stride + column) * size_of(rows.dtype);
 }
 
-// What lies a window behind column `begin` of `row`, be it the following row.
-inline Prefetch prefetch_same(const Rows& rows, int64_t row, int64_t begin) {
-  const int64_t bytes = size_of(rows.dtype);
-  return Prefetch(address(rows, row, 0), begin * bytes + Prefetch::kWindow, INT64_MAX, bytes);
-}
-
-// What the row `next`, of `columns`, has in the place of column `begin`.
-inline Prefetch prefetch_next(const Rows& rows, int64_t next, int64_t begin, int64_t columns) {
-  const int64_t bytes = size_of(rows.dtype);
-  return Prefetch(address(rows, next, 0), begin * bytes, columns * bytes, bytes);
+// What is read a window of lines after column `begin` of `row`; the last window is followed by the row `next`.
+inline Prefetch prefetch_ahead(const Rows& rows, int64_t row, int64_t next, int64_t begin, int64_t columns) {
+  constexpr int64_t kWindow = Prefetch::kWindow;
+  const int64_t bytes = size_of(rows.dtype), size = columns * bytes, offset = begin * bytes + kWindow;
+  const int64_t end = (size + kWindow - 1) / kWindow * kWindow;
+  if (offset < end) return Prefetch(address(rows, row, 0), offset, size, bytes);
+  return Prefetch(address(rows, next, 0), offset - end, size, bytes);
 }
 
 // x = f(z)/T of the logits z in columns [begin, begin + count) of `row`, count <= kBlock, padded to a multiple of kStep:

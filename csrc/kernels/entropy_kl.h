@@ -20,7 +20,7 @@
 // The plain sums have their exponents in bits, y = (x − m)·log2 e, so that A and B come out as multiples of log2 e.
 //
 // The row pair is read from memory once. The gradient's sweep finds it in the cache, or, for the forward divergence, finds
-// e^{x−m} of both there; meanwhile the next rows are on their way.
+// e^{x−m} of both there.
 #pragma once
 
 #include "kernels/block.h"
@@ -252,7 +252,7 @@ class EntropyKlRows {
       alignas(64) float scratch[kRoom];
       const Transform& transform = problem_.teacher_transform;
       if (std::isfinite(first)) {
-        const Prefetch ahead = prefetch_same(problem_.teacher, row, begin);
+        const Prefetch ahead = prefetch_ahead(problem_.teacher, row, row + 1, begin, problem_.vocabulary);
         const KlSums sums =
             with_values(block_values(problem_.teacher, row, begin, count, transform, scratch),
                         [&](const auto* xt) { return sum_teacher(xt, padded(count), first, ahead); });
@@ -329,8 +329,7 @@ class EntropyKlRows {
                     float* teacher) const {
     float* kept = context.scratch;
     const auto prefetch = [&](const Rows& rows) {
-      return kept == nullptr ? prefetch_same(rows, row, begin)
-                             : prefetch_next(rows, context.next, begin, problem_.vocabulary);
+      return prefetch_ahead(rows, row, context.next, begin, problem_.vocabulary);
     };
     const Ahead ahead{prefetch(problem_.student), prefetch(problem_.teacher)};
     const Transform &of_student = problem_.student_transform, &of_teacher = problem_.teacher_transform;

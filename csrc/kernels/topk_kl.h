@@ -238,8 +238,7 @@ class TopkKlRows {
     alignas(64) float scratch[kRoom], local[kRoom];
     const bool keep = keeps_ && context.keep;
     float* e = keep ? exponentials(context) + begin : local;
-    const Prefetch ahead = keep ? prefetch_next(problem_.student, context.next, begin, problem_.vocabulary)
-                                : prefetch_same(problem_.student, row, begin);
+    const Prefetch ahead = prefetch_ahead(problem_.student, row, context.next, begin, problem_.vocabulary);
     if (std::isfinite(first)) {
       const TopkSums sums = with_values(
           block_values(problem_.student, row, begin, count, problem_.transform, scratch), [&](const auto* x) {
