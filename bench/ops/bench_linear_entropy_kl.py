@@ -1,4 +1,4 @@
-"""linear_entropy_kl with frozen heads, value and gradient, against TRL and eager; floor: its matrix products."""
+"""linear_entropy_kl, value and gradient, against TRL and eager; floor: its matrix products."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def trl(hidden, weight, teacher_hidden, teacher_weight):
 @pytest.mark.parametrize("provider", ["floor", "e3", "eager", "trl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_value_and_gradient(benchmark, provider, size, dtype):
+def test_frozen_heads(benchmark, provider, size, dtype):
     hidden, *rest = make(*size, dtype)
     hidden = hidden.detach()
     errors = None
@@ -44,4 +44,22 @@ def test_value_and_gradient(benchmark, provider, size, dtype):
         benchmark, call, op="linear_entropy_kl", provider=provider, phase="value+grad", dtype=dtype,
         sizes={"N": rows, "H": width, "V": vocabulary}, work=6.0 * rows * width * vocabulary, unit="FLOP",
         errors=errors,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("provider", ["floor", "e3", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_head_that_learns(benchmark, provider, size, dtype):
+    hidden, weight, *teacher = make(*size, dtype)
+    student = tuple(tensor.detach().requires_grad_() for tensor in (hidden, weight))
+    if provider == "floor":
+        call = products(hidden, weight, *teacher, learns=True)
+    else:
+        loss = {"e3": e3k.linear_entropy_kl, "eager": eager}[provider]
+        call = gradient_of(lambda: loss(*student, *teacher), *student)
+    width, vocabulary, rows = size
+    measure(
+        benchmark, call, op="linear_entropy_kl", provider=provider, phase="value+head gradient", dtype=dtype,
+        sizes={"N": rows, "H": width, "V": vocabulary}, work=8.0 * rows * width * vocabulary, unit="FLOP",
     )  # fmt: skip

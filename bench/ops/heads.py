@@ -17,15 +17,19 @@ def make(width, vocabulary, rows, dtype):
     return hidden[0], weights[0], hidden[1], weights[1]
 
 
-def products(student_hidden, student_weight, teacher_hidden=None, teacher_weight=None):
-    """A call of the bare products: logits of each model given, and the gradient of the student's hidden states."""
+def products(student_hidden, student_weight, teacher_hidden=None, teacher_weight=None, *, learns=False):
+    """A call of the bare products: logits of each model given, the gradient of the student's hidden states, and that of
+    its head if it `learns`."""
     logits = torch.empty(len(student_hidden), len(student_weight), dtype=student_hidden.dtype)
     grad = torch.empty_like(student_hidden)
+    grad_weight = torch.empty_like(student_weight) if learns else None
 
     def call():
         if teacher_hidden is not None:
             torch.mm(teacher_hidden, teacher_weight.t(), out=logits)
         torch.mm(student_hidden, student_weight.t(), out=logits)
+        if grad_weight is not None:
+            torch.mm(logits.t(), student_hidden, out=grad_weight)
         return torch.mm(logits, student_weight, out=grad)
 
     return call
