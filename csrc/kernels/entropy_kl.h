@@ -138,7 +138,7 @@ struct Kept {
   float* teacher;
 };
 
-// The rows that are read next.
+// What is read next of both models.
 struct Ahead {
   Prefetch student;
   Prefetch teacher;

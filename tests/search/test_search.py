@@ -1,6 +1,7 @@
 import importlib
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -203,3 +204,11 @@ def test_search_is_a_function_and_a_package_whatever_is_imported_first(first):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True"]
     assert importlib.import_module("e3pruner.search.bi").bi is METHODS["bi"]
+
+
+@pytest.mark.parametrize("method", ["gumbel-topk", "greedy", "evolution"])
+def test_the_progress_bar_ends_full(method, capsys):
+    run(method, progress=True)
+    done, total = re.findall(r"(\d+)/(\d+)", capsys.readouterr().err)[-1]
+    assert int(done) > 0
+    assert done == total

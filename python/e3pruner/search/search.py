@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -192,10 +192,13 @@ def _tokens_of(problem: SearchProblem) -> list[str]:
     return [f"{int(each):012x}" for rank in problem.ranks.gather(own) for each in rank]
 
 
-def _progress(problem: SearchProblem, method: str) -> Progress:
+@contextmanager
+def _progress(problem: SearchProblem, method: str) -> Iterator[None]:
+    """A bar over the passes that the method expects, which is at most; it ends full."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task(f"search: {method}", total=None)
-    problem.expect = lambda passes: bar.update(task, total=passes)
-    problem.advance = lambda: bar.advance(task)
-    return bar
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"search: {method}", total=None)
+        problem.expect = lambda passes: bar.update(task, total=passes)
+        problem.advance = lambda: bar.advance(task)
+        yield
+        bar.update(task, total=bar.tasks[task].completed)
