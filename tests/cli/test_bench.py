@@ -38,6 +38,7 @@ def test_a_run_writes_a_row_a_case_with_its_table(e3, recorded: Row, tmp_path: P
     assert result.exit_code == 0, result.output
     assert "-99" in result.output
     (row,) = read(out)
+    assert (row["op"], row["provider"], row["phase"], row["L"]) == ("gumbel_topk", "e3", "value", 30)
     assert case_of(row) == case_of(recorded)
     assert row["median"] > 0
     assert {"commit", "versions", "isa", "machine", "peak_bytes", "rate", "p20", "p80"} <= row.keys()
