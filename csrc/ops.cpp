@@ -412,22 +412,38 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor h
   return {grad_hidden, grad_branch, torch::stable::to(torch::stable::reshape(folded, gate.sizes()), gate.scalar_type())};
 }
 
-// hidden·weightᵀ + bias to `out`, all in bf16.
+std::string native_isa() { return e3::kIsaNames[static_cast<int>(kernels().isa)]; }
+
+// The rows that a product of the linear losses reads, of the dtype of its `out`, a contiguous (rows, columns).
+e3::Rows operand_of(const Tensor& operand, const char* name, const Tensor& out, int64_t rows, int64_t columns) {
+  const e3::DType dtype = dtype_of(out, "out");
+  STD_TORCH_CHECK(kernels().has_linear(dtype), "out has a dtype without a kernel on ", native_isa(),
+                  ": float32 needs AVX-512, bfloat16 AMX");
+  STD_TORCH_CHECK(out.is_contiguous() && out.size(0) == rows && out.size(1) == columns, "out must be contiguous (", rows,
+                  ", ", columns, ")");
+  const e3::Rows operand_rows = rows_of(operand, name);
+  STD_TORCH_CHECK(operand_rows.dtype == dtype, name, " must have the dtype of out");
+  return operand_rows;
+}
+
+// hidden·weightᵀ + bias to `out`.
 void linear_logits(Tensor hidden, Tensor weight, OptionalTensor bias, Tensor out) {
   const int64_t rows = hidden.size(0), width = hidden.size(1), vocabulary = weight.size(0);
-  STD_TORCH_CHECK(kernels().linear_logits != nullptr, "linear_logits needs AMX");
-  const e3::Rows hidden_rows = rows_of(hidden, "hidden"), weight_rows = rows_of(weight, "weight");
-  STD_TORCH_CHECK(out.is_contiguous() && out.size(0) == rows && out.size(1) == vocabulary && weight.size(1) == width,
-                  "out must be contiguous (", rows, ", ", vocabulary, "), and weight (", vocabulary, ", ", width, ")");
-  for (const e3::DType dtype : {hidden_rows.dtype, weight_rows.dtype, dtype_of(out, "out")}) {
-    STD_TORCH_CHECK(dtype == e3::DType::bfloat16, "hidden, weight and out must be bfloat16");
-  }
-  kernels().linear_logits({rows, width, vocabulary, hidden_rows, weight_rows,
-                           vector_of<void>(bias, ScalarType::BFloat16, vocabulary, "bias"), out.mutable_data_ptr()},
+  STD_TORCH_CHECK(weight.size(1) == width, "weight must be (vocabulary, ", width, ")");
+  kernels().linear_logits({rows, width, vocabulary, operand_of(hidden, "hidden", out, rows, vocabulary),
+                           operand_of(weight, "weight", out, rows, vocabulary),
+                           vector_of<void>(bias, out.scalar_type(), vocabulary, "bias"), out.mutable_data_ptr()},
                           torch_pool());
 }
 
-std::string native_isa() { return e3::kIsaNames[static_cast<int>(kernels().isa)]; }
+// grad·weight to `out`.
+void linear_grad_hidden(Tensor grad, Tensor weight, Tensor out) {
+  const int64_t rows = grad.size(0), vocabulary = grad.size(1), width = weight.size(1);
+  STD_TORCH_CHECK(weight.size(0) == vocabulary, "weight must be (", vocabulary, ", width)");
+  kernels().linear_grad_hidden({rows, width, vocabulary, operand_of(grad, "grad", out, rows, width),
+                                operand_of(weight, "weight", out, rows, width), out.mutable_data_ptr()},
+                               torch_pool());
+}
 
 }  // namespace
 
@@ -448,6 +464,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(e3, m) {
   m.def("topk_kl_tile(" E3_STUDENT E3_SPARSE E3_REDUCE);
   m.def("topk_kl_tile_backward(Tensor grad_loss, " E3_STUDENT E3_SPARSE ") -> Tensor(a!)");
   m.def("linear_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("linear_grad_hidden(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(e3, CompositeExplicitAutograd, m) {
@@ -465,6 +482,7 @@ STABLE_TORCH_LIBRARY_IMPL(e3, CPU, m) {
   m.impl("topk_kl_tile", TORCH_BOX(&topk_kl<Target::in_place>));
   m.impl("topk_kl_tile_backward", TORCH_BOX(&topk_kl_backward<Target::in_place>));
   m.impl("linear_logits", TORCH_BOX(&linear_logits));
+  m.impl("linear_grad_hidden", TORCH_BOX(&linear_grad_hidden));
   m.impl("gumbel_topk.native", TORCH_BOX(&gumbel_topk));
   m.impl("gumbel_topk_backward.native", TORCH_BOX(&gumbel_topk_backward));
   m.impl("gated_residual.native", TORCH_BOX(&gated_residual));

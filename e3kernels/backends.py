@@ -20,14 +20,20 @@ import torch
 from torch import Tensor
 
 from e3kernels.contract import BACKENDS
-from e3kernels.reference.linear import TileKernel, kernels, product
+from e3kernels.reference.linear import Products, TileKernel, kernels, linear_grad_hidden, linear_logits
 from e3kernels.registration import OPERATORS, define_overload
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes a pair: 48 MiB.
-_NATIVE_TILE_LOGITS = 6 << 20
+# Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes a pair: 56 MiB.
+_NATIVE_TILE_LOGITS = 7 << 20
+# Dtypes for which an instruction set has products of its own.
+_NATIVE_PRODUCTS = {
+    "avx512": (torch.float32,),
+    "avx512_bf16": (torch.float32,),
+    "amx": (torch.float32, torch.bfloat16),
+}
 # What a compiled module from before these sources lacks.
-_NEWEST_OPERATOR = "linear_logits"
+_NEWEST_OPERATOR = "linear_grad_hidden"
 
 
 @dataclass(frozen=True)
@@ -176,12 +182,22 @@ def native_isa() -> str | None:
     return None if "native" in unavailable else torch.ops.e3.native_isa()
 
 
-def _tile_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`linear.product`, on AMX for bf16."""
-    if hidden.dtype != torch.bfloat16 or weight.stride(1) != 1:
-        return product(hidden, weight, bias, out)
-    torch.ops.e3.linear_logits(hidden, weight, bias, out)
-    return out
+def _native_products(dtypes: tuple[torch.dtype, ...]) -> Products:
+    """The compiled products of tensors of `dtypes` whose rows are contiguous; torch's of others."""
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        if hidden.dtype not in dtypes or weight.stride(1) != 1:
+            return linear_logits(hidden, weight, bias, out)
+        torch.ops.e3.linear_logits(hidden, weight, bias, out)
+        return out
+
+    def grad_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        if grad.dtype not in dtypes or weight.stride(1) != 1:
+            return linear_grad_hidden(grad, weight, out)
+        torch.ops.e3.linear_grad_hidden(grad, weight, out)
+        return out
+
+    return Products(logits, grad_hidden)
 
 
 def _load_native() -> None:
@@ -202,11 +218,11 @@ def _load_native() -> None:
         overload = f"e3::{operation}.native"
         if torch._C._dispatch_has_kernel(overload) and torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CPU"):
             register("native", operation, None, None, devices=("cpu",), dtypes=FLOATS)
-    tile_product = _tile_product if torch.ops.e3.native_isa() == "amx" else product
+    products = _native_products(_NATIVE_PRODUCTS.get(torch.ops.e3.native_isa(), ()))
     for operation, dense in (("linear_entropy_kl", "entropy_kl"), ("linear_topk_kl", "topk_kl")):
         if ("native", dense) in services:
             forward, backward = (getattr(torch.ops.e3, f"{dense}_tile{part}").default for part in ("", "_backward"))
-            tile = TileKernel(forward, backward, _NATIVE_TILE_LOGITS, lean=True, product=tile_product)
+            tile = TileKernel(forward, backward, _NATIVE_TILE_LOGITS, lean=True, products=products)
             problem = importlib.import_module(f"e3kernels.reference.{operation}").problem
             register("native", operation, *kernels(problem, tile), devices=("cpu",), dtypes=FLOATS)
 

@@ -206,17 +206,18 @@ void run_gated_residual(Source& source, const OpsTable& table) {
   table.gated_residual_backward(problem, grad.get(), pool, source.coin(), dh.get(), out.get(), dm.data());
 }
 
-void run_linear_logits(Source& source, const OpsTable& table) {
-  if (table.linear_logits == nullptr) return;
-  const DType dtype = DType::bfloat16;
-  const int64_t rows = 1 + source.below(70), width = 1 + source.below(100), vocabulary = 1 + source.below(200);
+void run_linear(Source& source, const OpsTable& table) {
+  const DType dtype = source.coin() ? DType::float32 : DType::bfloat16;
+  if (!table.has_linear(dtype)) return;
+  const int64_t rows = 1 + source.below(110), width = 1 + source.below(150), vocabulary = 1 + source.below(200);
   const int64_t gap = source.byte() % 3, stride = width + gap;
   Buffer hidden(source, dtype, rows * stride - gap), weight(source, dtype, vocabulary * stride - gap);
-  Buffer bias(source, dtype, vocabulary), out(dtype, rows * vocabulary);
-  const bool biased = source.coin();
-  table.linear_logits({rows, width, vocabulary, {dtype, hidden.get(), stride}, {dtype, weight.get(), stride},
-                       biased ? bias.get() : nullptr, out.get()},
-                      pool_of(source));
+  Buffer bias(source, dtype, vocabulary), logits(dtype, rows * vocabulary), grad(dtype, rows * width);
+  const Rows weight_rows{dtype, weight.get(), stride};
+  const void* offset = source.coin() ? bias.get() : nullptr;
+  const Parallel pool = pool_of(source);
+  table.linear_logits({rows, width, vocabulary, {dtype, hidden.get(), stride}, weight_rows, offset, logits.get()}, pool);
+  table.linear_grad_hidden({rows, width, vocabulary, {dtype, logits.get(), vocabulary}, weight_rows, grad.get()}, pool);
 }
 
 }  // namespace
@@ -229,7 +230,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 0: run_entropy_kl(source, table); break;
     case 1: run_topk_kl(source, table); break;
     case 2: run_gumbel_topk(source, table); break;
-    case 3: run_linear_logits(source, table); break;
+    case 3: run_linear(source, table); break;
     default: run_gated_residual(source, table);
   }
   return 0;

@@ -27,19 +27,19 @@ inline int padded(int count) { return (count + kStep - 1) / kStep * kStep; }
 // Four, since student and teacher come at once. A window that the row does not fill is brought in order.
 class Prefetch {
  public:
-  static constexpr int64_t kLine = 64, kPage = 4096, kPages = 4, kWindow = kPages * kPage;
+  static constexpr int64_t kPage = 4096, kPages = 4, kWindow = kPages * kPage;
 
   // From byte `offset` on, a multiple of kPages lines, of the row of `size` bytes at `row`.
   Prefetch(const char* row, int64_t offset, int64_t size, int64_t bytes_per_value)
       : step_(static_cast<int>(bytes_per_value) * kStep) {
-    const int64_t window = offset / kWindow * kWindow, lines = (offset - window) / (kPages * kLine);
+    const int64_t window = offset / kWindow * kWindow, lines = (offset - window) / (kPages * kLineBytes);
     const bool by_turns = window + kWindow <= size;
-    stride_ = by_turns ? kPage : kLine;
-    advance_ = by_turns ? kLine : kPages * kLine;
+    stride_ = by_turns ? kPage : kLineBytes;
+    advance_ = by_turns ? kLineBytes : kPages * kLineBytes;
     at_ = row + window + lines * advance_;
   }
   void step() {
-    if (done_ % (kPages * kLine) == 0) {
+    if (done_ % (kPages * kLineBytes) == 0) {
       for (int64_t page = 0; page < kPages; ++page) __builtin_prefetch(at_ + page * stride_, 0, 2);
       at_ += advance_;
     }

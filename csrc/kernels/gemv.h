@@ -9,7 +9,6 @@ namespace e3::E3_ISA_NAMESPACE {
 
 inline constexpr int kStreams = 4;
 inline constexpr int kVectorBlock = kLanes == 16 ? 4 : 2;
-inline constexpr int kLineBytes = 64;
 inline constexpr int kAheadBytes = 4096;
 
 struct Vectors {

@@ -18,11 +18,9 @@ const OpsTable table{
     .gumbel_topk_backward = gumbel_topk_backward,
     .gated_residual = gated_residual,
     .gated_residual_backward = gated_residual_backward,
-#if defined(__AMX_BF16__)
+    .has_linear = has_linear,
     .linear_logits = linear_logits,
-#else
-    .linear_logits = nullptr,
-#endif
+    .linear_grad_hidden = linear_grad_hidden,
 };
 
 }  // namespace e3::E3_ISA_NAMESPACE

@@ -18,7 +18,9 @@ struct OpsTable {
   void (*gated_residual)(const GatedResidual&, const Parallel&, bool stream, void* out);
   void (*gated_residual_backward)(const GatedResidual&, const void* grad, const Parallel&, bool stream,
                                   void* grad_hidden, void* grad_branch, float* grad_gate);
-  void (*linear_logits)(const LinearLogits&, const Parallel&);  // null without AMX
+  bool (*has_linear)(DType);  // whether the two that follow serve this dtype
+  void (*linear_logits)(const LinearLogits&, const Parallel&);
+  void (*linear_grad_hidden)(const LinearGradHidden&, const Parallel&);
 };
 
 // Defined by ops_table.cpp, in one object an instruction set.

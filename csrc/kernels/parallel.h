@@ -11,6 +11,11 @@ struct Parallel {
   void (*run)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 };
 
+// How many pieces of `size` cover `count`.
+inline int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+inline int64_t at_most(int64_t count, int64_t limit) { return count < limit ? count : limit; }
+
 template <class Body>
 inline void parallel_for(const Parallel& pool, int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;

@@ -82,7 +82,7 @@ struct LossOutput {
   bool stream;          // write the gradient past the caches
 };
 
-// All in bf16; out (rows, vocabulary) without gaps.
+// All of one dtype, fp32 or bf16; out (rows, vocabulary) without gaps.
 struct LinearLogits {
   int64_t rows;
   int64_t width;
@@ -90,6 +90,16 @@ struct LinearLogits {
   Rows hidden;
   Rows weight;
   const void* bias;  // null: none
+  void* out;
+};
+
+// All of one dtype, fp32 or bf16; out (rows, width) without gaps.
+struct LinearGradHidden {
+  int64_t rows;
+  int64_t width;
+  int64_t vocabulary;
+  Rows grad;
+  Rows weight;
   void* out;
 };
 

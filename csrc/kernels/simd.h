@@ -26,6 +26,8 @@ inline constexpr int kLanes = 8;
 inline constexpr int kLanes = 4;
 #endif
 
+inline constexpr int kLineBytes = 64;  // of a cache
+
 #define E3_VECTOR(type) type __attribute__((vector_size(kLanes * sizeof(type))))
 using Vf = E3_VECTOR(float);
 using Vi = E3_VECTOR(int32_t);
@@ -64,7 +66,8 @@ inline void store_raw(T* target, const V& value) {
   std::memcpy(target, &value, sizeof(V));
 }
 
-inline Vf broadcast(float value) { return Vf{} + value; }
+// value − 0, which is the value itself, −0 too: 0 + value would be an addition.
+inline Vf broadcast(float value) { return value - Vf{}; }
 
 // a·b + c, fused where the hardware has it.
 inline Vf fma(Vf a, Vf b, Vf c) {
@@ -268,7 +271,7 @@ inline void stream(T* target, Vf value) {
 // How many values leave at once: with AVX-512 a whole line, whose halves could leave apart.
 #if defined(__AVX512F__)
 template <class T>
-inline constexpr int kStreamed = 64 / sizeof(T);
+inline constexpr int kStreamed = kLineBytes / sizeof(T);
 
 template <class T>
 inline void stream(T* target, Vf first, Vf second) {

@@ -26,8 +26,8 @@ from e3kernels.reference.token_loss import denominator
 REFERENCE_LOGITS = 4 << 20
 # Bytes of a weight that are cast, or of its gradient that are multiplied out, at a time.
 _BLOCK_BYTES = 8 << 20
-# Tiles of more rows than this hold a multiple of it, as matrix units like them.
-_ROW_MULTIPLE = 8
+# Tiles of as many rows and more hold a multiple of them: what the products' kernels take at a time, and part of it.
+_ROW_MULTIPLES = (48, 16)
 
 
 def product_dtype(hidden: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
@@ -41,30 +41,45 @@ def product_dtype(hidden: Tensor, compute_dtype: torch.dtype | None) -> torch.dt
     return compute_dtype or hidden.dtype
 
 
-def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """hidden @ weight.T + bias, all of one dtype, written to `out`."""
     if bias is None:
         return torch.mm(hidden, weight.t(), out=out)
     return torch.addmm(bias, hidden, weight.t(), out=out)
 
 
+def linear_grad_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """grad @ weight, all of one dtype, written to `out`."""
+    return torch.mm(grad, weight, out=out)
+
+
+class Products(NamedTuple):
+    """The two products of a few rows with a whole head."""
+
+    logits: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor] = linear_logits
+    grad_hidden: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_grad_hidden
+
+
+def _whole(rows: int) -> int:
+    """As many of the rows as the products' kernels like."""
+    return next((rows // multiple * multiple for multiple in _ROW_MULTIPLES if rows >= multiple), rows)
+
+
 class TileKernel(NamedTuple):
     """The dense operation on one tile of logits: forward and backward with the operators' arguments, and how many
     fp32 logits of one model a tile may hold for the kernel's temporaries to stay in its workspace. The gradient may
     replace the student's logits. A `lean` kernel has no temporaries but the logits: of a narrower dtype it takes more.
-    `product` makes the logits.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., Tensor]
     logits: int
     lean: bool = False
-    product: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor] = product
+    products: Products = Products()
 
     def rows(self, vocabulary: int, dtype: torch.dtype) -> int:
         """Rows of a tile whose logits have `dtype`."""
-        rows = self.logits * (4 if self.lean else dtype.itemsize) // dtype.itemsize // vocabulary
-        return max(1, rows // _ROW_MULTIPLE * _ROW_MULTIPLE or rows)
+        return max(1, _whole(self.logits * (4 if self.lean else dtype.itemsize) // dtype.itemsize // vocabulary))
 
 
 class Head(NamedTuple):
@@ -74,7 +89,7 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     dtype: torch.dtype
-    product: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+    products: Products
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         vocabulary, width = self.weight.shape
@@ -86,7 +101,8 @@ class Head(NamedTuple):
         """Logits (rows, V) of `hidden` (rows, H), written to `out`."""
         hidden = hidden.to(self.dtype)
         if self.weight.dtype == self.dtype:
-            return self.product(hidden, self.weight, None if self.bias is None else self.bias.to(self.dtype), out)
+            bias = None if self.bias is None else self.bias.to(self.dtype)
+            return self.products.logits(hidden, self.weight, bias, out)
         for block in self.blocks():
             bias = None if self.bias is None else self.bias[block].to(self.dtype)
             out[:, block] = F.linear(hidden, self.weight[block].to(self.dtype), bias)
@@ -132,21 +148,23 @@ class HeadGradients:
     def add(self, rows: slice, grad_logits: Tensor) -> None:
         head, grad = self.head, grad_logits.to(self.head.dtype)
         if self.hidden is not None:
-            self.hidden[rows] = self._through_weight(grad)
+            self._through_weight(grad, self.hidden[rows])
         if self.bias is not None:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
         if self.weight is not None:
             self._add_weight(grad, head.hidden[rows].to(head.dtype))
         self._begun = True
 
-    def _through_weight(self, grad: Tensor) -> Tensor:
+    def _through_weight(self, grad: Tensor, out: Tensor) -> None:
+        """grad @ weight to `out`."""
         weight = self.head.weight
-        if weight.dtype == grad.dtype:
-            return grad @ weight
-        total = torch.zeros(len(grad), weight.shape[1], dtype=accumulate_dtype(grad.dtype), device=grad.device)
+        if weight.dtype == grad.dtype == out.dtype:
+            self.head.products.grad_hidden(grad, weight, out)
+            return
+        total = torch.zeros_like(out, dtype=accumulate_dtype(grad.dtype))
         for block in self.head.blocks():
             total += grad[:, block] @ weight[block].to(grad.dtype)
-        return total
+        out.copy_(total)
 
     def _add_weight(self, grad: Tensor, hidden: Tensor) -> None:
         """Where `grad` lies at the front of the sum's own memory, at most half of it, the rows of the sum behind it
@@ -212,7 +230,7 @@ class LinearLoss:
         vocabulary, count = len(self.head.weight), len(self.head.hidden)
         step, first = self.kernel.rows(vocabulary, self.head.dtype), 0
         if self.kernel.lean and (room := min(gradients.room(), count)) > step:
-            first = room if room == count else room // _ROW_MULTIPLE * _ROW_MULTIPLE
+            first = room if room == count else _whole(room)
             yield slice(0, first), gradients.workspace(self.models * first)
         if first == count:
             return

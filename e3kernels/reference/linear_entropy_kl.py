@@ -34,8 +34,8 @@ def problem(
 ) -> LinearLoss:
     """The linear loss of the operator's arguments, with `kernel` as its dense operation."""
     dtype = product_dtype(student_hidden, compute_dtype)
-    student = Head(student_hidden, student_weight, student_bias, dtype, kernel.product)
-    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, dtype, kernel.product)
+    student = Head(student_hidden, student_weight, student_bias, dtype, kernel.products)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, dtype, kernel.products)
     shared = _same(student_weight, teacher_weight) and _same(student_bias, teacher_bias)
 
     def tile(rows: slice, workspace: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

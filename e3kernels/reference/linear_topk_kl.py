@@ -28,7 +28,7 @@ def problem(
 ) -> LinearLoss:
     """The linear loss of the operator's arguments, with `kernel` as its sparse operation."""
     dtype = product_dtype(student_hidden, compute_dtype)
-    student = Head(student_hidden, student_weight, student_bias, dtype, kernel.product)
+    student = Head(student_hidden, student_weight, student_bias, dtype, kernel.products)
 
     def tile(rows: slice, workspace: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return student.project(student_hidden[rows], workspace), (teacher_logprobs[rows], teacher_ids[rows])

@@ -56,7 +56,7 @@ def test_a_lean_kernel_takes_more_rows_of_a_narrow_dtype():
     kernel = TileKernel(entropy_kl, entropy_kl_backward, 1000)
     assert [kernel.rows(10, dtype) for dtype in (torch.float32, torch.bfloat16)] == [96, 96]
     kernel = kernel._replace(lean=True)
-    assert [kernel.rows(10, dtype) for dtype in (torch.float32, torch.bfloat16)] == [96, 200]
+    assert [kernel.rows(10, dtype) for dtype in (torch.float32, torch.bfloat16)] == [96, 192]
     assert kernel.rows(5000, torch.float32) == 1
 
 
@@ -93,7 +93,7 @@ def test_the_first_tile_lies_in_the_weight_gradient(monkeypatch, reduction, dtyp
 
 
 def test_the_gradient_of_a_head_without_tokens_is_zero():
-    head = linear.Head(torch.empty(0, 6), torch.randn(23, 6), None, torch.float32, linear.product)
+    head = linear.Head(torch.empty(0, 6), torch.randn(23, 6), None, torch.float32, linear.Products())
     _, weight, _ = linear.HeadGradients(head, (True, True, True)).results()
     assert weight.shape == (23, 6)
     assert not weight.any()
