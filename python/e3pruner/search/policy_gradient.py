@@ -8,7 +8,7 @@ from torch import Tensor
 import e3kernels as e3k
 from e3pruner.search.checks import check_integer, check_positive
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Search, leave_one_out_scores, lowest, removed_share, scores_of
+from e3pruner.search.protocol import Search, leave_one_out_scores, log_z_scores, lowest, removed_share, scores_of
 
 _BASELINE_DECAY = 0.8
 
@@ -30,8 +30,7 @@ def policy_gradient(
     importance = leave_one_out_scores(problem, range(count))
     yield {"importance": importance, "removed": lowest(problem, importance)}
 
-    start = torch.tensor([importance[layer] for layer in problem.free], dtype=torch.float64).log()
-    logits = (start - start.mean()) / start.std(correction=0).clamp(min=1e-9)
+    logits = log_z_scores(problem, importance)
     adam = torch.optim.Adam([logits], lr=lr)
     baseline = None
     for step in range(steps):

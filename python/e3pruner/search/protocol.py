@@ -52,6 +52,12 @@ def leave_one_out_scores(problem: SearchProblem, batches: Sequence[int], measure
     return problem.score(masks, batches, measure)
 
 
+def log_z_scores(problem: SearchProblem, importance: Sequence[float]) -> Tensor:
+    """The z-scores (F,), fp64, of the logs of the importance of the units that may go: where a θ can start."""
+    logs = torch.tensor([importance[unit] for unit in problem.free], dtype=torch.float64).log()
+    return (logs - logs.mean()) / logs.std(correction=0).clamp(min=1e-9)
+
+
 def run_starts(problem: SearchProblem) -> list[int]:
     """Where a run of `drop` neighbouring layers that may all go can begin; raises `ValueError` if nowhere."""
     free = set(problem.free)

@@ -8,7 +8,7 @@ import e3kernels as e3k
 from e3pruner.search.checks import check_choice, check_integer, check_positive
 from e3pruner.search.gradient import gate_gradient
 from e3pruner.search.problem import SearchProblem
-from e3pruner.search.protocol import Search, layers_of, leave_one_out_scores, lowest
+from e3pruner.search.protocol import Search, layers_of, leave_one_out_scores, log_z_scores, lowest
 
 OPTIMIZERS = ("adam", "sgd")
 CURRICULA = ("cubic", "linear", "none")
@@ -46,8 +46,7 @@ def straight_through(
     importance = leave_one_out_scores(problem, range(count))
     yield {"importance": importance, "removed": lowest(problem, importance)}
 
-    start = torch.tensor([importance[layer] for layer in free], dtype=torch.float64).log()
-    theta = ((start - start.mean()) / start.std(correction=0).clamp(min=1e-9)).requires_grad_()
+    theta = log_z_scores(problem, importance).requires_grad_()
     if optimizer == "adam":
         descent: torch.optim.Optimizer = torch.optim.Adam([theta], lr=lr)
     else:
