@@ -32,6 +32,8 @@ _NATIVE_PRODUCTS = {
     "avx512_bf16": (torch.float32,),
     "amx": (torch.float32, torch.bfloat16),
 }
+# Rows of a tile up to which those products are the faster ones: torch's pack the head, which pays with more rows.
+_FEW_ROWS = 288
 # What a compiled module from before these sources lacks.
 _NEWEST_OPERATOR = "linear_grad_hidden"
 
@@ -183,16 +185,19 @@ def native_isa() -> str | None:
 
 
 def _native_products(dtypes: tuple[torch.dtype, ...]) -> Products:
-    """The compiled products of tensors of `dtypes` whose rows are contiguous; torch's of others."""
+    """The compiled products of few rows of `dtypes` with a head whose rows are contiguous; torch's of others."""
+
+    def serves(rows: Tensor, weight: Tensor) -> bool:
+        return rows.dtype in dtypes and len(rows) <= _FEW_ROWS and weight.stride(1) == 1
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        if hidden.dtype not in dtypes or weight.stride(1) != 1:
+        if not serves(hidden, weight):
             return linear_logits(hidden, weight, bias, out)
         torch.ops.e3.linear_logits(hidden, weight, bias, out)
         return out
 
     def grad_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        if grad.dtype not in dtypes or weight.stride(1) != 1:
+        if not serves(grad, weight):
             return linear_grad_hidden(grad, weight, out)
         torch.ops.e3.linear_grad_hidden(grad, weight, out)
         return out

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e3kernels.backends import _NATIVE_PRODUCTS, native_isa
+from e3kernels.backends import _FEW_ROWS, _NATIVE_PRODUCTS, _native_products, native_isa
 
 DTYPES = _NATIVE_PRODUCTS.get(native_isa(), ())
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
@@ -103,6 +103,25 @@ def test_threads_change_no_bit(dtype):
     for result in results[1:]:
         assert torch.equal(result[0], results[0][0])
         assert torch.equal(result[1], results[0][1])
+
+
+def test_many_rows_and_a_head_of_columns_go_to_torch():
+    products = _native_products(DTYPES)
+    hidden, weight = (
+        normal(_FEW_ROWS + 1, 300, dtype=torch.float32, seed=1),
+        normal(90, 300, dtype=torch.float32, seed=2),
+    )
+    for rows, head, own in (
+        (48, weight, True),
+        (48, weight.t().contiguous().t(), False),
+        (_FEW_ROWS + 1, weight, False),
+    ):
+        logits, whole, grad_hidden = torch.empty(rows, 90), torch.empty(rows, 90), torch.empty(rows, 300)
+        products.logits(hidden[:rows], head, None, logits)
+        torch.ops.e3.linear_logits(hidden[:rows], weight, None, whole)
+        assert torch.equal(logits, whole) == own
+        products.grad_hidden(whole, head, grad_hidden)
+        assert torch.equal(grad_hidden, whole @ head) != own
 
 
 def of(dtype, *shape):
