@@ -105,23 +105,21 @@ def test_threads_change_no_bit(dtype):
         assert torch.equal(result[1], results[0][1])
 
 
-def test_many_rows_and_a_head_of_columns_go_to_torch():
+@pytest.mark.parametrize(
+    ("rows", "columns", "own"), [(_FEW_ROWS, False, True), (_FEW_ROWS, True, False), (_FEW_ROWS + 1, False, False)]
+)
+def test_many_rows_and_a_head_of_columns_go_to_torch(monkeypatch, rows, columns, own):
+    served = []
+    for name in ("linear_logits", "linear_grad_hidden"):
+        monkeypatch.setattr(torch.ops.e3, name, lambda *tensors, name=name: served.append(name) or tensors[-1].zero_())
     products = _native_products(DTYPES)
-    hidden, weight = (
-        normal(_FEW_ROWS + 1, 300, dtype=torch.float32, seed=1),
-        normal(90, 300, dtype=torch.float32, seed=2),
-    )
-    for rows, head, own in (
-        (48, weight, True),
-        (48, weight.t().contiguous().t(), False),
-        (_FEW_ROWS + 1, weight, False),
-    ):
-        logits, whole, grad_hidden = torch.empty(rows, 90), torch.empty(rows, 90), torch.empty(rows, 300)
-        products.logits(hidden[:rows], head, None, logits)
-        torch.ops.e3.linear_logits(hidden[:rows], weight, None, whole)
-        assert torch.equal(logits, whole) == own
-        products.grad_hidden(whole, head, grad_hidden)
-        assert torch.equal(grad_hidden, whole @ head) != own
+    hidden, weight = of(torch.float32, rows, 8), of(torch.float32, 6, 8)
+    weight = weight.t().contiguous().t() if columns else weight
+    logits = products.logits(hidden, weight, None, of(torch.float32, rows, 6))
+    grad_hidden = products.grad_hidden(logits, weight, of(torch.float32, rows, 8))
+    assert served == (["linear_logits", "linear_grad_hidden"] if own else [])
+    assert logits.eq(0 if own else 8).all()
+    assert grad_hidden.eq(0 if own else 48).all()
 
 
 def of(dtype, *shape):
