@@ -4,9 +4,9 @@
 //   grad_hidden[n][h] = Σ_v grad[n][v]·weight[v][h]
 //
 // Both are Σ_k left[n][k]·right(j, k) with the rows n in the lanes: `left` is transposed once, into panels [k][n] of up to
-// three vectors; the head's values are broadcast from where they lie, so that nothing of it is copied; the sums come out
-// transposed. Three vectors of rows by eight columns j are 24 sums in registers: 24 multiply-adds for 3 + 8 loads. A sum is
-// taken in pieces of kDepth terms, so that a panel's piece stays in the first-level cache while the columns pass by.
+// three vectors; the head's values are broadcast, for the logits from where they lie; the sums come out transposed. Three
+// vectors of rows by eight columns j are 24 sums in registers: 24 multiply-adds for 3 + 8 loads. A sum is taken in pieces of
+// kDepth terms, so that a panel's piece stays in the first-level cache while the columns pass by.
 #pragma once
 
 #if defined(__AVX512F__)
