@@ -82,12 +82,12 @@ inline void transform_gradient(const float* x, int count, const Transform& trans
 // body(begin, count) for each block of a row, over the pool's threads.
 template <class Body>
 inline void for_each_block(const Parallel& pool, int64_t columns, const Body& body) {
-  const int64_t blocks = (columns + kBlock - 1) / kBlock;
+  const int64_t blocks = pieces(columns, kBlock);
   parallel_for(pool, blocks, 1, [&](int64_t first, int64_t last) {
     const FlushSubnormals guard;
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * kBlock;
-      body(begin, static_cast<int>(columns - begin < kBlock ? columns - begin : kBlock));
+      body(begin, static_cast<int>(at_most(kBlock, columns - begin)));
     }
     if (pool.threads > 1) stream_fence();
   });
@@ -101,7 +101,7 @@ inline Sums fold_blocks(const Parallel& pool, int64_t columns, const Part& part,
     for_each_block(pool, columns, [&](int64_t begin, int count) { join(total, part(begin, count)); });
     return total;
   }
-  const int64_t blocks = (columns + kBlock - 1) / kBlock;
+  const int64_t blocks = pieces(columns, kBlock);
   const std::unique_ptr<Sums[]> parts(new Sums[blocks]);
   for_each_block(pool, columns, [&](int64_t begin, int count) { parts[begin / kBlock] = part(begin, count); });
   for (int64_t block = 0; block < blocks; ++block) join(total, parts[block]);

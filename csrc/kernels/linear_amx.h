@@ -47,13 +47,9 @@ struct Tiles {
   int64_t row;
 };
 
-inline __mmask32 first_of_pair(int64_t count) {
-  return count >= kPair ? ~__mmask32{0} : (__mmask32{1} << (count > 0 ? count : 0)) - 1;
-}
-
 // The first `count` of 32 values, 0 in the others.
 inline __m512i load_some(const bf16* source, int64_t count) {
-  return _mm512_maskz_loadu_epi16(first_of_pair(count), source);
+  return _mm512_maskz_loadu_epi16(first_lanes<__mmask32>(count), source);
 }
 
 // Left tiles of up to 16 rows with `depth` terms of the sum; 0 past the ends.
@@ -126,12 +122,6 @@ inline void add_pairs(const Tiles (&a)[2], const char* b0, const char* b1, int64
 inline Scratch new_tiles(int64_t count) { return new_scratch(count * kTileBytes / 4); }
 inline char* bytes_of(const Scratch& scratch) { return reinterpret_cast<char*>(scratch.get()); }
 
-// `value` to the columns of a row that are there.
-inline void store_some(Vf value, int64_t columns, bf16* target) {
-  if (columns >= kLanes) return store(target, value);
-  for (int64_t i = 0; i < columns; ++i) store_one(target + i, value[i]);
-}
-
 // Columns [v, v + 32) of 16 rows of logits from two transposed tiles of sums.
 inline void store_logits(const LinearLogits& problem, const float* first, const float* second, int64_t row, int64_t v) {
   const int64_t columns = problem.vocabulary - v;
@@ -149,8 +139,8 @@ inline void store_logits(const LinearLogits& problem, const float* first, const 
     if (lines) {
       stream(target, low, high);
     } else {
-      store_some(low, columns, target);
-      store_some(high, columns - kTile, target + kTile);
+      const auto pair = bits_as<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+      _mm512_mask_storeu_epi16(target, first_lanes<__mmask32>(columns), pair);
     }
   }
 }
@@ -177,7 +167,7 @@ inline void linear_logits_amx(const LinearLogits& problem, const Parallel& pool)
   parallel_for(pool, pieces(problem.vocabulary, kPair), 8, [&](int64_t first, int64_t last) {
     const TileConfiguration configuration;
     const Scratch packed = new_tiles(2 * steps), sums = new_tiles(4);
-    const int64_t end = last * kPair < problem.vocabulary ? last * kPair : problem.vocabulary;
+    const int64_t end = at_most(last * kPair, problem.vocabulary);
     for (int64_t v = first * kPair; v < end; v += kPair) {
       Tiles a[2];
       for (int i = 0; i < 2; ++i) {
@@ -187,8 +177,7 @@ inline void linear_logits_amx(const LinearLogits& problem, const Parallel& pool)
         a[i] = {bytes_of(packed) + i * panel, kTileBytes, kLineBytes};
         pack_rows(weight + row * stride, stride, rows, problem.width, bytes_of(packed) + i * panel);
       }
-      const int64_t ahead = end - v - kPair;
-      PrefetchRows next(weight + (v + kPair) * stride, stride, ahead < kPair ? ahead : kPair, problem.width,
+      PrefetchRows next(weight + (v + kPair) * stride, stride, at_most(kPair, end - v - kPair), problem.width,
                         pieces(groups, 2) * steps);
       for (int64_t group = 0; group < groups; group += 2) {
         const char* pairs = bytes_of(right) + group * panel;
@@ -223,7 +212,7 @@ inline void store_grad_hidden(const LinearGradHidden& problem, const float* firs
   bf16* target = static_cast<bf16*>(problem.out) + row * problem.width + h;
   for (int64_t n = 0; n < at_most(kTile, problem.rows - row); ++n, target += problem.width) {
     const auto dealt = bits_as<__m512i>(_mm512_cvtne2ps_pbh(load(second + n * kTile), load(first + n * kTile)));
-    _mm512_mask_storeu_epi16(target, first_of_pair(columns), _mm512_permutexvar_epi64(order, dealt));
+    _mm512_mask_storeu_epi16(target, first_lanes<__mmask32>(columns), _mm512_permutexvar_epi64(order, dealt));
   }
 }
 

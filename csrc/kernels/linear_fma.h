@@ -64,8 +64,6 @@ inline void add_products(const float* left, int64_t terms, const Right& right, P
   }
 }
 
-inline __mmask16 first_lanes(int64_t count) { return count >= kLanes ? 0xffff : (1u << (count > 0 ? count : 0)) - 1; }
-
 // panel[k][n] = source[n][k] for `terms` terms; 0 in the lanes past the last row.
 template <int kVectors>
 inline void pack_panel(const float* source, int64_t stride, int64_t rows, int64_t terms, float* panel) {
@@ -75,7 +73,7 @@ inline void pack_panel(const float* source, int64_t stride, int64_t rows, int64_
       for (int64_t n = 0; n < at_most(kLanes, rows - i * kLanes); ++n) {
         const float* values = source + (i * kLanes + n) * stride + k;
         __builtin_prefetch(values + kDepth, 0, 2);
-        m[n] = bits_as<Vu>(_mm512_maskz_loadu_ps(first_lanes(terms - k), values));
+        m[n] = bits_as<Vu>(_mm512_maskz_loadu_ps(first_lanes<__mmask16>(terms - k), values));
       }
       transpose(m);
       float* target = panel + (k * kVectors + i) * kLanes;
@@ -93,7 +91,7 @@ inline void store_sums(const float* sums, int64_t columns, int64_t rows, int64_t
       Vu m[kLanes];
       for (int64_t lane = 0; lane < kLanes; ++lane) m[lane] = load_raw<Vu>(sums + ((j + lane) * kVectors + i) * kLanes);
       transpose(m);
-      const __mmask16 mask = first_lanes(columns - j);
+      const __mmask16 mask = first_lanes<__mmask16>(columns - j);
       for (int64_t n = 0; n < at_most(kLanes, rows - i * kLanes); ++n) {
         float* target = out + (i * kLanes + n) * stride + j;
         const Vf values = bits_as<Vf>(m[n]);
@@ -187,7 +185,7 @@ inline void linear_grad_hidden_fma(const LinearGradHidden& problem, const Parall
                         pieces(rows, kGroup) * padded / kColumns * terms / kLanes);
       for (int64_t j = 0; j < columns; j += kLanes) {
         for (int64_t k = 0; k < terms; ++k) {
-          const Vf values = _mm512_maskz_loadu_ps(first_lanes(columns - j), weight + k * stride + j);
+          const Vf values = _mm512_maskz_loadu_ps(first_lanes<__mmask16>(columns - j), weight + k * stride + j);
           store(piece.get() + k * kLanes, values);
         }
         for (int64_t row = 0; row < rows; row += kGroup) {

@@ -107,6 +107,15 @@ inline Vf min(Vf a, Vf b) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// The first `count` lanes, all of them from as many bits of the mask on.
+template <class Mask>
+inline Mask first_lanes(int64_t count) {
+  constexpr int kBits = 8 * sizeof(Mask);
+  return count >= kBits ? static_cast<Mask>(-1) : static_cast<Mask>((Mask{1} << (count > 0 ? count : 0)) - 1);
+}
+#endif
+
 inline Vf select(Vi mask, Vf yes, Vf no) { return mask ? yes : no; }
 inline Vu select(Vi mask, Vu yes, Vu no) { return mask ? yes : no; }
 
