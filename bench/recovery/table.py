@@ -3,7 +3,8 @@
 python bench/recovery/table.py bench/recovery/recoveries.yaml [--tokens 64000] [--only "LoRA" ...]
 
 One JSON line a cell and seed. Cut short, even by a kill, the same command goes on: finished cells are not repeated, the
-one in training goes on from its last state, all under --work.
+one in training goes on from its last state, all under --work. Once the cells "none" and "compensation" are there,
+several processes may share --out and --work, with other cells in --only; tokens/s are then theirs side by side.
 """
 
 from __future__ import annotations
@@ -19,19 +20,18 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import e3pruner
 from e3pruner import PruningPlan, TeacherCache
+from e3pruner.cli.kinds import KindsOfText, kinds_of_text
 from e3pruner.cli.models import load_model, load_tokenizer
 from e3pruner.cli.options import Dtype
-from e3pruner.cli.text import take, token_splits
+from e3pruner.cli.text import take
 from e3pruner.models import find_layers
 from e3pruner.profiling.process_memory import peak_above_inputs
-from e3pruner.recovery.batches import Sequences, shuffled_batch, tokens_of
+from e3pruner.recovery.batches import shuffled_batch
 from e3pruner.recovery.state import going_on
-from e3pruner.recovery.text import demo_tokens
 from e3pruner.report import describe_environment
 from e3pruner.report.table import markdown_table
 from e3pruner.storage import new_folder, read_json_lines, replacing_file, write_json_lines
@@ -60,18 +60,10 @@ class Study:
         return PruningPlan.of_removed(self.settings["removed"], len(find_layers(self.teacher)))
 
     @cached_property
-    def text(self) -> tuple[Sequences, dict[str, Tensor]]:
-        """Training sequences, and held-out ones by kind."""
-        length, path = self.settings["length"], self.settings["text"]
-        if path is None:
-            text = demo_tokens(self.tokenizer, self.teacher, length=length)
-            training, kinds = text.training, text.held_out
-        else:
-            splits = token_splits(self.tokenizer, Path(path), length=length, seed=0)
-            training, kinds = splits.training, {"text": splits.held_out}
-        return training, {
-            kind: take(rows, min(self.settings["held_out"], len(rows)), kind) for kind, rows in kinds.items()
-        }
+    def text(self) -> KindsOfText:
+        """The same tokens on every machine: nothing of it is written by a model."""
+        length, held_out = self.settings["length"], self.settings["held_out"]
+        return kinds_of_text(self.tokenizer, self.settings["text"], length=length, held_out=held_out)
 
     @property
     def steps(self) -> int:
@@ -82,7 +74,7 @@ class Study:
         folder = self.work / f"start-{compensate}"
         if not folder.exists():
             pruned = e3pruner.prune(self.teacher, self.plan)
-            calibration = tokens_of(self.text[0])[: self.settings["calibration"]]
+            calibration = take(self.text.calibration, self.settings["calibration"], "calibration")
             e3pruner.compensate(pruned, self.teacher, self.plan, calibration, method=compensate)
             with new_folder(folder) as temporary:
                 pruned.save_pretrained(temporary)
@@ -93,7 +85,7 @@ class Study:
 
     def measure_cache(self) -> dict[str, Any]:
         """Makes the cache: tokens a second, teacher included; and those of reading an epoch of it in random order."""
-        data, tokens = self.text[0], tokens_of(self.text[0]).numel()
+        data = self.text.training
         began = time.perf_counter()
         cache = e3pruner.cache_teacher(
             self.teacher, data, self.work / "cache", tokenizer=self.tokenizer, k=self.settings["k"]
@@ -105,8 +97,8 @@ class Study:
         read = time.perf_counter()
         stored = sum(file.stat().st_size for file in cache.folder.iterdir())
         return {
-            "bytes_per_token": stored / tokens,
-            "write_tokens_per_s": tokens / (made - began),
+            "bytes_per_token": stored / data.numel(),
+            "write_tokens_per_s": data.numel() / (made - began),
             "read_tokens_per_s": len(data) // size * size * self.settings["length"] / (read - made),
         }
 
@@ -126,7 +118,7 @@ class Study:
 
             def train() -> None:
                 teacher = self.teacher if source == "live" else self.cache(tail)
-                arguments = {"data": self.text[0], "plan": self.plan, "save_every": 50} | state
+                arguments = {"data": self.text.training, "plan": self.plan, "save_every": 50} | state
                 arguments |= {"steps": self.steps, "batch_size": self.settings["batch"], "seed": seed} | options
                 results.append(e3pruner.distill(student, teacher=teacher, **arguments))
 
@@ -144,8 +136,15 @@ class Study:
         size = self.settings["batch"]
         return {
             kind: e3pruner.evaluate(model, rows.split(size), self.teacher, precision="auto")
-            for kind, rows in self.text[1].items()
+            for kind, rows in self.text.held_out.items()
         }
+
+
+def read_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = read_json_lines(path, ("cell", "seed", "settings"), "no cell") if path.exists() else []
+    if any(row["settings"] != settings for row in rows):
+        raise SystemExit(f"{path} holds figures of other settings; choose another --out")
+    return rows
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], order: list[str]) -> None:
@@ -176,13 +175,19 @@ def markdown(rows: list[dict[str, Any]], order: list[str]) -> str:
         lines.append(line)
     table = markdown_table(headings, lines)
     (cache,) = (row for row in rows if row["cell"] == CACHE)
-    where = rows[-1]["environment"]
     return (
         f"{rows[-1]['settings']['tokens']:,} tokens of training a cell.\n\n{table}\n\n"
         f"Teacher cache: {cache['bytes_per_token']:.1f} bytes a token, made at {cache['write_tokens_per_s']:.0f} and "
-        f"read at {cache['read_tokens_per_s']:.0f} tokens/s.\n\n"
-        f"`{rows[-1]['command']}` at commit {where['commit']} on {where['machine']['processor']}, "
-        f"{where['machine']['cores']} cores, torch {where['versions']['torch']}.\n"
+        f"read at {cache['read_tokens_per_s']:.0f} tokens/s.\n\n" + "\n".join(dict.fromkeys(map(origin, rows))) + "\n"
+    )
+
+
+def origin(row: dict[str, Any]) -> str:
+    """Where the row comes from: a line of Markdown."""
+    where = row["environment"]
+    return (
+        f"- `{row['command']}` at commit {where['commit']} on {where['machine']['processor']}, "
+        f"{where['machine']['threads']} of {where['machine']['cores']} cores, torch {where['versions']['torch']}."
     )
 
 
@@ -202,9 +207,7 @@ def main(arguments: list[str]) -> None:
     settings["tokens"] = given.tokens or settings["tokens"]
     if unknown := set(given.only or ()) - cells.keys():
         raise SystemExit(f"--only {sorted(unknown)} must be cells of {given.config}: {list(cells)}")
-    rows = read_json_lines(given.out, ("cell", "seed", "settings"), "no cell") if given.out.exists() else []
-    if any(row["settings"] != settings for row in rows):
-        raise SystemExit(f"{given.out} holds figures of other settings; choose another --out")
+    rows = read_rows(given.out, settings)
 
     study = Study(settings, given.work / str(settings["tokens"]))
     chosen: dict[tuple[str, int], dict[str, Any]] = {(CACHE, 0): {}, (DENSE, 0): {}}
@@ -215,10 +218,11 @@ def main(arguments: list[str]) -> None:
     for number, ((name, seed), options) in enumerate(todo.items(), start=1):
         print(f"{number} of {len(todo)}: {name}, seed {seed}, {study.steps} steps", flush=True)
         figures = study.measure(name, options, seed)
-        rows = [row for row in rows if (row["cell"], row["seed"]) != (name, seed)]
-        rows.append({"cell": name, "seed": seed, "options": options, **figures})
-        rows[-1] |= {"command": command, "environment": describe_environment(), "settings": settings}
-        write_rows(given.out, rows, list(cells))
+        row = {"cell": name, "seed": seed, "options": options, **figures, "command": command}
+        row |= {"environment": describe_environment(), "settings": settings}
+        # Read anew: another process may have finished another cell meanwhile.
+        others = [old for old in read_rows(given.out, settings) if (old["cell"], old["seed"]) != (name, seed)]
+        write_rows(given.out, [*others, row], list(cells))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ def config(tmp_path):
     tokenizer = byte_tokenizer()
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("a word and another, " * 200)
+    text = " ".join(map(str, range(2000)))  # no two passages alike
+    (tmp_path / "text.txt").write_text(text)
     settings = yaml.safe_load(RECOVERIES.read_text())
-    settings |= {"model": str(tmp_path / "model"), "text": str(tmp_path / "text.txt"), "removed": [2, 3]}
+    settings |= {"model": str(tmp_path / "model"), "text": [str(tmp_path / "text.txt")], "removed": [2, 3]}
     settings |= {"length": 16, "batch": 2, "tokens": 96, "calibration": 8, "held_out": 4}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return tmp_path / "config.yaml"
@@ -52,7 +53,7 @@ def test_every_cell_is_measured_once(config, tmp_path, monkeypatch):
 
     rows = {row["cell"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert list(rows) == ["teacher cache", "dense", *cells]
-    assert rows["dense"]["held_out"]["text"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert rows["dense"]["held_out"][str(tmp_path / "text.txt")]["kl"] == pytest.approx(0, abs=1e-5)
     trained = [row for row in rows.values() if "loss" in row]
     assert [len(row["loss"]) for row in trained] == [3] * (len(cells) - 2)
     # Each cell is another training: no two have the same losses, but for what is equal by definition.
