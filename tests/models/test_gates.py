@@ -1,8 +1,10 @@
 import pytest
 import torch
 from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
+from transformers import DynamicCache
 
 from e3pruner.models import find_layers, gated, skipped
+from e3pruner.models.cache_name import CACHE
 
 REMOVED = [0, 2, 5]
 
@@ -143,8 +145,11 @@ def test_skipping_a_tuple_layer_keeps_its_extra_outputs():
 def test_skipping_refuses_a_cache():
     model, ids = tiny_model("llama"), tiny_tokens()
     with skipped(model, [0]):
-        with pytest.raises(ValueError, match="past_key_values: a model with skipped layers"):
+        with pytest.raises(ValueError, match=f"{CACHE}: a model with skipped layers"):
             model.generate(ids, max_new_tokens=2, do_sample=False)
+        for name in (CACHE, "past_key_values"):
+            with pytest.raises(ValueError, match=f"{CACHE}: a model with skipped layers"):
+                model(ids, use_cache=False, **{name: DynamicCache()})
         assert model.generate(ids, max_new_tokens=2, do_sample=False, use_cache=False).shape == (2, 14)
 
 

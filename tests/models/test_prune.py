@@ -14,6 +14,7 @@ from tiny_models import NUM_LAYERS, TINY_CONFIGS, WINDOW, tiny_model, tiny_token
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from e3pruner.models import PruningPlan, find_layers, prune, skipped
+from e3pruner.models.cache_name import CACHE
 from e3pruner.models.config import pruned_config
 from e3pruner.models.parity import assert_parity
 
@@ -31,8 +32,8 @@ def decoded(model, ids):
     """Logits of one token after another, each but the first through the cache."""
     outputs = [model(ids[:, :1], use_cache=True)]
     for step in range(1, ids.shape[1]):
-        cache = outputs[-1].past_key_values
-        outputs.append(model(ids[:, step : step + 1], past_key_values=cache, use_cache=True))
+        cache = outputs[-1][CACHE]
+        outputs.append(model(ids[:, step : step + 1], use_cache=True, **{CACHE: cache}))
     return torch.cat([output.logits for output in outputs], dim=1)
 
 
@@ -235,9 +236,9 @@ def test_the_proof_sees_other_layers_and_a_cache_at_the_wrong_position(model_typ
         assert_parity(model, pruned, [2, 4, 5])  # of the same kinds
     whole = pruned.forward
 
-    def at_position_zero(past_key_values=None, **inputs):
-        late = {} if past_key_values is None else {"position_ids": torch.zeros_like(inputs["input_ids"])}
-        return whole(past_key_values=past_key_values, **inputs, **late)
+    def at_position_zero(**inputs):
+        late = {"position_ids": torch.zeros_like(inputs["input_ids"])} if CACHE in inputs else {}
+        return whole(**inputs, **late)
 
     pruned.forward = at_position_zero
     with pytest.raises(ValueError, match="decoding with a cache changes its logits by"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 import e3kernels
+from e3pruner.models.cache_name import CACHE, CACHE_NAMES
 from e3pruner.models.stack import check_indices, evaluating, find_layers
 from e3pruner.models.sublayers import KINDS, check_sublayers, scaled, silenced, writer
 
@@ -136,7 +137,5 @@ def _restore_forward(layer: nn.Module, forward: Any) -> None:
 
 
 def _refuse_cache(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-        raise ValueError(
-            "past_key_values: a model with skipped layers takes no cache; pass use_cache=False, or prune it"
-        )
+    if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHE_NAMES):
+        raise ValueError(f"{CACHE}: a model with skipped layers takes no cache; pass use_cache=False, or prune it")

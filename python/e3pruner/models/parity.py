@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from e3pruner.models.cache_name import CACHE
 from e3pruner.models.gates import skipped
 from e3pruner.models.stack import evaluating, find_layers
 
@@ -78,12 +79,12 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 def _decode(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits (B, T, V) of a prompt and then of one token after another through the model's own cache."""
     output = model(input_ids=ids[:, :_PROMPT], use_cache=True, return_dict=True)
-    if getattr(output, "past_key_values", None) is None:
-        raise ValueError(f"model ({model.config.model_type}) cannot be pruned: it returns no past_key_values")
+    if output.get(CACHE) is None:
+        raise ValueError(f"model ({model.config.model_type}) cannot be pruned: it returns no {CACHE}")
     logits = [output.logits]
     for step in range(_PROMPT, ids.shape[1]):
-        token, cache = ids[:, step : step + 1], output.past_key_values
-        output = model(input_ids=token, past_key_values=cache, use_cache=True, return_dict=True)
+        token, cache = ids[:, step : step + 1], output[CACHE]
+        output = model(input_ids=token, use_cache=True, return_dict=True, **{CACHE: cache})
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 

@@ -11,6 +11,8 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from e3pruner.models.cache_name import CACHE
+
 if TYPE_CHECKING:
     import e3kernels._runtime as _runtime
     from e3pruner.models.runtime import LayerSkipRuntime
@@ -53,11 +55,11 @@ def generate_with_runtime(
     """
     if generation_config.output_attentions or generation_config.output_hidden_states:
         raise ValueError("output_attentions and output_hidden_states must be off: LayerSkipRuntime computes neither")
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("past_key_values already holds tokens; LayerSkipRuntime starts from an empty cache")
+        raise ValueError(f"{CACHE} already holds tokens; LayerSkipRuntime starts from an empty cache")
     if kwargs.get("use_cache", True):
-        kwargs["past_key_values"] = RuntimeCache()
+        kwargs[CACHE] = RuntimeCache()
     kwargs["streamer"] = _streamer_of_generate()
     view = _view_of(runtime)
     method = GENERATION_MODES_MAPPING[generation_config.get_generation_mode(kwargs.get("assistant_model"))]
@@ -84,21 +86,22 @@ def _view_of(runtime: LayerSkipRuntime) -> Any:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: RuntimeCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
+        cache = kwargs.pop(CACHE, None)
+        cache = RuntimeCache() if cache is None else cache
         refused = sorted(name for name, value in kwargs.items() if value is not None and value is not False)
         if refused:
             raise ValueError(f"LayerSkipRuntime does not take the model arguments {refused}")
-        cache = past_key_values if past_key_values is not None else RuntimeCache()
         if cache.native is None:
             cache.native = runtime.new_cache(input_ids.shape[0], attention_mask)
         _check_positions(cache.native, position_ids, input_ids.shape[1])
         logits = runtime.append(cache.native, input_ids, logits_to_keep or input_ids.shape[1])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+        kept: Any = {CACHE: cache} if use_cache else {}
+        return CausalLMOutputWithPast(logits=logits, **kept)
 
     model = runtime.model
     kind = type(f"{type(model).__name__}OnRuntime", (type(model),), {"forward": forward})

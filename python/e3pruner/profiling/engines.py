@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
 from e3pruner.models import LayerSkipRuntime
+from e3pruner.models.cache_name import CACHE
 from e3pruner.models.runtime import Keep
 
 Name = TypeVar("Name", bound=Hashable)
@@ -37,12 +38,12 @@ class Eager:
 
     def prefill(self, ids: Tensor) -> Any:
         output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        return output.past_key_values, output.logits[:, -1:].argmax(-1)
+        return output[CACHE], output.logits[:, -1:].argmax(-1)
 
     def step(self, state: Any) -> Any:
         cache, token = state
-        output = self.model(input_ids=token, past_key_values=cache, use_cache=True)
-        return output.past_key_values, output.logits[:, -1:].argmax(-1)
+        output = self.model(input_ids=token, use_cache=True, **{CACHE: cache})
+        return output[CACHE], output.logits[:, -1:].argmax(-1)
 
 
 @dataclass

@@ -9,6 +9,8 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from e3pruner.models.cache_name import CACHE
+
 BATCH = 64
 TOP_K = 64
 
@@ -32,13 +34,13 @@ def _continue(
     step, cache, finished = ids, None, torch.zeros_like(lengths, dtype=torch.bool)
     rows = [ids]
     for _ in range(length - int(lengths.min())):
-        out = model(step, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True)
+        out = model(step, attention_mask=mask.long(), position_ids=positions, use_cache=True, **{CACHE: cache})
         step = _sample(out.logits[:, -1], generator).masked_fill(finished, end)
         rows.append(step)
         finished = finished | (step == end)
         if finished.all():
             break
-        cache, positions = out.past_key_values, positions[:, -1:] + 1
+        cache, positions = out[CACHE], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(finished)], dim=-1)
     written = torch.cat(rows, dim=-1).tolist()
     return [_cut(row[widest - len(p) :], len(p), length, end) for row, p in zip(written, prompts, strict=True)]
