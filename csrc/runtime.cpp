@@ -1,7 +1,8 @@
-// e3kernels._runtime: the layer-skipping decoder runtime, bound to Python.
+// e3kernels._runtime: what needs ATen. The layer-skipping decoder runtime and gumbel_topk's autograd, bound to Python.
 #include <torch/extension.h>
 
 #include "runtime/generate.h"
+#include "runtime/gumbel_topk.h"
 #include "runtime/speculative.h"
 
 namespace py = pybind11;
@@ -183,6 +184,7 @@ std::vector<std::string> instruction_sets() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("instruction_sets", instruction_sets);
+  module.def("gumbel_topk", gumbel_topk);
   bind_model(module);
   bind_cache(module);
   bind_request(module);

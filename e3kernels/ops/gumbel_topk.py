@@ -1,7 +1,9 @@
 """Gumbel-TopK sampling of exactly k ones, with a straight-through gradient."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, lru_cache, partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -114,9 +116,7 @@ def gumbel_topk(
     if _is_plain(logits):
         _check_counter(seed, step)
         scalars, relaxation_code = _checked(length, k, tau, noise_scale, relaxation)
-        sample, differentiable_sample = _direct(backend, device)
-        call = differentiable_sample if logits.requires_grad and torch.is_grad_enabled() else sample
-        mask, probs = call(rows, scalars, k, seed, step, relaxation_code)
+        mask, probs = _direct(backend, device)(rows, scalars, k, seed, step, relaxation_code)
     else:
         if not torch.compiler.is_compiling():
             _check_counter(seed, step)
@@ -161,11 +161,15 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 @cache
-def _direct(backend: str, device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The kernel without and with its gradient, called below the dispatcher's Python autograd layer.
+def _direct(backend: str, device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernel with its gradient, called below the dispatcher's Python autograd layer.
 
-    That layer costs several times the kernel, which takes microseconds; the formulas are those registered with it.
+    That layer costs several times the kernel, which takes microseconds; the formulas are those registered with it. For
+    the compiled kernel all of it is C++, if the module that needs ATen is there.
     """
+    if backend == "native":
+        with suppress(ImportError):  # `info()` says why
+            return import_module("e3kernels._runtime").gumbel_topk  # type: ignore[no-any-return]
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
     sample = partial(getattr(OPERATOR.packet, backend).redispatch, keys)
     formula = _make_backward(partial(getattr(OPERATOR.backward_packet, backend).redispatch, keys))
@@ -179,4 +183,8 @@ def _direct(backend: str, device: str) -> tuple[Callable[..., Any], Callable[...
 
         backward = staticmethod(formula)
 
-    return sample, Sample.apply
+    def call(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        differentiable = logits.requires_grad and torch.is_grad_enabled()
+        return (Sample.apply if differentiable else sample)(logits, *rest)  # type: ignore[no-any-return]
+
+    return call

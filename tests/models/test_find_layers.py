@@ -63,7 +63,7 @@ def test_refuses_a_peft_wrapped_model_but_takes_the_merged_one():
 def test_refuses_a_model_with_an_injected_adapter():
     peft = pytest.importorskip("peft")
     model = tiny_model("llama")
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
     with pytest.raises(TypeError, match="PEFT-wrapped"):
         find_layers(model)
 

@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import e3kernels as e3k
+from e3kernels.ops.gumbel_topk import _direct
 from e3kernels.reference.fixed_log import fixed_log
 from e3kernels.reference.gumbel_topk import scores
 from e3kernels.reference.philox import philox4x32, uniform
@@ -254,6 +256,26 @@ def test_eager_and_dispatcher_gradients_agree(backend):
         torch.autograd.grad((m * incoming).sum() + p.square().sum(), logits)[0] for m, p in ((mask, probs), public)
     ]
     assert torch.equal(*gradients)
+
+
+def test_without_the_runtime_module_python_gives_the_same(backend, monkeypatch):
+    logits, incoming = make(2, 9, 10, torch.float32).requires_grad_(), make(2, 9, 11, torch.float32)
+
+    def sampled():
+        _direct.cache_clear()
+        mask, probs = e3k.gumbel_topk(logits, 4, tau=0.5, seed=1, step=2)
+        gradients = [
+            torch.autograd.grad(total, logits, incoming, retain_graph=True)[0] for total in (mask, mask + probs)
+        ]
+        return [mask, probs, *gradients]
+
+    compiled = sampled()
+    monkeypatch.setitem(sys.modules, "e3kernels._runtime", None)
+    alone = sampled()
+    assert all(map(torch.equal, compiled, alone))
+    names = [outputs[0].grad_fn.name() for outputs in (compiled, alone)]
+    assert (names[0] != names[1]) == (backend == "native")
+    _direct.cache_clear()
 
 
 def test_double_backward_raises(backend):
