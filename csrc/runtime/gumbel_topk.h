@@ -61,6 +61,7 @@ struct GumbelTopkFunction : torch::autograd::Function<GumbelTopkFunction> {
     if (!at::GradMode::is_enabled()) return {gradient, at::Tensor()};
     const auto refusal =
         std::make_shared<torch::autograd::DelayedError>("gumbel_topk is once_differentiable: its gradient has no gradient", 1);
+    gradient.set_requires_grad(true);  // else nothing would be recorded, and the refusal be lost
     return {(*refusal)({gradient})[0], at::Tensor()};
   }
 };
