@@ -33,7 +33,7 @@ def measure(
         op=op, provider=provider, phase=phase, dtype=str(dtype).removeprefix("torch."), **sizes, work=work, unit=unit,
         peak_bytes=memory, loss_error=errors and errors[0], grad_error=errors and errors[1], **details,
     )  # fmt: skip
-    # Warm again: a round's result lives until the next one is there, so two buffers are in use, and both must be mapped.
+    # Warm again: a round's result lives until the next one is there, so two buffers are in use; both are mapped here.
     results = call(), call()
     del results
     benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=2)
