@@ -69,14 +69,17 @@ def test_error_is_no_worse_than_naive(backend, dtype, naive_topk_kl, with_gradie
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_many_tiles(backend, reduction, with_gradients):
+def test_many_tiles(backend, reduction, naive_topk_kl, with_gradients, assert_no_worse):
     if backend == "triton":
         pytest.skip("its tiles hold 64 Mi logits; test_triton_kernels.py makes them smaller")
     student, teacher, labels = make(44, (100_003, 4, 10), 1, torch.float32)
     options = {"reduction": reduction, "kd_ratio": 0.5}
     ours = with_gradients(fused(teacher, labels, **options), student, 3)
-    expected = with_gradients(materialised(e3k.topk_kl, teacher, labels, **options), student, 3)
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    whole = with_gradients(materialised(e3k.topk_kl, teacher, labels, **options), student, 3)
+    # The oracle has no tiles. Some processors' fp32 products of 100,003 terms are themselves 1e-3 off.
+    wide_student, wide_teacher = [tensor.double() for tensor in student], (teacher[0].double(), teacher[1])
+    exact = with_gradients(materialised(naive_topk_kl, wide_teacher, labels, **options), wide_student, 3)
+    assert_no_worse(ours, whole, exact, torch.float32)
 
 
 def test_autocast_multiplies_in_its_dtype(backend, with_gradients, assert_no_worse, naive_topk_kl):
