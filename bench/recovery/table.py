@@ -81,15 +81,16 @@ class Study:
         return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
 
     def cache(self, tail: str) -> TeacherCache:
-        return TeacherCache(self.work / "cache", tokenizer=self.tokenizer, tail=tail)  # type: ignore[arg-type]
+        """The cache of the training text, made first where --work has none."""
+        folder, k = self.work / "cache", self.settings["k"]
+        e3pruner.cache_teacher(self.teacher, self.text.training, folder, tokenizer=self.tokenizer, k=k)
+        return TeacherCache(folder, tokenizer=self.tokenizer, tail=tail)  # type: ignore[arg-type]
 
     def measure_cache(self) -> dict[str, Any]:
         """Makes the cache: tokens a second, teacher included; and those of reading an epoch of it in random order."""
         data = self.text.training
         began = time.perf_counter()
-        cache = e3pruner.cache_teacher(
-            self.teacher, data, self.work / "cache", tokenizer=self.tokenizer, k=self.settings["k"]
-        )
+        cache = self.cache("bucket")
         made = time.perf_counter()
         size = self.settings["batch"]
         for batch in range(0, len(data) - size + 1, size):
