@@ -418,7 +418,7 @@ std::string native_isa() { return e3::kIsaNames[static_cast<int>(kernels().isa)]
 e3::Rows operand_of(const Tensor& operand, const char* name, const Tensor& out, int64_t rows, int64_t columns) {
   const e3::DType dtype = dtype_of(out, "out");
   STD_TORCH_CHECK(kernels().has_linear(dtype), "out has a dtype without a kernel on ", native_isa(),
-                  ": float32 needs AVX-512, bfloat16 AMX");
+                  ": float32 needs AVX-512, bfloat16 AVX-512 BF16");
   STD_TORCH_CHECK(out.is_contiguous() && out.size(0) == rows && out.size(1) == columns, "out must be contiguous (", rows,
                   ", ", columns, ")");
   const e3::Rows operand_rows = rows_of(operand, name);

@@ -26,14 +26,13 @@ from e3kernels.registration import OPERATORS, define_overload
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes a pair: 56 MiB.
 _NATIVE_TILE_LOGITS = 7 << 20
-# Dtypes for which an instruction set has products of its own.
+# Dtypes for which an instruction set has products of its own, and the rows of a tile up to which they are the faster
+# ones: torch's pack the head, which pays with more rows where its products run on tiles of their own.
 _NATIVE_PRODUCTS = {
-    "avx512": (torch.float32,),
-    "avx512_bf16": (torch.float32,),
-    "amx": (torch.float32, torch.bfloat16),
+    "avx512": ((torch.float32,), 288),
+    "avx512_bf16": ((torch.float32, torch.bfloat16), 1024),
+    "amx": ((torch.float32, torch.bfloat16), 288),
 }
-# Rows of a tile up to which those products are the faster ones: torch's pack the head, which pays with more rows.
-_FEW_ROWS = 288
 # What a compiled module from before these sources lacks.
 _NEWEST_OPERATOR = "linear_grad_hidden"
 
@@ -184,11 +183,12 @@ def native_isa() -> str | None:
     return None if "native" in unavailable else torch.ops.e3.native_isa()
 
 
-def _native_products(dtypes: tuple[torch.dtype, ...]) -> Products:
-    """The compiled products of few rows of `dtypes` with a head whose rows are contiguous; torch's of others."""
+def _native_products(isa: str) -> Products:
+    """The products of few rows with a head of contiguous rows that `isa` has; torch's of others."""
+    dtypes, few_rows = _NATIVE_PRODUCTS.get(isa, ((), 0))
 
     def serves(rows: Tensor, weight: Tensor) -> bool:
-        return rows.dtype in dtypes and len(rows) <= _FEW_ROWS and weight.stride(1) == 1
+        return rows.dtype in dtypes and len(rows) <= few_rows and weight.stride(1) == 1
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         if not serves(hidden, weight):
@@ -223,7 +223,7 @@ def _load_native() -> None:
         overload = f"e3::{operation}.native"
         if torch._C._dispatch_has_kernel(overload) and torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CPU"):
             register("native", operation, None, None, devices=("cpu",), dtypes=FLOATS)
-    products = _native_products(_NATIVE_PRODUCTS.get(torch.ops.e3.native_isa(), ()))
+    products = _native_products(torch.ops.e3.native_isa())
     for operation, dense in (("linear_entropy_kl", "entropy_kl"), ("linear_topk_kl", "topk_kl")):
         if ("native", dense) in services:
             forward, backward = (getattr(torch.ops.e3, f"{dense}_tile{part}").default for part in ("", "_backward"))

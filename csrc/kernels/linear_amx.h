@@ -16,6 +16,7 @@
 #include "kernels/problem.h"
 #include "kernels/token_loss.h"
 #include "kernels/transpose.h"
+#include "kernels/words.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 
@@ -47,17 +48,12 @@ struct Tiles {
   int64_t row;
 };
 
-// The first `count` of 32 values, 0 in the others.
-inline __m512i load_some(const bf16* source, int64_t count) {
-  return _mm512_maskz_loadu_epi16(first_lanes<__mmask32>(count), source);
-}
-
 // Left tiles of up to 16 rows with `depth` terms of the sum; 0 past the ends.
 inline void pack_rows(const bf16* source, int64_t stride, int64_t rows, int64_t depth, char* tiles) {
   for (int64_t row = 0; row < kTile; ++row, source += stride) {
     char* target = tiles + row * kLineBytes;
     for (int64_t k = 0; k < depth; k += kTileDepth, target += kTileBytes) {
-      store_raw(target, row < rows ? load_some(source + k, depth - k) : __m512i{});
+      store_raw(target, row < rows ? load_words(source + k, depth - k) : Vu{});
     }
   }
 }
@@ -128,7 +124,7 @@ inline void store_logits(const LinearLogits& problem, const float* first, const 
   bf16* target = static_cast<bf16*>(problem.out) + row * problem.vocabulary + v;
   const bool lines = problem.vocabulary % kPair == 0 && reinterpret_cast<uintptr_t>(target) % kLineBytes == 0;
   alignas(64) bf16 bias[kPair] = {};
-  if (problem.bias != nullptr) store_raw(bias, load_some(static_cast<const bf16*>(problem.bias) + v, columns));
+  if (problem.bias != nullptr) store_raw(bias, load_words(static_cast<const bf16*>(problem.bias) + v, columns));
   Vu words[2][kTile];
   load_tile(first, words[0]);
   load_tile(second, words[1]);
@@ -139,8 +135,7 @@ inline void store_logits(const LinearLogits& problem, const float* first, const 
     if (lines) {
       stream(target, low, high);
     } else {
-      const auto pair = bits_as<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-      _mm512_mask_storeu_epi16(target, first_lanes<__mmask32>(columns), pair);
+      store_words(target, columns, rounded_line(target, low, high));
     }
   }
 }
@@ -197,8 +192,8 @@ inline void linear_logits_amx(const LinearLogits& problem, const Parallel& pool)
 // the first four go to the first tile, the others to the second.
 inline void pack_pairs(const bf16* source, int64_t stride, int64_t terms, int64_t columns, char* first, char* second) {
   for (int64_t term = 0; term < kTileDepth; term += 2, source += 2 * stride, first += kLineBytes, second += kLineBytes) {
-    const __m512i even = term < terms ? load_some(source, columns) : __m512i{};
-    const __m512i odd = term + 1 < terms ? load_some(source + stride, columns) : __m512i{};
+    const auto even = bits_as<__m512i>(term < terms ? load_words(source, columns) : Vu{});
+    const auto odd = bits_as<__m512i>(term + 1 < terms ? load_words(source + stride, columns) : Vu{});
     store_raw(first, _mm512_unpacklo_epi16(even, odd));
     store_raw(second, _mm512_unpackhi_epi16(even, odd));
   }
@@ -211,8 +206,8 @@ inline void store_grad_hidden(const LinearGradHidden& problem, const float* firs
   const int64_t columns = problem.width - h;
   bf16* target = static_cast<bf16*>(problem.out) + row * problem.width + h;
   for (int64_t n = 0; n < at_most(kTile, problem.rows - row); ++n, target += problem.width) {
-    const auto dealt = bits_as<__m512i>(_mm512_cvtne2ps_pbh(load(second + n * kTile), load(first + n * kTile)));
-    _mm512_mask_storeu_epi16(target, first_lanes<__mmask32>(columns), _mm512_permutexvar_epi64(order, dealt));
+    const auto dealt = bits_as<__m512i>(rounded_line(target, load(first + n * kTile), load(second + n * kTile)));
+    store_words(target, columns, bits_as<Vu>(_mm512_permutexvar_epi64(order, dealt)));
   }
 }
 

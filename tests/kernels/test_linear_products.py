@@ -1,13 +1,13 @@
-"""The products of the linear losses' tiles: fp32 on AVX-512, bf16 on AMX."""
+"""The products of the linear losses' tiles: fp32 on AVX-512, bf16 on AVX-512 BF16 or AMX."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e3kernels.backends import _FEW_ROWS, _NATIVE_PRODUCTS, _native_products, native_isa
+from e3kernels.backends import _NATIVE_PRODUCTS, _native_products, native_isa
 
-DTYPES = _NATIVE_PRODUCTS.get(native_isa(), ())
+DTYPES, FEW_ROWS = _NATIVE_PRODUCTS.get(native_isa(), ((), 0))
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 pytestmark = pytest.mark.skipif(not DTYPES, reason=f"needs AVX-512; the kernels here run on {native_isa()}")
@@ -106,13 +106,13 @@ def test_threads_change_no_bit(dtype):
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "own"), [(_FEW_ROWS, False, True), (_FEW_ROWS, True, False), (_FEW_ROWS + 1, False, False)]
+    ("rows", "columns", "own"), [(FEW_ROWS, False, True), (FEW_ROWS, True, False), (FEW_ROWS + 1, False, False)]
 )
 def test_many_rows_and_a_head_of_columns_go_to_torch(monkeypatch, rows, columns, own):
     served = []
     for name in ("linear_logits", "linear_grad_hidden"):
         monkeypatch.setattr(torch.ops.e3, name, lambda *tensors, name=name: served.append(name) or tensors[-1].zero_())
-    products = _native_products(DTYPES)
+    products = _native_products(native_isa())
     hidden, weight = of(torch.float32, rows, 8), of(torch.float32, 6, 8)
     weight = weight.t().contiguous().t() if columns else weight
     logits = products.logits(hidden, weight, None, of(torch.float32, rows, 6))
