@@ -36,4 +36,4 @@ def measure(
     # Warm again: a round's result lives until the next one is there, so two buffers are in use; both are mapped here.
     results = call(), call()
     del results
-    benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=2)
+    benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=2 if once < BUDGET / 10 else 0)

@@ -35,12 +35,12 @@ struct Right {
   int64_t word;
 };
 
-// body(std::integral_constant of the vectors that `rows` rows of a group fill).
+// body(first row, std::integral_constant of the vectors that its rows fill) of each group in [row, last).
 template <class Body>
-inline void with_vectors(int64_t rows, const Body& body) {
-  if (rows > 2 * kLanes) return body(std::integral_constant<int, 3>{});
-  if (rows > kLanes) return body(std::integral_constant<int, 2>{});
-  body(std::integral_constant<int, 1>{});
+inline void for_each_group(int64_t row, int64_t last, const Body& body) {
+  for (; row + 2 * kLanes < last; row += kGroup) body(row, std::integral_constant<int, 3>{});
+  if (row + kLanes < last) return body(row, std::integral_constant<int, 2>{});
+  if (row < last) body(row, std::integral_constant<int, 1>{});
 }
 
 // sum + the terms in the words of a and b.
@@ -141,12 +141,10 @@ inline void linear_logits_fma(const LinearLogits& problem, const Parallel& pool)
   const T* bias = static_cast<const T*>(problem.bias);
   const Scratch panels = new_scratch(groups * kGroup * words);
   parallel_for(pool, groups, 1, [&](int64_t first, int64_t last) {
-    for (int64_t row = first * kGroup; row < at_most(last * kGroup, problem.rows); row += kGroup) {
-      with_vectors(problem.rows - row, [&](auto vectors) {
-        pack_panel<vectors()>(hidden + row * problem.hidden.stride, problem.hidden.stride, problem.rows - row, width,
-                              panels.get() + row * words);
-      });
-    }
+    for_each_group(first * kGroup, at_most(last * kGroup, problem.rows), [&](int64_t row, auto vectors) {
+      pack_panel<vectors()>(hidden + row * problem.hidden.stride, problem.hidden.stride, problem.rows - row, width,
+                            panels.get() + row * words);
+    });
   });
   parallel_for(pool, pieces(problem.vocabulary, kStripe), 4, [&](int64_t first, int64_t last) {
     const FlushSubnormals guard;
@@ -159,26 +157,24 @@ inline void linear_logits_fma(const LinearLogits& problem, const Parallel& pool)
       for (int64_t j = 0; j < columns && whole < words; ++j) ends[j][0] = weight[j * stride + width - 1];
       PrefetchRows next(weight + kStripe * stride, stride, at_most(kStripe, end - v - kStripe), width,
                         groups * words / kLanes * columns / kColumns);
-      for (int64_t row = 0; row < problem.rows; row += kGroup) {
-        with_vectors(problem.rows - row, [&](auto vectors) {
-          constexpr int kWidth = vectors() * kLanes;
-          const float* panel = panels.get() + row * words;
-          for (int64_t j = 0; j < columns; ++j) {
-            const Vf start = broadcast(bias == nullptr ? 0.0f : load_one(bias + v + j));
-            for (int i = 0; i < vectors(); ++i) store(sums.get() + j * kWidth + i * kLanes, start);
-          }
-          for (int64_t k = 0; k < whole; k += kDepth) {
-            const Right<T> right{weight + k * kTerms<T>, stride, kTerms<T>};
-            add_stripe<vectors()>(panel + k * kWidth, at_most(kDepth, whole - k), right, columns, next, sums.get());
-          }
-          if (whole < words) {
-            const Right<T> right{ends[0], kTerms<T>, 0};
-            add_stripe<vectors()>(panel + whole * kWidth, 1, right, columns, next, sums.get());
-          }
-          store_sums<vectors()>(sums.get(), columns, problem.rows - row, problem.vocabulary,
-                                static_cast<T*>(problem.out) + row * problem.vocabulary + v);
-        });
-      }
+      for_each_group(0, problem.rows, [&](int64_t row, auto vectors) {
+        constexpr int kWidth = vectors() * kLanes;
+        const float* panel = panels.get() + row * words;
+        for (int64_t j = 0; j < columns; ++j) {
+          const Vf start = broadcast(bias == nullptr ? 0.0f : load_one(bias + v + j));
+          for (int i = 0; i < vectors(); ++i) store(sums.get() + j * kWidth + i * kLanes, start);
+        }
+        for (int64_t k = 0; k < whole; k += kDepth) {
+          const Right<T> right{weight + k * kTerms<T>, stride, kTerms<T>};
+          add_stripe<vectors()>(panel + k * kWidth, at_most(kDepth, whole - k), right, columns, next, sums.get());
+        }
+        if (whole < words) {
+          const Right<T> right{ends[0], kTerms<T>, 0};
+          add_stripe<vectors()>(panel + whole * kWidth, 1, right, columns, next, sums.get());
+        }
+        store_sums<vectors()>(sums.get(), columns, problem.rows - row, problem.vocabulary,
+                              static_cast<T*>(problem.out) + row * problem.vocabulary + v);
+      });
     }
     stream_fence();
   });
@@ -202,31 +198,25 @@ inline void linear_grad_hidden_fma(const LinearGradHidden& problem, const Parall
     std::memset(sums.get(), 0, lanes * padded * sizeof(float));
     for (int64_t v = 0; v < problem.vocabulary; v += most, weight += most * stride) {
       const int64_t terms = at_most(most, problem.vocabulary - v), words = pieces(terms, kTerms<T>);
-      for (int64_t row = 0; row < rows; row += kGroup) {
-        with_vectors(rows - row, [&](auto vectors) {
-          pack_panel<vectors()>(grad + row * problem.grad.stride + v, problem.grad.stride, rows - row, terms,
-                                panels.get() + row * depth);
-        });
-      }
+      for_each_group(0, rows, [&](int64_t row, auto vectors) {
+        pack_panel<vectors()>(grad + row * problem.grad.stride + v, problem.grad.stride, rows - row, terms,
+                              panels.get() + row * depth);
+      });
       PrefetchRows next(weight + most * stride, stride, at_most(most, problem.vocabulary - v - most), columns,
                         pieces(rows, kGroup) * padded / kColumns * words / kLanes);
       for (int64_t j = 0; j < columns; j += kLine) {
         pack_words(weight + j, stride, terms, columns - j, piece.get());
         const Right<T> right{reinterpret_cast<const T*>(piece.get()), kTerms<T>, kLine * kTerms<T>};
-        for (int64_t row = 0; row < rows; row += kGroup) {
-          with_vectors(rows - row, [&](auto vectors) {
-            add_stripe<vectors()>(panels.get() + row * depth, words, right, kLine, next,
-                                  sums.get() + row * padded + j * vectors() * kLanes);
-          });
-        }
+        for_each_group(0, rows, [&](int64_t row, auto vectors) {
+          add_stripe<vectors()>(panels.get() + row * depth, words, right, kLine, next,
+                                sums.get() + row * padded + j * vectors() * kLanes);
+        });
       }
     }
-    for (int64_t row = 0; row < rows; row += kGroup) {
-      with_vectors(rows - row, [&](auto vectors) {
-        store_sums<vectors()>(sums.get() + row * padded, columns, rows - row, problem.width,
-                              static_cast<T*>(problem.out) + row * problem.width + begin);
-      });
-    }
+    for_each_group(0, rows, [&](int64_t row, auto vectors) {
+      store_sums<vectors()>(sums.get() + row * padded, columns, rows - row, problem.width,
+                            static_cast<T*>(problem.out) + row * problem.width + begin);
+    });
     stream_fence();
   });
 }
