@@ -259,6 +259,7 @@ def test_eager_and_dispatcher_gradients_agree(backend):
 
 
 def test_without_the_runtime_module_python_gives_the_same(backend, monkeypatch):
+    pytest.importorskip("e3kernels._runtime", exc_type=ImportError)  # built for one torch
     logits, incoming = make(2, 9, 10, torch.float32).requires_grad_(), make(2, 9, 11, torch.float32)
 
     def sampled():
