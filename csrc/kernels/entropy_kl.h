@@ -238,6 +238,7 @@ class EntropyKlRows {
         untempered_(problem.tokens.labels != nullptr && temperature_ != 1.0f) {}
 
   int64_t support() const { return problem_.vocabulary; }
+  int64_t columns() const { return problem_.vocabulary; }
   int64_t row_bytes() const { return problem_.vocabulary * size_of(problem_.student.dtype); }
 
   // Both rows' exponentials, where they fit the cache and the gradient is a sum of them.
@@ -264,12 +265,15 @@ class EntropyKlRows {
     }));
   }
 
-  Statistics statistics(int64_t row, const RowContext& context) const {
+  template <class Before>
+  Statistics statistics(int64_t row, const RowContext& context, Before& before) const {
     const References first{first_max(problem_.student, row, problem_.vocabulary, problem_.student_transform),
                            first_max(problem_.teacher, row, problem_.vocabulary, problem_.teacher_transform)};
     Statistics s{};
-    s.sums = fold(context.pool,
-                  [&](int64_t begin, int count) { return block_sums(row, begin, count, first, context); });
+    s.sums = fold(context.pool, [&](int64_t begin, int count) {
+      before(begin, count);
+      return block_sums(row, begin, count, first, context);
+    });
     if (!untempered_) s.sums.label_sum = s.sums.student_sum;
     s.kept = context.scratch != nullptr && s.sums.plain;
     s.values.teacher_entropy = entropy(s.sums);
@@ -278,9 +282,9 @@ class EntropyKlRows {
     return s;
   }
 
-  void gradient(int64_t row, const Statistics& s, const Coefficients& c, const RowContext& context, bool stream_out,
+  auto gradient(int64_t row, const Statistics& s, const Coefficients& c, const RowContext& context, bool stream_out,
                 void* target) const {
-    for_each_block(context.pool, problem_.vocabulary, [&](int64_t begin, int count) {
+    return [=, this](int64_t begin, int count) {
       if (s.kept) return kept_gradient(row, begin, count, s, c, context, stream_out, target);
       alignas(64) float student[kRoom], teacher[kRoom], g[kRoom];
       const Transform& transform = problem_.student_transform;
@@ -290,7 +294,7 @@ class EntropyKlRows {
       label_gradient(xs, row, begin, count, s, c, g);
       transform_gradient(xs, count, transform, g);
       store_block(g, count, problem_.student.dtype, stream_out, target, begin);
-    });
+    };
   }
 
  private:

@@ -10,7 +10,10 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
+#include <utility>
 
+#include "kernels/block.h"
 #include "kernels/parallel.h"
 #include "kernels/problem.h"
 #include "kernels/simd.h"
@@ -71,23 +74,52 @@ inline Scratch new_scratch(int64_t floats) {
 
 // Rows over the threads, the last first; where there are fewer rows than threads, one row at a time with the threads inside
 // it. Both give the same bits: a row is always cut into the same blocks and its partial sums meet in the same order.
-template <class Body>
+// body(row, context, state) with a `State` that the rows of one thread share and that is finished after them.
+template <class State, class Body>
 inline void for_each_row(int64_t rows, const Parallel& pool, int64_t scratch_floats, bool keep, const Body& body) {
-  if (rows < pool.threads) {
+  const auto run = [&](int64_t first, int64_t last, const Parallel& inside) {
     const FlushSubnormals guard;
     const Scratch scratch = new_scratch(scratch_floats);
-    for (int64_t row = rows; row-- > 0;) body(row, RowContext{pool, row > 0 ? row - 1 : row, scratch.get(), keep});
-    return;
-  }
-  parallel_for(pool, rows, 1, [&](int64_t first, int64_t last) {
-    const FlushSubnormals guard;
-    const Scratch scratch = new_scratch(scratch_floats);
+    State state;
     for (int64_t row = last; row-- > first;) {
-      body(row, RowContext{kSerial, row > first ? row - 1 : row, scratch.get(), keep});
+      body(row, RowContext{inside, row > first ? row - 1 : row, scratch.get(), keep}, state);
     }
+    state.finish();
     stream_fence();
-  });
+  };
+  if (rows < pool.threads) return run(0, rows, pool);
+  parallel_for(pool, rows, 1, [&](int64_t first, int64_t last) { run(first, last, kSerial); });
 }
+
+struct Stateless {
+  void finish() {}
+};
+
+// The gradient of a row, taken block by block while the next row is summed, each block just before that row's takes its
+// place in the scratch: what it writes drains while the sums compute.
+template <class Op>
+class Deferred {
+ public:
+  using Gradient = decltype(std::declval<const Op&>().gradient(0, std::declval<const typename Op::Statistics&>(),
+                                                               Coefficients{}, RowContext{}, false, nullptr));
+
+  void put(const Gradient& gradient, int64_t columns, const Parallel& inside) {
+    if (inside.threads > 1) return for_each_block(inside, columns, gradient);
+    gradient_.emplace(gradient);
+    columns_ = columns;
+  }
+  void operator()(int64_t begin, int count) const {
+    if (gradient_) (*gradient_)(begin, count);
+  }
+  void finish() {
+    if (gradient_) for_each_block(kSerial, columns_, *gradient_);
+    gradient_.reset();
+  }
+
+ private:
+  std::optional<Gradient> gradient_;
+  int64_t columns_ = 0;
+};
 
 inline double total(const double* values, int64_t count) {
   double sum = 0;
@@ -108,7 +140,7 @@ template <class Op>
 double denominator_ahead(const Op& op, const Objective& objective, const Tokens& tokens, const Parallel& pool) {
   const std::unique_ptr<double[]> weights(new double[tokens.count]());
   if (objective.reduction == Reduction::mean && objective.num_items == nullptr) {
-    for_each_row(tokens.count, pool, 0, false, [&](int64_t reversed, const RowContext& context) {
+    for_each_row<Stateless>(tokens.count, pool, 0, false, [&](int64_t reversed, const RowContext& context, Stateless&) {
       const int64_t row = tokens.count - 1 - reversed;
       if (!tokens.valid(row)) return;
       const double entropy = weighted_by_entropy(objective) ? op.teacher_entropy(row, context) : 0.0;
@@ -127,8 +159,10 @@ inline void reduce(const Objective& objective, const double* losses, const doubl
 }
 
 // Value, statistics and, if out.grad is set, the gradient of the reduced loss with respect to the student's logits.
-// Op has: Statistics (with TokenStats values), statistics(row, context), teacher_entropy(row, context), support(),
-// row_bytes(), scratch_floats(need_grad), gradient(row, statistics, coefficients, context, stream, target).
+// Op has: Statistics (with TokenStats values), statistics(row, context, before), which calls before(begin, count) ahead of
+// each block's sums, or before.finish() if it takes none, teacher_entropy(row, context), support(), columns(), row_bytes(),
+// scratch_floats(need_grad), and gradient(row, statistics, coefficients, context, stream, target), which gives
+// body(begin, count) for a block.
 template <class Op>
 void forward(const Op& op, const Objective& objective, const Tokens& tokens, const Parallel& pool,
              const LossOutput& out) {
@@ -136,7 +170,7 @@ void forward(const Op& op, const Objective& objective, const Tokens& tokens, con
   const std::unique_ptr<double[]> losses(new double[count]()), weights(new double[count]());
   const bool need_grad = out.grad != nullptr;
   const double norm = need_grad ? denominator_ahead(op, objective, tokens, pool) : 1.0;
-  for_each_row(count, pool, op.scratch_floats(need_grad), need_grad, [&](int64_t row, const RowContext& context) {
+  const auto body = [&](int64_t row, const RowContext& context, Deferred<Op>& before) {
     char* target = out.grad == nullptr ? nullptr : static_cast<char*>(out.grad) + row * op.row_bytes();
     float* stats = out.stats + row;
     if (!tokens.valid(row)) {
@@ -144,7 +178,7 @@ void forward(const Op& op, const Objective& objective, const Tokens& tokens, con
       if (target != nullptr) std::memset(target, 0, op.row_bytes());
       return;
     }
-    const typename Op::Statistics statistics = op.statistics(row, context);
+    const typename Op::Statistics statistics = op.statistics(row, context, before);
     const TokenStats& values = statistics.values;
     Coefficients c = coefficients(objective, values.teacher_entropy, op.support());
     losses[row] = term(c.divergence, values.divergence) + term(c.cross_entropy, values.cross_entropy);
@@ -156,8 +190,9 @@ void forward(const Op& op, const Objective& objective, const Tokens& tokens, con
     if (target == nullptr) return;
     c.divergence /= norm;
     c.cross_entropy /= norm;
-    op.gradient(row, statistics, c, context, out.stream, target);
-  });
+    before.put(op.gradient(row, statistics, c, context, out.stream, target), op.columns(), context.pool);
+  };
+  for_each_row<Deferred<Op>>(count, pool, op.scratch_floats(need_grad), need_grad, body);
   reduce(objective, losses.get(), weights.get(), count, out.loss);
 }
 
@@ -165,18 +200,19 @@ void forward(const Op& op, const Objective& objective, const Tokens& tokens, con
 template <class Op>
 void backward(const Op& op, const Objective& objective, const Tokens& tokens, const Parallel& pool,
               const float* grad_loss, bool stream, void* grad) {
-  for_each_row(tokens.count, pool, op.scratch_floats(true), true, [&](int64_t row, const RowContext& context) {
+  const auto body = [&](int64_t row, const RowContext& context, Deferred<Op>& before) {
     char* target = static_cast<char*>(grad) + row * op.row_bytes();
     if (!tokens.valid(row)) {
       std::memset(target, 0, op.row_bytes());
       return;
     }
-    const typename Op::Statistics statistics = op.statistics(row, context);
+    const typename Op::Statistics statistics = op.statistics(row, context, before);
     Coefficients c = coefficients(objective, statistics.values.teacher_entropy, op.support());
     c.divergence *= grad_loss[row];
     c.cross_entropy *= grad_loss[row];
-    op.gradient(row, statistics, c, context, stream, target);
-  });
+    before.put(op.gradient(row, statistics, c, context, stream, target), op.columns(), context.pool);
+  };
+  for_each_row<Deferred<Op>>(tokens.count, pool, op.scratch_floats(true), true, body);
 }
 
 }  // namespace e3::E3_ISA_NAMESPACE

@@ -124,6 +124,7 @@ class TopkKlRows {
                (temperature_ == 1.0f || problem.tokens.labels == nullptr)) {}
 
   int64_t support() const { return problem_.k; }
+  int64_t columns() const { return problem_.vocabulary; }
   int64_t row_bytes() const { return problem_.vocabulary * size_of(problem_.student.dtype); }
 
   // Two doubles a stored id, then, for a gradient that is a multiple of them, the row's exponentials and room past its end.
@@ -142,13 +143,18 @@ class TopkKlRows {
     return entropy;
   }
 
-  Statistics statistics(int64_t row, const RowContext& context) const {
+  template <class Before>
+  Statistics statistics(int64_t row, const RowContext& context, Before& before) const {
     Statistics s{};
+    if (!full_) before.finish();
     if (full_) {
       const float first = first_max(problem_.student, row, problem_.vocabulary, problem_.transform);
       s.sums = fold_blocks<TopkSums>(
           context.pool, problem_.vocabulary,
-          [&](int64_t begin, int count) { return block_sums(row, begin, count, first, context); },
+          [&](int64_t begin, int count) {
+            before(begin, count);
+            return block_sums(row, begin, count, first, context);
+          },
           [&](TopkSums& total, const TopkSums& part) { join(total, part, temperature_); });
       if (temperature_ == 1.0f) s.sums.label_sum = s.sums.rest + s.sums.stored;
     }
@@ -161,7 +167,7 @@ class TopkKlRows {
     return s;
   }
 
-  void gradient(int64_t row, const Statistics& s, const Coefficients& c, const RowContext& context, bool stream_out,
+  auto gradient(int64_t row, const Statistics& s, const Coefficients& c, const RowContext& context, bool stream_out,
                 void* target) const {
     const double a = c.divergence / temperature_;
     const bool labelled = problem_.tokens.labels != nullptr && c.cross_entropy != 0.0;
@@ -174,7 +180,7 @@ class TopkKlRows {
     // What the kept exponentials are multiplied by; stored ids and the label, which differ, are put in as multiples of it.
     const double common = slope + rest, unit = 1.0 / common;
     const bool kept = keeps_ && s.sums.plain && std::fabs(unit) < 1e30;
-    for_each_block(context.pool, problem_.vocabulary, [&](int64_t begin, int count) {
+    return [=, this](int64_t begin, int count) {
       const int64_t label = labelled ? problem_.tokens.labels[row] - begin : -1;
       const bool labelled_here = label >= 0 && label < count;
       if (kept) {
@@ -199,7 +205,7 @@ class TopkKlRows {
       if (labelled_here) g[label] -= static_cast<float>(c.cross_entropy);
       transform_gradient(x, count, problem_.transform, g);
       store_block(g, count, dtype, stream_out, target, begin);
-    });
+    };
   }
 
  private:
