@@ -3,7 +3,8 @@
 
 #if defined(__AVX512F__)
 
-#include "kernels/parallel.h"
+#include <type_traits>
+
 #include "kernels/simd.h"
 
 namespace e3::E3_ISA_NAMESPACE {
