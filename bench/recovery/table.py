@@ -62,8 +62,8 @@ class Study:
     @cached_property
     def text(self) -> KindsOfText:
         """The same tokens on every machine: nothing of it is written by a model."""
-        length, held_out = self.settings["length"], self.settings["held_out"]
-        return kinds_of_text(self.tokenizer, self.settings["text"], length=length, held_out=held_out)
+        options = {key: self.settings[key] for key in ("length", "held_out", "balanced") if key in self.settings}
+        return kinds_of_text(self.tokenizer, self.settings["text"], **options)
 
     @property
     def steps(self) -> int:
@@ -150,7 +150,7 @@ def read_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: list[dict[str, Any]], order: list[str]) -> None:
     write_json_lines(path, rows)
-    if {CACHE, DENSE} <= {row["cell"] for row in rows}:
+    if DENSE in {row["cell"] for row in rows}:
         with replacing_file(path.with_suffix(".md")) as temporary:
             temporary.write_text(markdown(rows, [DENSE, *order]), encoding="utf-8")
 
@@ -175,12 +175,14 @@ def markdown(rows: list[dict[str, Any]], order: list[str]) -> str:
         line.append(f"{max(row['peak_bytes'] for row in trained) / 2**30:.2f}" if trained else "–")
         lines.append(line)
     table = markdown_table(headings, lines)
-    (cache,) = (row for row in rows if row["cell"] == CACHE)
-    return (
-        f"{rows[-1]['settings']['tokens']:,} tokens of training a cell.\n\n{table}\n\n"
-        f"Teacher cache: {cache['bytes_per_token']:.1f} bytes a token, made at {cache['write_tokens_per_s']:.0f} and "
-        f"read at {cache['read_tokens_per_s']:.0f} tokens/s.\n\n" + "\n".join(dict.fromkeys(map(origin, rows))) + "\n"
-    )
+    cache = [
+        f"Teacher cache: {row['bytes_per_token']:.1f} bytes a token, made at {row['write_tokens_per_s']:.0f} and "
+        f"read at {row['read_tokens_per_s']:.0f} tokens/s."
+        for row in rows
+        if row["cell"] == CACHE
+    ]
+    begin = f"{rows[-1]['settings']['tokens']:,} tokens of training a cell."
+    return "\n\n".join([begin, table, *cache, "\n".join(dict.fromkeys(map(origin, rows)))]) + "\n"
 
 
 def origin(row: dict[str, Any]) -> str:
@@ -211,8 +213,10 @@ def main(arguments: list[str]) -> None:
     rows = read_rows(given.out, settings)
 
     study = Study(settings, given.work / str(settings["tokens"]))
-    chosen: dict[tuple[str, int], dict[str, Any]] = {(CACHE, 0): {}, (DENSE, 0): {}}
-    chosen |= {(name, seed): cells[name] for name in cells if name in (given.only or cells) for seed in seeds}
+    wanted = {name: options for name, options in cells.items() if name in (given.only or cells)}
+    cached = any(options.get("teacher") == "cache" for options in wanted.values())
+    chosen: dict[tuple[str, int], dict[str, Any]] = {(CACHE, 0): {}} if cached else {}
+    chosen |= {(DENSE, 0): {}} | {(name, seed): options for name, options in wanted.items() for seed in seeds}
     done = {(row["cell"], row["seed"]) for row in rows if row["options"] == chosen.get((row["cell"], row["seed"]))}
     todo = {key: options for key, options in chosen.items() if key not in done}
     command = shlex.join(["bench/recovery/table.py", *arguments])

@@ -203,6 +203,21 @@ def test_built_in_kinds_are_manual_and_code() -> None:
     assert torch.equal(first, text.calibration_of(0, 8))
 
 
+def test_what_is_left_of_the_longer_kinds_follows_unless_balanced(tmp_path: Path) -> None:
+    for name, numbers in (("short", range(1000)), ("long", range(1000, 3000))):
+        (tmp_path / name).write_text(" ".join(map(str, numbers)), encoding="utf-8")
+    kinds = [str(tmp_path / name) for name in ("short", "long")]
+    balanced, whole = (
+        kinds_of_text(byte_tokenizer(), kinds, length=64, held_out=4, balanced=balanced) for balanced in (True, False)
+    )
+    assert_disjoint(whole)
+    assert torch.equal(whole.calibration, balanced.calibration)
+    assert torch.equal(whole.training[: len(balanced.training)], balanced.training)
+    rest = byte_tokenizer().decode(whole.training[len(balanced.training) :].flatten())
+    assert len(rest) > balanced.training.numel() // 4
+    assert all(int(number) >= 1000 for number in rest.split()[1:-1])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

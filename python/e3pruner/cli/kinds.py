@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,11 +17,19 @@ from e3pruner.recovery.text import Document, deal, manual_documents, pack
 
 WINDOW = 32  # tokens: what two texts share of this length is the same passage, not the same language
 _MODULE_BYTES = 8_000, 24_000  # of a standard-library module: long enough to be text, no one too large for its split
+_NO_TEXT = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "lib2to3",
+}  # folders: long lists of cases, and other people's
 
 
 @dataclass(frozen=True)
 class KindsOfText:
-    """Token sequences (sequences, length), int64. `calibration` and `training` take turns between the kinds."""
+    """Token sequences (sequences, length), int64. `calibration` and `training` take turns between the kinds, as many of
+    each; unless `balanced`, what `training` has left of the longer kinds follows."""
 
     calibration: Tensor
     training: Tensor
@@ -33,9 +42,10 @@ class KindsOfText:
 
 
 def kinds_of_text(
-    tokenizer: PreTrainedTokenizerBase, kinds: Sequence[str], *, length: int, held_out: int
+    tokenizer: PreTrainedTokenizerBase, kinds: Sequence[str], *, length: int, held_out: int, balanced: bool = True
 ) -> KindsOfText:
-    """Text of each of `kinds`: "manual" (the Python manual), "code" (Python's standard library) or a file's path.
+    """Text of each of `kinds`: "manual" (the Python manual), "code" (modules at the top of Python's standard library),
+    "library" (those of its packages too) or a file's path.
 
     Documents are dealt to the splits, a file is cut in three. Of the held-out sequences, `held_out` of each kind, none
     shares `WINDOW` tokens in a row with any calibration or training sequence of any kind.
@@ -45,7 +55,8 @@ def kinds_of_text(
     if len(set(kinds)) != len(kinds) or not kinds:
         raise ValueError(f"text={list(kinds)} must name at least one kind, and none twice")
     splits = {kind: _splits(tokenizer, kind, length) for kind in kinds}
-    calibration, training = (_in_turns([splits[kind][name] for kind in kinds]) for name in ("calibration", "training"))
+    calibration = _in_turns([splits[kind]["calibration"] for kind in kinds], balanced=True)
+    training = _in_turns([splits[kind]["training"] for kind in kinds], balanced=balanced)
     seen = torch.cat([windows(calibration), windows(training)]).unique()
     unseen = {}
     for kind in kinds:
@@ -67,14 +78,23 @@ def windows(sequences: Tensor) -> Tensor:
     return (sequences.unfold(1, width, 1) * odd).sum(-1)
 
 
-def module_documents() -> dict[str, str]:
-    """The source of the modules at the top of Python's standard library, by file name."""
+def module_documents(packages: bool = False) -> dict[str, str]:
+    """The source of the modules at the top of Python's standard library, or of its packages too, by path."""
     low, high = _MODULE_BYTES
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return {file.name: file.read_text(encoding="utf-8") for file in files if low <= file.stat().st_size <= high}
+    library = Path(sysconfig.get_path("stdlib"))
+    files = sorted(library.rglob("*.py") if packages else library.glob("*.py"))
+    return {
+        str(file.relative_to(library)): file.read_text(encoding="utf-8")
+        for file in files
+        if low <= file.stat().st_size <= high and _NO_TEXT.isdisjoint(file.relative_to(library).parts)
+    }
 
 
-_BUILT_IN = {"manual": manual_documents, "code": module_documents}
+_BUILT_IN: dict[str, Callable[[], dict[str, str]]] = {
+    "manual": manual_documents,
+    "code": module_documents,
+    "library": partial(module_documents, packages=True),
+}
 
 
 def _splits(tokenizer: PreTrainedTokenizerBase, kind: str, length: int) -> dict[str, Tensor]:
@@ -93,8 +113,9 @@ def _splits(tokenizer: PreTrainedTokenizerBase, kind: str, length: int) -> dict[
     return splits
 
 
-def _in_turns(parts: Iterable[Tensor]) -> Tensor:
-    """As many sequences of each part, in turns."""
+def _in_turns(parts: Iterable[Tensor], balanced: bool) -> Tensor:
+    """As many sequences of each part, in turns; what is left of the longer ones after them, unless `balanced`."""
     parts = list(parts)
     count = min(map(len, parts))
-    return torch.stack([part[:count] for part in parts], dim=1).flatten(0, 1)
+    turns = torch.stack([part[:count] for part in parts], dim=1).flatten(0, 1)
+    return turns if balanced else torch.cat([turns, *(part[count:] for part in parts)])
