@@ -116,11 +116,12 @@ class Study:
         if source != "none":
             state = going_on(self.work / f"{name}-{seed}")
             results: list[e3pruner.recovery.DistillResult] = []
+            # Made before the memory of the training is measured.
+            teacher = self.teacher if source == "live" else self.cache(tail)
+            arguments = {"data": self.text.training, "plan": self.plan, "save_every": 50} | state
+            arguments |= {"steps": self.steps, "batch_size": self.settings["batch"], "seed": seed} | options
 
             def train() -> None:
-                teacher = self.teacher if source == "live" else self.cache(tail)
-                arguments = {"data": self.text.training, "plan": self.plan, "save_every": 50} | state
-                arguments |= {"steps": self.steps, "batch_size": self.settings["batch"], "seed": seed} | options
                 results.append(e3pruner.distill(student, teacher=teacher, **arguments))
 
             figures["peak_bytes"] = peak_above_inputs(train)

@@ -146,7 +146,6 @@ class TopkKlRows {
   template <class Before>
   Statistics statistics(int64_t row, const RowContext& context, Before& before) const {
     Statistics s{};
-    if (!full_) before.finish();
     if (full_) {
       const float first = first_max(problem_.student, row, problem_.vocabulary, problem_.transform);
       s.sums = fold_blocks<TopkSums>(
@@ -157,6 +156,8 @@ class TopkKlRows {
           },
           [&](TopkSums& total, const TopkSums& part) { join(total, part, temperature_); });
       if (temperature_ == 1.0f) s.sums.label_sum = s.sums.rest + s.sums.stored;
+    } else {
+      before.finish();
     }
     s.values.teacher_entropy = teacher_entropy(row, context);
     problem_.tail == Tail::renorm ? renormalised_events(row, context, s) : events(row, context, s);

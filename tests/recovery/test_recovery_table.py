@@ -11,6 +11,8 @@ from cli.conftest import byte_tokenizer
 from recovery import table
 from tiny_models import tiny_model
 
+from e3pruner.profiling.process_memory import peak_above_inputs
+
 RECOVERIES = Path(table.__file__).parent / "recoveries.yaml"
 
 
@@ -69,8 +71,16 @@ def test_every_cell_is_measured_once(config, tmp_path, monkeypatch):
     again = {name: row for name, row in rows.items() if name != "top-10, mix"}
     out.write_text("".join(json.dumps(row) + "\n" for row in again.values()))
     shutil.rmtree(tmp_path / "work")  # another machine: the rows are here, the cache that they were trained from is not
+    made_before = []
+
+    def peak(training):
+        made_before.append(any((tmp_path / "work").glob("*/cache/*.safetensors")))
+        return peak_above_inputs(training)
+
+    monkeypatch.setattr(table, "peak_above_inputs", peak)
     table.main(arguments)
     assert json.loads(out.read_text().splitlines()[-1])["loss"] == rows["top-10, mix"]["loss"]
+    assert made_before == [True]  # its making is not the training's memory
 
     with pytest.raises(SystemExit, match="other settings"):
         table.main([*arguments, "--tokens", "64"])

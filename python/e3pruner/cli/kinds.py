@@ -17,13 +17,8 @@ from e3pruner.recovery.text import Document, deal, manual_documents, pack
 
 WINDOW = 32  # tokens: what two texts share of this length is the same passage, not the same language
 _MODULE_BYTES = 8_000, 24_000  # of a standard-library module: long enough to be text, no one too large for its split
-_NO_TEXT = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "lib2to3",
-}  # folders: long lists of cases, and other people's
+# Folders of the library with long lists of cases, and with other people's modules.
+_NO_TEXT = frozenset(("test", "tests", "idle_test", "site-packages", "lib2to3"))
 
 
 @dataclass(frozen=True)
