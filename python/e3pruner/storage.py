@@ -51,7 +51,8 @@ def remove_temporaries(folder: str | Path) -> None:
 def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder that takes the name `path` when the block ends well and vanishes when it raises.
 
-    Raises FileExistsError at once if `path` exists, unless `force`: then the old folder goes when the new one is whole.
+    Raises FileExistsError at once if `path` exists, unless `force`: then the old folder goes when the new one is whole;
+    and at the end if another process has made `path` meanwhile.
     """
     path = Path(path)
     if path.exists() and not force:
@@ -62,7 +63,12 @@ def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         yield temporary
         if force:
             shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if path.is_dir():
+                raise FileExistsError(f"{path} was made by another process meanwhile") from error
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,7 +56,8 @@ def smollm2_folder() -> Path:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     folder = cache_home() / f"smollm2-{digest[:12]}"
     if not folder.exists():
-        with _parsed_once(), new_folder(folder) as temporary:
+        # The folder is named after the file's content: a process that was faster made the same.
+        with suppress(FileExistsError), _parsed_once(), new_folder(folder) as temporary:
             AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
             ).save_pretrained(temporary)
