@@ -47,11 +47,12 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_of_two_that_make_a_folder_the_second_is_told(tmp_path):
-    with pytest.raises(FileExistsError, match="made by another process"), new_folder(tmp_path / "out"):
-        with new_folder(tmp_path / "out") as first:
-            (first / "first").write_text("")
+    out = tmp_path / "out"
+    told = pytest.raises(FileExistsError, match="made by another process")
+    with told, new_folder(out), new_folder(out) as first:
+        (first / "first").write_text("")
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
-    assert [f.name for f in (tmp_path / "out").iterdir()] == ["first"]
+    assert [f.name for f in out.iterdir()] == ["first"]
 
 
 def test_what_killed_writers_left_is_removed(tmp_path):

@@ -20,8 +20,9 @@ from e3pruner.cli.matrix import Cell, Matrix, Recovery
 from e3pruner.cli.models import load_model, load_tokenizer
 from e3pruner.cli.options import Dtype
 from e3pruner.models import PruningPlan, find_layers
+from e3pruner.models.identity import model_identity
 from e3pruner.precision import autocast_dtype
-from e3pruner.search.checkpoint import Checkpoint, model_identity
+from e3pruner.search.checkpoint import Checkpoint
 from e3pruner.search.problem import SearchProblem
 from e3pruner.search.search import METHODS, run_search
 from e3pruner.search.units import units_of

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 import e3kernels as e3k
 from e3pruner.models import OutputHead, last_hidden, output_head
 from e3pruner.models.head import check_packing
+from e3pruner.models.identity import model_identity
 from e3pruner.precision import weights_in
 from e3pruner.recovery.batches import Batch, Packed, Sequences
-from e3pruner.storage import fingerprint
 
 
 class Teacher(Protocol):
@@ -67,8 +67,7 @@ class LiveTeacher:
 
     @property
     def identity(self) -> str:
-        # The output head stands for the weights: hashing all of a large teacher would take minutes.
-        return fingerprint(self.model.config.to_dict(), output_head(self.model).weight)
+        return model_identity(self.model)
 
     def check(self, data: Sequences, temperature: float) -> None:
         """A model can teach any text, if it keeps packed documents apart."""

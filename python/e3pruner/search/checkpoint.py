@@ -8,10 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from e3pruner.storage import fingerprint, write_json
+from e3pruner.storage import write_json
 
 _FORMAT = "e3pruner.search.checkpoint"
 _SECONDS = 5.0
@@ -65,9 +62,3 @@ class Checkpoint:
                 "name another file or delete it"
             )
         return measured, seconds
-
-
-def model_identity(model: PreTrainedModel) -> str:
-    """A hash of the configuration and of each parameter's first values: all of a large model's would take minutes."""
-    parameters: dict[str, Tensor] = {name: p.detach().flatten()[:64] for name, p in model.named_parameters()}
-    return fingerprint(model.config.to_dict(), parameters)

@@ -14,13 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from e3pruner.models import PruningPlan, find_layers, output_head
+from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import check_indices
 from e3pruner.models.tokens import check_token_batches
 from e3pruner.precision import autocast_dtype
 from e3pruner.search.alternate import alternate
 from e3pruner.search.angular import angular
 from e3pruner.search.bi import bi
-from e3pruner.search.checkpoint import Checkpoint, model_identity
+from e3pruner.search.checkpoint import Checkpoint
 from e3pruner.search.clp import clp
 from e3pruner.search.contiguous import contiguous
 from e3pruner.search.evolution import evolution
