@@ -52,7 +52,7 @@ def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder that takes the name `path` when the block ends well and vanishes when it raises.
 
     Raises FileExistsError at once if `path` exists, unless `force`: then the old folder goes when the new one is whole;
-    and at the end if another process has made `path` meanwhile.
+    without `force`, also at the end if another process has made `path` meanwhile.
     """
     path = Path(path)
     if path.exists() and not force:
@@ -66,9 +66,9 @@ def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         try:
             temporary.rename(path)
         except OSError as error:
-            if path.is_dir():
-                raise FileExistsError(f"{path} was made by another process meanwhile") from error
-            raise
+            if force or not path.is_dir():  # with force, what is in the way may be what could not be removed
+                raise
+            raise FileExistsError(f"{path} was made by another process meanwhile") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -16,6 +16,7 @@ from e3pruner.models.head import check_packing
 from e3pruner.models.identity import model_identity
 from e3pruner.precision import weights_in
 from e3pruner.recovery.batches import Batch, Packed, Sequences
+from e3pruner.storage import fingerprint
 
 
 class Teacher(Protocol):
@@ -67,7 +68,8 @@ class LiveTeacher:
 
     @property
     def identity(self) -> str:
-        return model_identity(self.model)
+        # The head whole: of a teacher with tokens of its own, the last rows alone may be other ones.
+        return fingerprint(model_identity(self.model), output_head(self.model).weight)
 
     def check(self, data: Sequences, temperature: float) -> None:
         """A model can teach any text, if it keeps packed documents apart."""
