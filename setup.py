@@ -75,7 +75,7 @@ MODULES = [
     Module(
         "_ops",
         "_ops.so",
-        sources=["csrc/ops.cpp"],
+        sources=["csrc/torch/ops.cpp"],
         kernels=["csrc/kernels/ops_table.cpp"],
         libraries=["torch_cpu"],
         python=False,
@@ -83,8 +83,8 @@ MODULES = [
     Module(
         "_runtime",
         "_runtime" + sysconfig.get_config_var("EXT_SUFFIX"),
-        sources=["csrc/runtime.cpp"],
-        kernels=["csrc/kernels/runtime_table.cpp"],
+        sources=["csrc/torch/runtime.cpp"],
+        kernels=["csrc/decode/runtime_table.cpp"],
         libraries=["torch", "torch_cpu", "torch_python", "c10"],
         python=True,
         cuda=("csrc/cuda/layer_graph.cu",),

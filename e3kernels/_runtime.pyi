@@ -1,4 +1,4 @@
-"""The compiled decoder runtime: csrc/runtime.cpp."""
+"""The compiled decoder runtime: csrc/torch/runtime.cpp."""
 
 from collections.abc import Callable
 

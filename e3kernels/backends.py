@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from e3kernels.contract import BACKENDS
-from e3kernels.reference.linear import Products, TileKernel, kernels, linear_grad_hidden, linear_logits
 from e3kernels.registration import OPERATORS, define_overload
+from e3kernels.tiled.linear import Products, TileKernel, kernels, linear_grad_hidden, linear_logits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes a pair: 56 MiB.

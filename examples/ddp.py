@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from e3pruner.recovery.batches import shuffled_batch
 from e3pruner.recovery.integrations.step import DistillStep
+from e3pruner.text.batches import shuffled_batch
 
 
 def main() -> None:

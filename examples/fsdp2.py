@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from e3pruner import find_layers
-from e3pruner.recovery.batches import shuffled_batch
 from e3pruner.recovery.integrations.step import DistillStep
+from e3pruner.text.batches import shuffled_batch
 
 BATCH = 8
 

@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -34,3 +37,10 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter.InterpretedFunction.__call__ = _call
     # It cuts fp32 to bf16; a GPU rounds to nearest.
     interpreter.InterpreterBuilder.cast_impl = _cast_to_nearest
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(topics["objects"] + topics["naming"], encoding="utf-8")
+    return path

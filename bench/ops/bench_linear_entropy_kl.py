@@ -7,7 +7,7 @@ from heads import SIZES, make, products
 from measure import measure
 
 import e3kernels as e3k
-from e3pruner.profiling.gradients import errors_of, gradient_of
+from e3pruner.profiling.operations.gradients import errors_of, gradient_of
 from e3pruner.profiling.textbook import entropy_kl as textbook
 
 

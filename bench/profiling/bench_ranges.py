@@ -18,8 +18,8 @@ from torch.profiler import record_function
 from e3kernels.profiling import RangeRecorder, named_range
 from e3pruner import distill, prune
 from e3pruner.models.smollm2 import load_smollm2
-from e3pruner.profiling.decoder import middle
-from e3pruner.profiling.step import STEP
+from e3pruner.profiling.model.profile import middle
+from e3pruner.profiling.step.profile import STEP
 from e3pruner.report import describe_environment
 from e3pruner.storage import write_json
 

@@ -35,19 +35,18 @@ import e3kernels as e3k
 import e3pruner
 from e3kernels.profiling import RangeRecorder
 from e3pruner import TeacherCache
-from e3pruner.cli.models import load_model, load_tokenizer
-from e3pruner.cli.options import Dtype
-from e3pruner.cli.text import take
 from e3pruner.models import find_layers
+from e3pruner.models.loading import Dtype, load_model, load_tokenizer
 from e3pruner.profiling import textbook
-from e3pruner.profiling.decoder import without_middle
+from e3pruner.profiling.model.profile import without_middle
 from e3pruner.profiling.process_memory import peak_above_inputs
-from e3pruner.profiling.step import STEP
+from e3pruner.profiling.step.profile import STEP
 from e3pruner.recovery import Teacher
-from e3pruner.recovery.batches import shuffled_batch
-from e3pruner.recovery.text import demo_tokens
 from e3pruner.report import describe_environment
 from e3pruner.storage import fingerprint, write_json, write_tensors
+from e3pruner.text.batches import shuffled_batch
+from e3pruner.text.built_in import demo_tokens
+from e3pruner.text.splits import take
 
 RESULTS = Path(__file__).parents[1] / "results" / "recovery-cost.json"
 K = 10

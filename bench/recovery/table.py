@@ -24,17 +24,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import e3pruner
 from e3pruner import PruningPlan, TeacherCache
-from e3pruner.cli.kinds import KindsOfText, kinds_of_text
-from e3pruner.cli.models import load_model, load_tokenizer
-from e3pruner.cli.options import Dtype
-from e3pruner.cli.text import take
 from e3pruner.models import find_layers
+from e3pruner.models.loading import Dtype, load_model, load_tokenizer
 from e3pruner.profiling.process_memory import peak_above_inputs
-from e3pruner.recovery.batches import shuffled_batch
 from e3pruner.recovery.state import going_on
 from e3pruner.report import describe_environment
 from e3pruner.report.table import markdown_table
 from e3pruner.storage import new_folder, read_json_lines, replacing_file, write_json_lines
+from e3pruner.text.batches import shuffled_batch
+from e3pruner.text.kinds import KindsOfText, kinds_of_text
+from e3pruner.text.splits import take
 
 RESULTS = Path(__file__).parents[1] / "results" / "recovery.jsonl"
 CACHE, DENSE = "teacher cache", "dense"  # rows beside the cells

@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from e3pruner.cli.comparison import CELLS_FILE, Comparison, Measurements, read_rows
-from e3pruner.cli.matrix import load_matrix
 from e3pruner.models import find_layers
+from e3pruner.pipelines.comparison import CELLS_FILE, Comparison, Measurements, read_rows
+from e3pruner.pipelines.matrix import load_matrix
 from e3pruner.report import describe_environment
 from e3pruner.storage import write_json
 

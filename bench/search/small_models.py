@@ -23,9 +23,9 @@ from transformers import (
     set_seed,
 )
 
-from e3pruner.cli.kinds import kinds_of_text, module_documents
-from e3pruner.cli.models import load_tokenizer
-from e3pruner.recovery.text import deal, manual_documents
+from e3pruner.models.loading import load_tokenizer
+from e3pruner.text.built_in import deal, manual_documents
+from e3pruner.text.kinds import kinds_of_text, module_documents
 
 KINDS = ("manual", "code")
 LENGTH, VOCABULARY, LAYERS, WIDTH, HEADS = 256, 4096, 12, 256, 4

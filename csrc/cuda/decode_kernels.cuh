@@ -5,11 +5,11 @@
 
 #include "cuda/layer_graph.h"
 #include "cuda/storage.cuh"
-#include "kernels/activation.h"
-#include "kernels/decoder_view.h"
-#include "kernels/rms_factor.h"
-#include "kernels/rotary.h"
-#include "kernels/softmax.h"
+#include "decode/activation.h"
+#include "decode/decoder_view.h"
+#include "decode/rms_factor.h"
+#include "decode/rotary.h"
+#include "decode/softmax.h"
 
 namespace e3::cuda {
 

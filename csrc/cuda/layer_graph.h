@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "kernels/decoder_view.h"
+#include "decode/decoder_view.h"
 
 struct CUstream_st;
 

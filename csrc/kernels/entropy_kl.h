@@ -23,7 +23,7 @@
 // e^{x−m} of both there.
 #pragma once
 
-#include "kernels/block.h"
+#include "simd/block.h"
 #include "kernels/token_loss.h"
 
 namespace e3::E3_ISA_NAMESPACE {

@@ -6,7 +6,7 @@
 
 #include <memory>
 
-#include "kernels/block.h"
+#include "simd/block.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 

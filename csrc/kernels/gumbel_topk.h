@@ -13,7 +13,7 @@
 #include <limits>
 #include <memory>
 
-#include "kernels/block.h"
+#include "simd/block.h"
 #include "kernels/philox.h"
 
 namespace e3::E3_ISA_NAMESPACE {

@@ -12,12 +12,12 @@
 
 #if defined(__AVX512F__)
 
-#include "kernels/parallel.h"
-#include "kernels/prefetch_rows.h"
+#include "simd/parallel.h"
+#include "simd/prefetch_rows.h"
 #include "kernels/problem.h"
 #include "kernels/token_loss.h"
-#include "kernels/transpose.h"
-#include "kernels/words.h"
+#include "simd/transpose.h"
+#include "simd/words.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 

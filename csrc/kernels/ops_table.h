@@ -1,8 +1,8 @@
 // The kernels behind torch.ops.e3.*, compiled once an instruction set; one table of them is chosen at load.
 #pragma once
 
-#include "kernels/isa.h"
-#include "kernels/parallel.h"
+#include "simd/isa.h"
+#include "simd/parallel.h"
 #include "kernels/problem.h"
 
 namespace e3 {

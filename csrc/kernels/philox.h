@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "kernels/problem.h"
-#include "kernels/simd.h"
+#include "simd/simd.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 

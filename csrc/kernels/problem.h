@@ -3,30 +3,16 @@
 
 #include <cstdint>
 
+#include "simd/rows.h"
+#include "simd/transform.h"
+
 namespace e3 {
 
-enum class DType : int { float32, bfloat16, float16 };
 enum class Weighting : int { none, entropy, inverse, mix };
 enum class Divergence : int { forward, reverse, jsd };
 enum class Tail : int { bucket, renorm, truncated };
 enum class Reduction : int { none, mean, sum };
 enum class Relaxation : int { threshold, softmax, successive };
-
-// A matrix whose rows are contiguous; `stride` counts elements from one row to the next.
-struct Rows {
-  DType dtype;
-  const void* data;
-  int64_t stride;
-};
-
-[[gnu::always_inline]] inline int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
-// x = f(z)/T of a logit z:  f(z) = c·tanh(scale·z/c) with a soft cap c > 0, scale·z without (c = 0).
-struct Transform {
-  float scale;
-  float softcap;
-  float temperature;
-};
 
 // loss = Σ w·[λT²·D + (1−λ)·CE] / norm over the valid tokens; see Weighting for w.
 struct Objective {

@@ -13,10 +13,10 @@
 #include <optional>
 #include <utility>
 
-#include "kernels/block.h"
-#include "kernels/parallel.h"
+#include "simd/block.h"
+#include "simd/parallel.h"
 #include "kernels/problem.h"
-#include "kernels/simd.h"
+#include "simd/simd.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 

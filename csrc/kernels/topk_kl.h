@@ -15,7 +15,7 @@
 // cancels when little is left. The row is read once and stays in the cache for the gradient.
 #pragma once
 
-#include "kernels/block.h"
+#include "simd/block.h"
 #include "kernels/token_loss.h"
 
 namespace e3::E3_ISA_NAMESPACE {

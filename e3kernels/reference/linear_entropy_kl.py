@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
-from e3kernels.reference.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels, product_dtype
+from e3kernels.tiled.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels, product_dtype
 
 KERNEL = TileKernel(entropy_kl, entropy_kl_backward, REFERENCE_LOGITS)
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from e3kernels.reference.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels, product_dtype
 from e3kernels.reference.topk_kl import topk_kl, topk_kl_backward
+from e3kernels.tiled.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels, product_dtype
 
 KERNEL = TileKernel(topk_kl, topk_kl_backward, REFERENCE_LOGITS)
 

@@ -1,9 +1,11 @@
 """Layer pruning of Hugging Face language models: search a layer mask, cut the layers, recover the model."""
 
 from e3pruner.evaluation import evaluate
-from e3pruner.models import LayerSkipRuntime, PruningPlan, find_layers, prune
+from e3pruner.mask_search import search
+from e3pruner.models import find_layers
 from e3pruner.recovery import TeacherCache, cache_teacher, compensate, distill
-from e3pruner.search import search
+from e3pruner.runtime import LayerSkipRuntime
+from e3pruner.surgery import PruningPlan, prune
 
 __all__ = [
     "LayerSkipRuntime",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -36,13 +35,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "prose.txt"
-    path.write_text(topics["objects"] + topics["naming"], encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")

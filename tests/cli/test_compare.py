@@ -13,9 +13,9 @@ from tiny_models import NUM_LAYERS
 from transformers import AutoModelForCausalLM
 
 import e3pruner
-from e3pruner.cli.comparison import CELLS_FILE, Comparison, read_rows
-from e3pruner.cli.kinds import KindsOfText, kinds_of_text, windows
-from e3pruner.cli.matrix import load_matrix
+from e3pruner.pipelines.comparison import CELLS_FILE, Comparison, read_rows
+from e3pruner.pipelines.matrix import load_matrix
+from e3pruner.text.kinds import KindsOfText, kinds_of_text, windows
 
 MATRIX = {
     "methods": ["greedy", "last-n", {"method": "gumbel-topk", "name": "short", "options": {"steps": 2, "samples": 3}}],

@@ -9,7 +9,7 @@ from cli.conftest import Command
 from search import exchanges
 from tiny_models import NUM_LAYERS
 
-from e3pruner.cli.comparison import CELLS_FILE, read_rows
+from e3pruner.pipelines.comparison import CELLS_FILE, read_rows
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import torch
 from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
 from transformers import DynamicCache
 
+from e3pruner.compat import CACHE
 from e3pruner.models import find_layers, gated, skipped
-from e3pruner.models.cache_name import CACHE
 
 REMOVED = [0, 2, 5]
 

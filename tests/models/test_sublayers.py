@@ -8,8 +8,9 @@ from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 from e3pruner import PruningPlan, prune
-from e3pruner.models import LayerSkipRuntime, gated, skipped
-from e3pruner.models.decoder_description import SUPPORTED
+from e3pruner.models import gated, skipped
+from e3pruner.runtime import LayerSkipRuntime
+from e3pruner.runtime.decoder_description import SUPPORTED
 
 MIXTURES = {"qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"}
 DENSE = sorted(set(TINY_CONFIGS) - MIXTURES)

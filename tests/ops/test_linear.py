@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from e3kernels.contract import REDUCTIONS
-from e3kernels.reference import linear
 from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
-from e3kernels.reference.linear import TileKernel
 from e3kernels.reference.linear_entropy_kl import problem
+from e3kernels.tiled import linear
+from e3kernels.tiled.linear import TileKernel
 
 SCALARS = torch.tensor([1.5, 1.0, 0.7, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
 

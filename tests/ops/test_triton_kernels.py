@@ -15,7 +15,7 @@ import e3kernels as e3k
 from e3kernels import backends
 from e3kernels.contract import DIVERGENCES, REDUCTIONS
 from e3kernels.reference.gumbel_topk import scores
-from e3kernels.reference.linear import TileKernel, kernels
+from e3kernels.tiled.linear import TileKernel, kernels
 from e3kernels.triton import entropy_kl, launch, linear_entropy_kl, linear_topk_kl, tune
 from e3kernels.triton.gumbel_topk import gumbel_noise
 from e3kernels.triton.reduction import reduced_loss

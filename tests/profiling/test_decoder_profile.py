@@ -8,11 +8,11 @@ from e3kernels.profiling import RangeRecorder
 from e3pruner.models import output_head
 from e3pruner.profiling import fit
 from e3pruner.profiling.ceilings import Ceilings
-from e3pruner.profiling.decoder import PHASES, DecoderProfile, middle, profile_decoder
-from e3pruner.profiling.decoder_page import decoder_page
-from e3pruner.profiling.engines import Eager, Speed, in_turns, run, typical_speed
+from e3pruner.profiling.model.engines import Eager, Speed, in_turns, run, typical_speed
+from e3pruner.profiling.model.page import decoder_page
+from e3pruner.profiling.model.parts import ranged_parts
+from e3pruner.profiling.model.profile import PHASES, DecoderProfile, middle, profile_decoder
 from e3pruner.profiling.page import write_page
-from e3pruner.profiling.parts import ranged_parts
 from e3pruner.profiling.work import WorkCounter
 from e3pruner.report import describe_environment
 

@@ -4,8 +4,8 @@ import pytest
 
 from e3kernels.registration import OPERATORS
 from e3pruner.profiling import fit
-from e3pruner.profiling.operations import CASES, profile_operations
-from e3pruner.profiling.operations_page import operations_page
+from e3pruner.profiling.operations.page import operations_page
+from e3pruner.profiling.operations.profile import CASES, profile_operations
 from e3pruner.profiling.page import write_page
 from e3pruner.report import describe_environment
 

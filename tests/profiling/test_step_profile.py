@@ -6,8 +6,8 @@ from tiny_models import EXTRA_CONFIGS, TINY_CONFIGS, tiny_model, tiny_tokens
 from e3kernels.profiling import RangeRecorder
 from e3pruner import distill, prune
 from e3pruner.profiling.page import write_page
-from e3pruner.profiling.step import profile_steps
-from e3pruner.profiling.step_page import step_page
+from e3pruner.profiling.step.page import step_page
+from e3pruner.profiling.step.profile import profile_steps
 from e3pruner.report import describe_environment
 
 SEARCH = {"teacher forward", "student forward", "loss", "optimizer"}
@@ -48,7 +48,7 @@ def test_steps_of_every_model_type_have_their_phases(model_type):
 
 def test_eager_losses_are_the_same_losses():
     """The figures beside the fused losses are worth nothing if they are another objective's."""
-    from e3pruner.profiling.step import _EagerTeacher
+    from e3pruner.profiling.step.profile import _EagerTeacher
 
     teacher, data = tiny_model("llama"), tiny_tokens(8, 12)
     curves = []

@@ -8,8 +8,8 @@ from tiny_models import VOCAB_SIZE, tiny_model
 
 from e3pruner import prune
 from e3pruner.recovery import LiveTeacher, distill
-from e3pruner.recovery.batches import Batch
 from e3pruner.recovery.teacher import narrowed
+from e3pruner.text.batches import Batch
 
 FP32 = {"precision": "fp32", "lr": 3e-3, "eval_every": 10}
 

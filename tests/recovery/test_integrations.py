@@ -6,8 +6,8 @@ from transformers import TrainingArguments
 
 from e3pruner import cache_teacher, prune
 from e3pruner.recovery import DistillOptions
-from e3pruner.recovery.batches import Batch
 from e3pruner.recovery.integrations.step import DistillStep, batch_of
+from e3pruner.text.batches import Batch
 
 LightningTrainer = pytest.importorskip("lightning", reason="needs e3kernels[lightning]").Trainer
 trl = pytest.importorskip("trl", reason="needs e3kernels[trl]")

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening, TrainingArguments
 
 from e3pruner import find_layers, prune
-from e3pruner.recovery.batches import shuffled_batch
-from e3pruner.recovery.documents import Marked, pack_documents
 from e3pruner.recovery.integrations import trainer
 from e3pruner.recovery.integrations.step import DistillStep, batch_of
+from e3pruner.text.batches import shuffled_batch
+from e3pruner.text.documents import Marked, pack_documents
 
 LENGTHS = [5, 9, 3, 7, 4, 8, 6, 6]
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from e3pruner import prune
 from e3pruner.recovery import TeacherCache, cache_teacher, distill
 from e3pruner.recovery import cache as cache_module
-from e3pruner.recovery.batches import in_order
 from e3pruner.recovery.cache import cache_bytes
+from e3pruner.text.batches import in_order
 
 LENGTH = 16
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import transformers
 import typer
 
-from e3pruner.cli import (
+from e3pruner.cli.command import Command
+from e3pruner.cli.commands import (
     bench,
     cache_teacher,
     compare,
@@ -22,7 +23,6 @@ from e3pruner.cli import (
     run,
     search,
 )
-from e3pruner.cli.command import Command
 
 app = typer.Typer(name="e3", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 

@@ -15,9 +15,6 @@ from e3pruner.cli.command import stderr
 from e3pruner.cli.config import CONFIG_FILE, resolved, save_config
 from e3pruner.storage import remove_temporaries
 
-PLAN_FILE = "pruning.json"
-TRACKED = "tensorboard"
-
 
 @contextmanager
 def output_folder(ctx: typer.Context, out: Path, force: bool) -> Iterator[Path]:

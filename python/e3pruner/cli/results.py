@@ -9,8 +9,6 @@ from typing import Any
 import typer
 
 from e3pruner.cli.config import resolved
-from e3pruner.models import PruningPlan
-from e3pruner.recovery import DistillResult
 from e3pruner.report import describe_environment
 
 
@@ -21,34 +19,4 @@ def run_results(ctx: typer.Context, title: str) -> dict[str, Any]:
         "environment": describe_environment(),
         "command": shlex.join(["e3", *sys.argv[1:]]),
         "config": resolved(ctx),
-    }
-
-
-def search_results(plan: PruningPlan) -> dict[str, Any]:
-    """The plan's layers, the importance its search started from and the way its masks went, where it kept them."""
-    results: dict[str, Any] = {"layers": plan.num_layers, "removed": plan.removed}
-    if scores := [record["importance"] for record in plan.history if "importance" in record]:
-        results["importance"] = scores[0]
-    if len(plan.history) > 1:
-        results["mask_path"] = {
-            "steps": [record["step"] for record in plan.history],
-            "removed": [removed_share(record, plan.num_layers) for record in plan.history],
-        }
-    return results
-
-
-def removed_share(record: dict[str, Any], num_layers: int) -> list[float]:
-    """For each layer the share of the step's masks that lack it; of one mask, 1 or 0."""
-    share = record.get("removed_share")
-    return share if share is not None else [float(layer in record["removed"]) for layer in range(num_layers)]
-
-
-def recovery_results(result: DistillResult) -> dict[str, Any]:
-    """The training loss of every step, and the held-out KL and perplexity where they were measured."""
-    return {
-        "recovery": {
-            "train": [[record["step"], record["loss"]] for record in result.curve],
-            "held_out": [[record["step"], record["kl"]] for record in result.held_out if "kl" in record],
-            "perplexity": [[record["step"], record["perplexity"]] for record in result.held_out],
-        }
     }

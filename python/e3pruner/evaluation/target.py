@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from e3pruner.evaluation.latency import latency
-from e3pruner.models import find_layers, prune
+from e3pruner.models import find_layers
 from e3pruner.models.stack import check_indices
+from e3pruner.surgery import prune
 
 
 def layers_to_drop(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 import e3kernels
-from e3pruner.models.cache_name import CACHE, CACHE_NAMES
+from e3pruner.compat import CACHE, CACHE_NAMES
 from e3pruner.models.stack import check_indices, evaluating, find_layers
 from e3pruner.models.sublayers import KINDS, check_sublayers, scaled, silenced, writer
 

@@ -15,9 +15,9 @@ import e3kernels
 from e3kernels.profiling import MemoryTimeline, Profile, Range, Timeline, named_range
 from e3kernels.profiling.trace import top_level
 from e3pruner.profiling import plots
-from e3pruner.profiling.decoder_page import memory_row, memory_section
+from e3pruner.profiling.model.page import memory_row, memory_section
 from e3pruner.profiling.page import Page, Section, Table, figures, percent, write_page
-from e3pruner.profiling.step import STEP
+from e3pruner.profiling.step.profile import STEP
 from e3pruner.report import describe_environment
 
 _MOST_OPERATORS = 20

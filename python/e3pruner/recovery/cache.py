@@ -27,8 +27,8 @@ from e3pruner.models import OutputHead, last_hidden, output_head
 from e3pruner.models.head import check_packing
 from e3pruner.models.stack import evaluating
 from e3pruner.precision import autocast_dtype
-from e3pruner.recovery.batches import Batch, Packed, Sequences, data_identity, sequences_of, tokens_of
 from e3pruner.storage import fingerprint, remove_temporaries, write_json, write_tensors
+from e3pruner.text.batches import Batch, Packed, Sequences, data_identity, sequences_of, tokens_of
 
 Tail = Literal["bucket", "renorm", "truncated"]
 MANIFEST = "manifest.json"

@@ -25,14 +25,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from e3pruner.models import PruningPlan, find_layers, last_hidden, output_head
+from e3pruner.models import find_layers, last_hidden, output_head
 from e3pruner.models.stack import evaluating
 from e3pruner.models.sublayers import KINDS, writer
 from e3pruner.precision import autocast_dtype
-from e3pruner.recovery.batches import Sequences, sequences_of, tokens_of
 from e3pruner.recovery.loss import DistillLoss, HeldOut
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher
+from e3pruner.surgery import PruningPlan
+from e3pruner.text.batches import Sequences, sequences_of, tokens_of
 
 # Flat between 0.05 and 0.5 on SmolLM2 with 8,000 tokens of calibration; at 0.001 it fits noise.
 RIDGE = 0.1

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from e3pruner.models import PruningPlan, output_head
+from e3pruner.models import output_head
 from e3pruner.models.head import check_packing
 from e3pruner.precision import autocast_dtype
-from e3pruner.recovery.batches import Packed, Sequences, data_identity, sequences_of
 from e3pruner.recovery.loop import DistillResult, Training
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
@@ -24,6 +23,8 @@ from e3pruner.recovery.student import refuse_shared_weights, trained_parameters
 from e3pruner.recovery.teacher import LiveTeacher, Teacher, narrowed
 from e3pruner.recovery.tracking import check_tracker, opened_tracker
 from e3pruner.storage import fingerprint
+from e3pruner.surgery import PruningPlan
+from e3pruner.text.batches import Packed, Sequences, data_identity, sequences_of
 
 
 def distill(

@@ -16,10 +16,10 @@ from torch import nn
 
 from e3kernels.profiling import named_range
 from e3pruner.recovery.average import WeightAverage
-from e3pruner.recovery.batches import Sequences, shuffled_batch
 from e3pruner.recovery.interrupt import deferred_interrupt
 from e3pruner.recovery.loss import DistillLoss, HeldOut
 from e3pruner.recovery.state import StateFolder, pack_state, unpack_state
+from e3pruner.text.batches import Sequences, shuffled_batch
 
 SPIKE_WINDOW = 32
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
 from e3pruner.models import last_hidden, output_head
-from e3pruner.recovery.batches import IGNORED, Batch, Sequences, in_order
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
+from e3pruner.text.batches import IGNORED, Batch, Sequences, in_order
 
 
 @dataclass

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from e3pruner.models import PruningPlan, find_layers
+from e3pruner.models import find_layers
 from e3pruner.models.stack import evaluating
 from e3pruner.recovery.options import DistillOptions
+from e3pruner.surgery import PruningPlan
 
 
 def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:

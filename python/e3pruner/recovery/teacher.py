@@ -15,8 +15,8 @@ from e3pruner.models import OutputHead, last_hidden, output_head
 from e3pruner.models.head import check_packing
 from e3pruner.models.identity import model_identity
 from e3pruner.precision import weights_in
-from e3pruner.recovery.batches import Batch, Packed, Sequences
 from e3pruner.storage import fingerprint
+from e3pruner.text.batches import Batch, Packed, Sequences
 
 
 class Teacher(Protocol):

@@ -12,6 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT = "e3pruner"
+TRACKED = "tensorboard"  # its folder beside a result
 
 
 def check_tracker(name: str | None) -> None:

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
 from e3pruner.models.head import check_packing
-from e3pruner.recovery.batches import IGNORED, Batch
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
+from e3pruner.text.batches import IGNORED, Batch
 
 
 def batch_of(inputs: Mapping[str, Any]) -> Batch:

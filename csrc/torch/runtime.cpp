@@ -1,0 +1,192 @@
+// e3kernels._runtime: what needs ATen. The layer-skipping decoder runtime and gumbel_topk's autograd, bound to Python.
+#include <torch/extension.h>
+
+#include "torch/runtime/generate.h"
+#include "torch/runtime/gumbel_topk.h"
+#include "torch/runtime/speculative.h"
+
+namespace py = pybind11;
+using namespace e3;
+
+namespace {
+
+Activation activation_of(const std::string& name) {
+  if (name == "silu" || name == "swish") return Activation::silu;
+  if (name == "gelu_pytorch_tanh" || name == "gelu_new") return Activation::gelu_tanh;
+  if (name == "gelu") return Activation::gelu;
+  throw py::value_error("activation '" + name + "' is not one of silu, gelu_pytorch_tanh, gelu");
+}
+
+std::optional<Weight> optional_weight(const std::string& name, const std::optional<at::Tensor>& tensor) {
+  return tensor ? std::optional(Weight(name, *tensor)) : std::nullopt;
+}
+
+void bind_model(py::module_& module) {
+  py::class_<Linear>(module, "Linear")
+      .def(py::init([](const std::string& name, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                       std::int64_t first, std::int64_t rows) {
+             return Linear{Weight(name + ".weight", weight), optional_weight(name + ".bias", bias), first, rows};
+           }),
+           py::arg("name"), py::arg("weight"), py::arg("bias"), py::arg("first"), py::arg("rows"));
+  py::class_<Norm>(module, "Norm")
+      .def(py::init([](const std::string& name, const at::Tensor& weight, double eps, double offset) {
+             return Norm{Weight(name + ".weight", weight), eps, offset};
+           }),
+           py::arg("name"), py::arg("weight"), py::arg("eps"), py::arg("offset"));
+  py::class_<Rotary>(module, "Rotary")
+      .def(py::init([](const at::Tensor& frequencies, double scaling) {
+             return Rotary{frequencies.to(at::kFloat), scaling, {}, {}};
+           }),
+           py::arg("frequencies"), py::arg("scaling"));
+  py::class_<Layer>(module, "Layer")
+      .def(py::init<>())
+      .def_readwrite("attention_norm", &Layer::attention_norm)
+      .def_readwrite("attention_post_norm", &Layer::attention_post_norm)
+      .def_readwrite("mlp_norm", &Layer::mlp_norm)
+      .def_readwrite("mlp_post_norm", &Layer::mlp_post_norm)
+      .def_readwrite("query_norm", &Layer::query_norm)
+      .def_readwrite("key_norm", &Layer::key_norm)
+      .def_readwrite("query", &Layer::query)
+      .def_readwrite("key", &Layer::key)
+      .def_readwrite("value", &Layer::value)
+      .def_readwrite("output", &Layer::output)
+      .def_readwrite("gate", &Layer::gate)
+      .def_readwrite("up", &Layer::up)
+      .def_readwrite("down", &Layer::down)
+      .def_readwrite("rotary", &Layer::rotary)
+      .def_readwrite("scale", &Layer::scale)
+      .def_readwrite("softcap", &Layer::softcap)
+      .def_readwrite("window", &Layer::window);
+  py::class_<Model, std::shared_ptr<Model>>(module, "Model")
+      .def(py::init<>())
+      .def_readwrite("embedding", &Model::embedding)
+      .def_readwrite("head", &Model::head)
+      .def_readwrite("final_norm", &Model::final_norm)
+      .def_readwrite("layers", &Model::layers)
+      .def_readwrite("rotaries", &Model::rotaries)
+      .def_readwrite("heads", &Model::heads)
+      .def_readwrite("key_value_heads", &Model::key_value_heads)
+      .def_readwrite("head_dim", &Model::head_dim)
+      .def_readwrite("max_positions", &Model::max_positions)
+      .def_readwrite("embedding_scale", &Model::embedding_scale)
+      .def_readwrite("residual_scale", &Model::residual_scale)
+      .def_readwrite("logit_scale", &Model::logit_scale)
+      .def_readwrite("logit_softcap", &Model::logit_softcap)
+      .def_property(
+          "activation", [](const Model& model) { return int(model.activation); },
+          [](Model& model, const std::string& name) { model.activation = activation_of(name); })
+      .def("check_unchanged", &Model::check_unchanged);
+}
+
+void bind_cache(py::module_& module) {
+  py::class_<KeptLayer>(module, "KeptLayer")
+      .def(py::init<int, bool, bool>(), py::arg("layer"), py::arg("attention"), py::arg("mlp"))
+      .def_readonly("layer", &KeptLayer::layer)
+      .def_readonly("attention", &KeptLayer::attention)
+      .def_readonly("mlp", &KeptLayer::mlp);
+  py::class_<Cache, std::shared_ptr<Cache>>(module, "Cache")
+      .def_property_readonly("length", &Cache::length)
+      .def_property_readonly("batch", &Cache::batch)
+      .def_property_readonly("bytes", &Cache::bytes)
+      .def_property_readonly("starts", &Cache::starts)
+      .def_property_readonly("plan", &Cache::plan)
+      .def("set_starts", &Cache::set_starts)
+      .def("truncate", &Cache::truncate)
+      .def("select", &Cache::select);
+}
+
+// Calls `on_tokens` (None: nothing to call) with the GIL held and lets Ctrl-C through after every token.
+OnTokens with_signals(const py::object& on_tokens) {
+  return [&on_tokens](const std::vector<std::int64_t>& tokens) -> std::vector<bool> {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals()) throw py::error_already_set();
+    if (on_tokens.is_none()) return {};
+    const py::object ended = on_tokens(tokens);
+    return ended.is_none() ? std::vector<bool>{} : ended.cast<std::vector<bool>>();
+  };
+}
+
+void bind_decoder(py::module_& module) {
+  py::class_<Decoder>(module, "Decoder")
+      .def(py::init([](std::shared_ptr<Model> model) {
+        model->check_uniform();
+        return std::make_unique<Decoder>(std::move(model));
+      }))
+      .def(
+          "new_cache",
+          [](const Decoder& decoder, const Plan& plan, std::int64_t batch, std::int64_t capacity) {
+            return std::make_shared<Cache>(decoder.model(), plan, batch, capacity);
+          },
+          py::arg("plan"), py::arg("batch"), py::arg("capacity"))
+      .def(
+          "append",
+          [](Decoder& decoder, Cache& cache, const at::Tensor& ids, std::int64_t keep) {
+            const at::NoGradGuard inference;
+            return decoder.append(cache, ids, keep);
+          },
+          py::arg("cache"), py::arg("ids"), py::arg("keep"), py::call_guard<py::gil_scoped_release>())
+      .def("weight_bytes", &Decoder::weight_bytes, py::arg("plan"))
+      .def(
+          "generate",
+          [](Decoder& decoder, Cache& cache, const at::Tensor& ids, const Request& request,
+             const py::object& on_tokens) {
+            const at::NoGradGuard inference;
+            request.sampling.check();
+            const OnTokens callback = with_signals(on_tokens);
+            const py::gil_scoped_release release;
+            return generate(decoder, cache, ids, request, callback);
+          },
+          py::arg("cache"), py::arg("ids"), py::arg("request"), py::arg("on_tokens"))
+      .def(
+          "speculate",
+          [](Decoder& decoder, Cache& cache, const Plan& draft, const at::Tensor& ids, const Request& request,
+             const py::object& on_tokens) {
+            const at::NoGradGuard inference;
+            request.sampling.check();
+            const OnTokens callback = with_signals(on_tokens);
+            const py::gil_scoped_release release;
+            Speculation speculation(decoder, cache, draft, request);
+            Sequences sequences = speculation.run(ids, callback);
+            return std::pair(std::move(sequences), speculation.counts());
+          },
+          py::arg("cache"), py::arg("draft"), py::arg("ids"), py::arg("request"), py::arg("on_tokens"));
+}
+
+void bind_request(py::module_& module) {
+  py::class_<Request>(module, "Request")
+      .def(py::init([](std::int64_t max_new_tokens, std::vector<std::int64_t> eos, std::int64_t pad, bool sample,
+                       double temperature, std::int64_t top_k, double top_p, double repetition_penalty,
+                       std::uint64_t seed) {
+             return Request{.max_new_tokens = max_new_tokens,
+                            .eos = std::move(eos),
+                            .pad = pad,
+                            .sampling = {.sample = sample,
+                                         .temperature = temperature,
+                                         .top_p = top_p,
+                                         .repetition_penalty = repetition_penalty,
+                                         .top_k = top_k,
+                                         .seed = seed}};
+           }),
+           py::kw_only(), py::arg("max_new_tokens"), py::arg("eos"), py::arg("pad"), py::arg("sample"),
+           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("repetition_penalty"), py::arg("seed"));
+  py::class_<SpeculationCounts>(module, "SpeculationCounts")
+      .def_readonly("drafted", &SpeculationCounts::drafted)
+      .def_readonly("accepted", &SpeculationCounts::accepted)
+      .def_readonly("verifications", &SpeculationCounts::verifications);
+}
+
+// The instruction sets that this machine runs, narrowest first.
+std::vector<std::string> instruction_sets() {
+  return {kIsaNames, kIsaNames + static_cast<int>(detect_isa()) + 1};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("instruction_sets", instruction_sets);
+  module.def("gumbel_topk", gumbel_topk);
+  bind_model(module);
+  bind_cache(module);
+  bind_request(module);
+  bind_decoder(module);
+}

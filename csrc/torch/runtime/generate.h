@@ -1,0 +1,77 @@
+// The generation loop: nothing of it is Python but the optional callback.
+#pragma once
+
+#include <functional>
+
+#include "torch/runtime/decoder.h"
+#include "torch/runtime/sampling.h"
+
+namespace e3 {
+
+struct Request {
+  std::int64_t max_new_tokens = 0;
+  std::vector<std::int64_t> eos;
+  std::int64_t pad = 0;  // what a finished sequence emits while others go on
+  Sampling sampling;
+};
+
+// Called with the tokens of every step, one a sequence; returns which sequences end here (empty: none).
+using OnTokens = std::function<std::vector<bool>(const std::vector<std::int64_t>&)>;
+
+// The tokens of every sequence: (batch, prompt) first, then what is generated.
+using Sequences = std::vector<std::vector<std::int64_t>>;
+
+inline Sequences rows_of(const at::Tensor& ids) {
+  const at::Tensor host = ids.to(at::kCPU).contiguous();
+  const std::int64_t* data = host.data_ptr<std::int64_t>();
+  Sequences rows;
+  for (std::int64_t b = 0; b < host.size(0); ++b, data += host.size(1)) rows.emplace_back(data, data + host.size(1));
+  return rows;
+}
+
+inline bool is_eos(const Request& request, std::int64_t token) {
+  return std::find(request.eos.begin(), request.eos.end(), token) != request.eos.end();
+}
+
+// Every sequence's context without its padding, for the repetition penalty.
+inline Sequences contexts_of(const Cache& cache, const Sequences& sequences) {
+  Sequences contexts;
+  for (std::size_t b = 0; b < sequences.size(); ++b)
+    contexts.emplace_back(sequences[b].begin() + cache.starts()[b], sequences[b].end());
+  return contexts;
+}
+
+inline Sequences generate(Decoder& decoder, Cache& cache, const at::Tensor& prompt, const Request& request,
+                          const OnTokens& on_tokens) {
+  const std::int64_t batch = prompt.size(0), vocabulary = decoder.model()->vocabulary();
+  Sequences sequences = rows_of(prompt), contexts = contexts_of(cache, sequences);
+  Sampler sampler(request.sampling, vocabulary);
+  std::vector<Uniform> uniforms;
+  for (std::int64_t b = 0; b < batch; ++b) uniforms.emplace_back(request.sampling.seed, b);
+  std::vector<bool> finished(batch, false);
+  std::vector<std::int64_t> tokens(batch);
+  at::Tensor ids = prompt;
+  for (std::int64_t step = 0; step < request.max_new_tokens; ++step) {
+    const at::Tensor logits = decoder.append(cache, ids, 1).to(at::kCPU).contiguous();
+    RECORD_USER_SCOPE("runtime sample");
+    for (std::int64_t b = 0; b < batch; ++b) {
+      float* row = logits.data_ptr<float>() + b * vocabulary;
+      if (finished[b])
+        tokens[b] = request.pad;
+      else if (request.sampling.sample)
+        tokens[b] = Sampler::draw(sampler.probabilities(row, contexts[b]), uniforms[b].next());
+      else
+        tokens[b] = sampler.largest(row, contexts[b]);
+      sequences[b].push_back(tokens[b]);
+      contexts[b].push_back(tokens[b]);
+      finished[b] = finished[b] || is_eos(request, tokens[b]);
+    }
+    const std::vector<bool> ended = on_tokens(tokens);
+    for (std::size_t b = 0; b < ended.size(); ++b) finished[b] = finished[b] || ended[b];
+    if (std::find(finished.begin(), finished.end(), false) == finished.end()) break;
+    ids = at::tensor(tokens, at::kLong).view({batch, 1});
+  }
+  return sequences;
+}
+
+}  // namespace e3

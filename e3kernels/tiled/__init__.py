@@ -1,0 +1,1 @@
+"""The tile loop of the linear losses, which every backend shares."""

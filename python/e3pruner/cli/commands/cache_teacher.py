@@ -1,0 +1,67 @@
+"""e3 cache-teacher: the teacher's predictions on disk."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Annotated
+
+import typer
+
+import e3pruner
+from e3pruner.cli import options
+from e3pruner.cli.command import stderr
+from e3pruner.cli.output import output_folder
+from e3pruner.models import output_head
+from e3pruner.models.loading import load_model, load_tokenizer
+from e3pruner.recovery.cache import cache_bytes
+from e3pruner.text.splits import token_splits
+
+
+def cache_teacher(
+    ctx: typer.Context,
+    out: options.Out,
+    teacher: options.Teacher = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Make nothing: read all of --out and check it.")] = False,
+    k: Annotated[int, typer.Option(min=1, help="Likeliest next tokens to store for each position.")] = 10,
+    temperature: Annotated[float, typer.Option(help="Temperature of the predictions, and of the training.")] = 1.0,
+    text: options.Text = None,
+    length: options.Length = 256,
+    batch: options.Batch = 8,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    force: options.Force = False,
+    config: options.Config = None,
+) -> None:
+    """Store what a teacher predicts on the training text, so that `e3 distill --teacher-cache` needs no teacher.
+
+    Says first what it will take on disk: with k = 10 some 60 bytes a token, 40 for vocabularies up to 65,536. An
+    interrupted or killed run goes on from the last whole shard.
+
+    Examples:
+
+    `e3 cache-teacher --teacher smollm2 --text my.txt --out cache`
+
+    `e3 cache-teacher --verify --out cache`
+    """
+    if verify:
+        cache = e3pruner.TeacherCache(out)
+        cache.verify()
+        print(f"{out}: every shard is what was written; {cache.manifest['sequences']} sequences")
+        return
+    if teacher is None:
+        raise typer.BadParameter("is needed, unless --verify checks what is there", param_hint="--teacher")
+    tokenizer = load_tokenizer(teacher)
+    tokens = token_splits(tokenizer, text, length=length, seed=seed).training
+    model = load_model(teacher, device, dtype)
+    need = cache_bytes(len(tokens), length, output_head(model).weight.shape[0], k)
+    with output_folder(ctx, out, force) as folder:
+        free = shutil.disk_usage(folder).free
+        stderr.print(
+            f"{len(tokens) * length:,} tokens, {need / (len(tokens) * length):.1f} bytes each: {need:,} bytes of "
+            f"{free:,} free"
+        )
+        e3pruner.cache_teacher(
+            model, tokens, folder, tokenizer=tokenizer, k=k, temperature=temperature, batch_size=batch, force=True
+        )
+    print(f"{out}: {len(tokens)} sequences of {length} tokens, the {k} likeliest next tokens of each position")

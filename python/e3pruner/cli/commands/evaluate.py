@@ -1,0 +1,78 @@
+"""e3 eval: how good, how large, how fast."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import e3pruner
+from e3pruner.cli import options
+from e3pruner.cli.output import output_folder
+from e3pruner.cli.results import run_results
+from e3pruner.cli.tables import print_table, print_tasks
+from e3pruner.evaluation import evaluate_tasks, latency
+from e3pruner.models.loading import load_model, load_tokenizer
+from e3pruner.report import save_results
+from e3pruner.text.splits import batches, take, token_splits
+
+
+def evaluate(
+    ctx: typer.Context,
+    model: options.Model,
+    teacher: options.Teacher = None,
+    text: options.Text = None,
+    held_out: options.HeldOut = 16,
+    length: options.Length = 256,
+    batch: options.Batch = 4,
+    speed: Annotated[bool, typer.Option(help="Measure decode and prefill tokens/s.")] = True,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task of lm-evaluation-harness to score as well; may be repeated.")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder of YAML files that define the tasks, in place of the harness's own.")
+    ] = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    out: Annotated[Path | None, typer.Option(help="Folder to keep the figures in, as results.json.")] = None,
+    force: options.Force = False,
+    config: options.Config = None,
+) -> None:
+    """Measure perplexity on held-out text, size and speed, and with --teacher the KL and the top-1 agreement.
+
+    Examples:
+
+    `e3 eval --model recovered --teacher smollm2`
+
+    `e3 eval --model recovered --text my.txt --no-speed --out figures`
+
+    `e3 eval --model recovered --teacher smollm2 --task my_task --task-folder tasks`
+    """
+    names = [name for name in (teacher, model) if name is not None]
+    tokenizer = load_tokenizer(names[0])
+    tokens = token_splits(tokenizer, text, length=length, seed=seed).held_out
+    sequences = batches(take(tokens, held_out, "--held-out"), batch)
+    with nullcontext() if out is None else output_folder(ctx, out, force) as folder:
+        networks = {name: load_model(name, device, dtype) for name in names}
+        # First, so that a task that is not defined is said before anything is measured.
+        scores = {
+            name: evaluate_tasks(network, tokenizer, task, folder=task_folder, batch_size=batch, seed=seed)
+            for name, network in networks.items()
+            if task
+        }
+        dense = networks[teacher] if teacher is not None else None
+        rows = [
+            {"name": name, **e3pruner.evaluate(network, sequences, dense), **(latency(network) if speed else {})}
+            for name, network in networks.items()
+        ]
+        results = run_results(ctx, f"{model} on held-out text") | {"models": rows}
+        if task:
+            results["tasks"] = scores
+        if folder is not None:
+            save_results(results, folder)
+    print_table(results)
+    if task:
+        print_tasks(scores)

@@ -1,0 +1,73 @@
+"""e3 generate: text from a model, with its speed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from e3pruner import LayerSkipRuntime, PruningPlan
+from e3pruner.cli import options
+from e3pruner.cli.command import stderr
+from e3pruner.evaluation.generation import continue_prompt
+from e3pruner.models.loading import load_model, load_tokenizer
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")] = 0.0,
+    keep: Annotated[str | None, typer.Option(help="Run only these layers, as in 0-11,19-29 (C++ runtime).")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Run the layers that a pruning.json keeps only.", exists=True, dir_okay=False)
+    ] = None,
+    speculative: Annotated[
+        bool, typer.Option("--speculative", help="The kept layers draft, all verify: the whole model's text.")
+    ] = False,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")] = True,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    config: options.Config = None,
+) -> None:
+    """Stream a continuation of a prompt to stdout and its tokens/s to stderr.
+
+    Example: `e3 generate --model recovered --prompt "What is a hash table?"`
+    """
+    tokenizer = load_tokenizer(model)
+    layers = _kept_layers(keep, plan)
+    if speculative and layers is None:
+        raise ValueError("--speculative needs the layers that draft: give --keep or --plan")
+    network = load_model(model, device, dtype)
+    runtime = None if layers is None else LayerSkipRuntime(network, None if speculative else layers)
+    extra = {} if runtime is None else {"seed": seed, "draft_keep": layers if speculative else None}
+    torch.manual_seed(seed)
+    began = time.perf_counter()
+    new_tokens = continue_prompt(
+        runtime or network, tokenizer, prompt, max_new_tokens, chat, temperature, stream=True, **extra
+    )
+    seconds = time.perf_counter() - began
+    if runtime is not None and runtime.speculation is not None:
+        counts = runtime.speculation
+        stderr.print(f"{counts.accepted} of {counts.drafted} drafted tokens accepted", style="dim")
+    stderr.print(f"{len(new_tokens)} tokens in {seconds:.2f} s: {len(new_tokens) / seconds:.1f} tokens/s", style="dim")
+
+
+def _kept_layers(keep: str | None, plan: Path | None) -> list[int] | None:
+    """The layers of `--keep` or `--plan`, None without either."""
+    if keep is not None and plan is not None:
+        raise ValueError("--keep and --plan both name layers: give one")
+    if plan is not None:
+        return PruningPlan.load(plan).kept
+    return None if keep is None else [layer for part in keep.split(",") for layer in _layer_range(part)]
+
+
+def _layer_range(part: str) -> range:
+    first, dash, last = part.strip().partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise ValueError(f"--keep has {part!r}; it lists layers and ranges of layers, as in 0-11,19-29")
+    return range(int(first), int(last if dash else first) + 1)

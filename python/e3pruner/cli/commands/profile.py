@@ -1,0 +1,156 @@
+"""e3 profile: where the time and the bytes go, for a model, a training step and the operations."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from e3pruner.cli import options
+from e3pruner.cli.command import Command
+from e3pruner.cli.output import output_folder
+from e3pruner.cli.tables import console, rich_table
+from e3pruner.models.loading import load_model, load_tokenizer
+from e3pruner.profiling.ceilings import measure_ceilings
+from e3pruner.profiling.model.page import decoder_page
+from e3pruner.profiling.model.profile import profile_decoder
+from e3pruner.profiling.operations.page import operations_page
+from e3pruner.profiling.operations.profile import DTYPES, profile_operations
+from e3pruner.profiling.page import Page, write_page
+from e3pruner.profiling.step.page import step_page
+from e3pruner.profiling.step.profile import profile_steps
+from e3pruner.report import describe_environment
+from e3pruner.text.batches import tokens_of
+from e3pruner.text.splits import take, token_splits
+
+app = typer.Typer(name="profile", no_args_is_help=True, help="See where the time and the bytes go.")
+
+Subject = Annotated[str, typer.Argument(metavar="MODEL", help="As --model elsewhere: a folder, or `smollm2`.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")]
+
+
+def finish(page: Page, folder: Path, out: Path) -> None:
+    """Writes the page into `folder`, and prints its tables."""
+    write_page(page, folder, describe_environment(), shlex.join(["e3", *sys.argv[1:]]))
+    terminal = console()
+    for section in page.sections:
+        for table in section.tables:
+            terminal.print(rich_table(table.title, table.headings, table.rows))
+    terminal.print(f"{out / 'profile.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command("model", cls=Command)
+def model(
+    ctx: typer.Context,
+    model: Subject,
+    out: options.Out,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens written after it, one at a time.")] = 16,
+    rounds: Rounds = 5,
+    removed: Annotated[
+        list[int] | None, typer.Option(min=1, help="Measure without so many layers; may be repeated.")
+    ] = None,
+    speedup: Annotated[float, typer.Option(help="How many layers must go to be this many times as fast?")] = 1.3,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    force: options.Force = False,
+    config: options.Config = None,
+) -> None:
+    """Profile a model by layer and part, and predict what removing layers would buy.
+
+    Example: `e3 profile model smollm2 --dtype bfloat16 --prompt 256 --out profiled`
+    """
+    if speedup <= 1:
+        raise ValueError(f"--speedup {speedup} must be above 1")
+    network = load_model(model, device, dtype)
+    with output_folder(ctx, out, force) as folder:
+        profile = profile_decoder(
+            network,
+            batch=batch,
+            prompt=prompt,
+            tokens=tokens,
+            rounds=rounds,
+            removed=removed or (4, 8, 12),
+            seed=seed,
+            folder=folder,
+        )
+        ceilings = measure_ceilings(network.device, (network.dtype,))
+        name = str(network.dtype).removeprefix("torch.")
+        title = f"{model}: {profile.layers} layers, {name}, {batch} × {prompt} tokens"
+        finish(decoder_page(profile, title, ceilings, name, speedup), folder, out)
+
+
+@app.command("step", cls=Command)
+def step(
+    ctx: typer.Context,
+    model: Subject,
+    out: options.Out,
+    drop: Annotated[int, typer.Option(min=1, help="Layers that the search removes and the student lacks.")] = 8,
+    text: options.Text = None,
+    length: options.Length = 256,
+    batch: options.Batch = 4,
+    rounds: Rounds = 3,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    force: options.Force = False,
+    config: options.Config = None,
+) -> None:
+    """Profile a step of the mask search and one of the recovery, and both again with losses as a textbook writes them.
+
+    Example: `e3 profile step smollm2 --drop 8 --out profiled`
+    """
+    splits = token_splits(load_tokenizer(model), text, length=length, seed=seed)
+    sequences = take(tokens_of(splits.training), batch * (rounds + 3), "--batch")
+    network = load_model(model, device, dtype)
+    with output_folder(ctx, out, force) as folder:
+        profile = profile_steps(network, sequences, drop=drop, batch=batch, rounds=rounds, seed=seed, folder=folder)
+        title = f"{model}: one search step and one recovery step, {batch} × {length} tokens"
+        finish(step_page(profile, title), folder, out)
+
+
+@app.command("ops", cls=Command)
+def ops(
+    ctx: typer.Context,
+    out: options.Out,
+    op: Annotated[
+        list[str] | None, typer.Option(help="An operation; may be repeated. All of them if not given.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="native, triton, reference or eager; may be repeated. All that serve here.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Tokens.")] = 256,
+    vocabulary: Annotated[int, typer.Option(min=2, help="Entries of the vocabulary.")] = 49_152,
+    hidden: Annotated[int, typer.Option(min=1, help="Width of the hidden states.")] = 576,
+    type_: Annotated[
+        list[str] | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)}; may be repeated. The first two.")
+    ] = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    force: options.Force = False,
+    config: options.Config = None,
+) -> None:
+    """Measure every operation beside what this machine can do at most: time, rate, share, host time, error.
+
+    Example: `e3 profile ops --op entropy_kl --rows 2048 --out profiled`
+    """
+    with output_folder(ctx, out, force) as folder:
+        found = profile_operations(
+            operations=op,
+            providers=provider,
+            dtypes=type_ or list(DTYPES)[:2],
+            rows=rows,
+            vocabulary=vocabulary,
+            hidden=hidden,
+            device=device,
+            seed=seed,
+            folder=folder,
+        )
+        finish(
+            operations_page(found, f"Operations on {rows} tokens, {hidden} wide, {vocabulary:,} entries"), folder, out
+        )

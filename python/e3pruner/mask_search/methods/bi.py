@@ -1,0 +1,21 @@
+"""Block influence: remove the layers that turn the hidden state least."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from e3pruner.mask_search.problem import SearchProblem
+from e3pruner.mask_search.protocol import Search, lowest
+
+
+def bi(problem: SearchProblem) -> Search:
+    """BI_l = 1 − E cos(h_l, h_{l+1}), the lowest go (ShortGPT, arXiv 2403.03853). One dense pass a batch, no head."""
+    problem.expect(len(problem.batches))
+    influence = problem.state_distance(1, cosine_distance)
+    removed = lowest(problem, influence)
+    yield {"importance": influence, "removed": removed}
+    return removed
+
+
+def cosine_distance(cosine: Tensor) -> Tensor:
+    return 1 - cosine

@@ -1,0 +1,25 @@
+"""Greedy: remove the layer that is missed least, look again, remove the next."""
+
+from __future__ import annotations
+
+from e3pruner.mask_search.problem import SearchProblem
+from e3pruner.mask_search.protocol import Search
+
+
+def greedy(problem: SearchProblem) -> Search:
+    """r ← r ∪ {argmin_l mean KL without r ∪ {l}}, `drop` times (SLEB, arXiv 2402.09025, with KL in place of NLL)."""
+    candidates = len(problem.free)
+    problem.expect(sum(candidates - step for step in range(problem.drop)) * len(problem.batches))
+    removed: list[int] = []
+    for _ in range(problem.drop):
+        left = [
+            unit
+            for members, count in problem.units.groups
+            for unit in members
+            if unit not in removed and len(set(members) & set(removed)) < count
+        ]
+        scores = problem.score([problem.mask([*removed, layer]) for layer in left])
+        score = min(scores)
+        removed.append(left[scores.index(score)])
+        yield {"score": score, "scores": dict(zip(map(str, left), scores, strict=True)), "removed": sorted(removed)}
+    return removed

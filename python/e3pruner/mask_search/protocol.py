@@ -1,0 +1,89 @@
+"""What a search method is, and what several of them need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import e3kernels as e3k
+from e3pruner.mask_search.problem import SearchProblem
+
+Search = Generator[dict[str, Any], None, list[int]]
+"""A running search: yields one record a step, returns the units to remove.
+
+Every record holds "removed", the best mask known after that step, as indices of units (see `Units`). "importance" is
+one value a unit, "score" a mean KL a token in nats, "removed_share" for each unit the share of the step's masks that
+lack it.
+"""
+
+_FAR_BELOW = -1e6
+
+Method = Callable[..., Search]
+"""`method(problem, *, option=default, ...)`: checks its options at once or in its first step, then searches."""
+
+
+def lowest(problem: SearchProblem, values: Sequence[float]) -> list[int]:
+    """The units with the lowest values, ascending; of equal values the deeper one comes first."""
+    chosen = [
+        sorted(members, key=lambda unit: (values[unit], -unit))[:count] for members, count in problem.units.groups
+    ]
+    return sorted(chain.from_iterable(chosen))
+
+
+def sampled(problem: SearchProblem, logits: Tensor, noise: float, step: int) -> Tensor:
+    """Masks (N, F), 1 for removed: of each group of units the lowest θ + κ·g go. `logits` θ (N, F) or (F,)."""
+    removed = torch.zeros_like(logits)
+    for members, count in problem.units.groups:
+        inside = removed_of(problem, members).to(logits.dtype)
+        # What is in no group of this round lies far below, where no noise reaches.
+        scores = torch.where(inside == 1, logits, _FAR_BELOW)
+        kept = e3k.gumbel_topk(scores, len(members) - count, noise_scale=noise, seed=problem.seed, step=step).mask
+        removed += inside * (1 - kept)
+    return removed
+
+
+def leave_one_out_scores(problem: SearchProblem, batches: Sequence[int], measure: str = "kl") -> list[float]:
+    """I_l: the mean KL without unit l alone, for every unit, over the batches with these numbers."""
+    masks = [problem.mask([unit]) for unit in range(problem.units.count)]
+    return problem.score(masks, batches, measure)
+
+
+def log_z_scores(problem: SearchProblem, importance: Sequence[float]) -> Tensor:
+    """The z-scores (F,), fp64, of the logs of the importance of the units that may go: where a θ can start."""
+    logs = torch.tensor([importance[unit] for unit in problem.free], dtype=torch.float64).log()
+    return (logs - logs.mean()) / logs.std(correction=0).clamp(min=1e-9)
+
+
+def run_starts(problem: SearchProblem) -> list[int]:
+    """Where a run of `drop` neighbouring layers that may all go can begin; raises `ValueError` if nowhere."""
+    free = set(problem.free)
+    starts = [start for start in problem.free if set(range(start, start + problem.drop)) <= free]
+    if not starts:
+        raise ValueError(f"protect leaves no {problem.drop} neighbouring layers that may all go; protect fewer")
+    return starts
+
+
+def layers_of(problem: SearchProblem, removed: Tensor) -> list[int]:
+    """The layers whose entry in `removed`, one for each layer that may go, is not 0."""
+    return [layer for layer, gone in zip(problem.free, removed.tolist(), strict=True) if gone]
+
+
+def removed_of(problem: SearchProblem, units: Sequence[int]) -> Tensor:
+    """The mask (F,), fp64, whose `layers_of` are `units`."""
+    gone = set(units)
+    return torch.tensor([float(unit in gone) for unit in problem.free], dtype=torch.float64)
+
+
+def scores_of(problem: SearchProblem, removed: Tensor, batches: Sequence[int] | None = None) -> list[float]:
+    """`problem.score` of the masks `removed` (N, F)."""
+    return problem.score([problem.mask(layers_of(problem, mask)) for mask in removed], batches)
+
+
+def removed_share(problem: SearchProblem, removed: Tensor) -> list[float]:
+    """For every unit of the model the share of the masks `removed` (N, F) that lack it."""
+    share = dict(zip(problem.free, removed.mean(0).tolist(), strict=True))
+    return [share.get(unit, 0.0) for unit in range(problem.units.count)]

@@ -1,0 +1,206 @@
+"""`search`: check everything, run one method, return its plan."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+
+from e3pruner.mask_search.checkpoint import Checkpoint
+from e3pruner.mask_search.methods.alternate import alternate
+from e3pruner.mask_search.methods.angular import angular
+from e3pruner.mask_search.methods.bi import bi
+from e3pruner.mask_search.methods.clp import clp
+from e3pruner.mask_search.methods.contiguous import contiguous
+from e3pruner.mask_search.methods.evolution import evolution
+from e3pruner.mask_search.methods.first_n import first_n
+from e3pruner.mask_search.methods.greedy import greedy
+from e3pruner.mask_search.methods.gumbel_topk import gumbel_topk
+from e3pruner.mask_search.methods.last_n import last_n
+from e3pruner.mask_search.methods.leave_one_out import leave_one_out, leave_one_out_perplexity
+from e3pruner.mask_search.methods.policy_gradient import policy_gradient
+from e3pruner.mask_search.methods.random_subset import random_subset
+from e3pruner.mask_search.methods.straight_through import straight_through
+from e3pruner.mask_search.methods.symmetric import symmetric
+from e3pruner.mask_search.methods.taylor import taylor
+from e3pruner.mask_search.problem import SearchProblem
+from e3pruner.mask_search.protocol import Method, Search
+from e3pruner.mask_search.units import units_of
+from e3pruner.models import find_layers, output_head
+from e3pruner.models.identity import model_identity
+from e3pruner.models.stack import check_indices
+from e3pruner.models.tokens import check_token_batches
+from e3pruner.precision import autocast_dtype
+from e3pruner.storage import fingerprint
+from e3pruner.surgery import PruningPlan
+
+METHODS: dict[str, Method] = {
+    "gumbel-topk": gumbel_topk,
+    "bi": bi,
+    "angular": angular,
+    "taylor": taylor,
+    "leave-one-out": leave_one_out,
+    "leave-one-out-perplexity": leave_one_out_perplexity,
+    "greedy": greedy,
+    "evolution": evolution,
+    "policy-gradient": policy_gradient,
+    "straight-through": straight_through,
+    "clp": clp,
+    "contiguous": contiguous,
+    "alternate": alternate,
+    "symmetric": symmetric,
+    "random": random_subset,
+    "first-n": first_n,
+    "last-n": last_n,
+}
+
+# What can remove the attention or the MLP of a layer alone, and what can remove given numbers of each kind.
+SUBLAYER_METHODS = (
+    "gumbel-topk",
+    "leave-one-out",
+    "leave-one-out-perplexity",
+    "greedy",
+    "evolution",
+    "policy-gradient",
+    "random",
+)
+QUOTA_METHODS = ("gumbel-topk", "bi", "taylor", "leave-one-out", "leave-one-out-perplexity", "greedy", "random")
+
+
+def search(
+    model: PreTrainedModel,
+    token_batches: Iterable[Any],
+    drop: int = 8,
+    method: str = "gumbel-topk",
+    seed: int = 0,
+    protect: Iterable[int] = (),
+    *,
+    granularity: str = "layer",
+    quota: Mapping[str, int] | None = None,
+    precision: str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> PruningPlan:
+    """Search `drop` decoder layers whose removal changes the predictions of `model` least.
+
+    model: a Hugging Face causal language model; afterwards it is as it was, whatever happens.
+    token_batches: calibration text, (B, T) token ids each, tensors or nested lists.
+    method: one of `METHODS`; `options` are that method's keyword arguments.
+    seed: of all randomness; (seed, tokens, model) decide the plan.
+    protect: layers that stay whole.
+    granularity: "layer", or "sublayer": then attentions and MLPs go one by one, and `drop` counts them.
+    quota: how many go of each kind: of the configuration's `layer_types`, or of "attention" and "mlp"; they add up to
+        `drop`.
+    precision: "fp32" computes in the type of the weights, "bf16" with the weights rounded to bfloat16 meanwhile, "auto"
+        in bf16 where the processor multiplies it.
+    checkpoint: a file for what has been measured. It is written every few seconds and when the search stops, by
+        whatever cause; the same call with the same file goes on from there and ends with the same plan, bit for bit.
+        What one method has measured, another need not measure again on the same tokens; its `cost` counts it all the
+        same.
+    progress: show a bar on standard error.
+
+    Under `torch.distributed` every rank calls this with the same arguments but its own share of each batch, and gets
+    the same plan; rank 0 writes the checkpoint and shows the bar.
+
+    Returns the plan. Its `history` holds one record a step (see `protocol.Search`) with "step" and "cost", the dense
+    forward passes times tokens up to there; its `metrics` the calibration "tokens", the mean "kl" of the final mask on
+    them in nats a token, and the "cost" of the search.
+
+    Raises `ValueError` or `TypeError` naming the argument before anything is computed, and `FloatingPointError` naming
+    the step if a divergence is not finite.
+    """
+    num_layers = len(find_layers(model))
+    protected = check_indices("protect", protect, num_layers)
+    units = units_of(model, drop, protected, granularity, quota)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
+    dtype = autocast_dtype(precision, model.device)
+    run = find_method(method, options)
+    _check_fit(method, granularity, quota)
+    batches = check_token_batches("token_batches", token_batches, output_head(model).weight.shape[0])
+    problem = SearchProblem(model, batches, units=units, seed=seed, dtype=dtype)
+    ranks = problem.ranks
+    ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), options])
+    store = None
+    if checkpoint is not None:
+        identity = {"dtype": str(dtype), "tokens": _tokens_of(problem), "model": model_identity(model)}
+        store = Checkpoint(checkpoint, identity)
+        problem.measured, problem.seconds = ranks.from_first((store.measured, store.seconds))
+        store.measured, store.seconds = problem.measured, problem.seconds
+        problem.committed = store.save_if_due if ranks.first else problem.committed
+    try:
+        with problem, _progress(problem, method) if progress and ranks.first else nullcontext():
+            history, removed = run_search(problem, run(problem, **options))
+            cost = problem.account.cost
+            (kl,) = problem.score([problem.mask(removed)])
+    finally:
+        if store is not None and ranks.first:
+            store.save()
+    metrics = {"kl": kl, "tokens": problem.tokens, "cost": cost}
+    layers, sublayers = units.removed(removed)
+    return PruningPlan.of_removed(
+        layers,
+        num_layers,
+        sublayers=sublayers,
+        method=method,
+        seed=seed,
+        model_type=model.config.model_type,
+        history=history,
+        metrics=metrics,
+    )
+
+
+def run_search(problem: SearchProblem, running: Search) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a search and the layers it removes, ascending; `problem` is entered. See `search` for errors."""
+    history: list[dict[str, Any]] = []
+    while True:
+        try:
+            record = next(running)
+        except StopIteration as stop:
+            return history, sorted(stop.value)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"search step {len(history)}: {error}") from error
+        history.append({"step": len(history), "cost": problem.account.cost, **record})
+
+
+def find_method(name: str, options: Iterable[str]) -> Method:
+    """The method of this name. Raises `ValueError` if there is none, `TypeError` if it has not all these options."""
+    if name not in METHODS:
+        raise ValueError(f"method={name!r} is not known; it is one of {', '.join(METHODS)}")
+    known = [p.name for p in inspect.signature(METHODS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"{unknown[0]} is no option of method={name!r}; it has {', '.join(known) or 'none'}")
+    return METHODS[name]
+
+
+def _check_fit(method: str, granularity: str, quota: Mapping[str, int] | None) -> None:
+    if granularity == "sublayer" and method not in SUBLAYER_METHODS:
+        raise ValueError(f"granularity='sublayer': {method} removes layers; use one of {', '.join(SUBLAYER_METHODS)}")
+    if quota is not None and method not in QUOTA_METHODS:
+        raise ValueError(f"quota: {method} takes no account of kinds; use one of {', '.join(QUOTA_METHODS)}")
+
+
+def _tokens_of(problem: SearchProblem) -> list[str]:
+    """A hash of each batch, of all ranks."""
+    own = [int(fingerprint(batch)[:12], 16) for batch in problem.batches]  # 48 bits pass through fp64
+    return [f"{int(each):012x}" for rank in problem.ranks.gather(own) for each in rank]
+
+
+@contextmanager
+def _progress(problem: SearchProblem, method: str) -> Iterator[None]:
+    """A bar over the passes that the method expects, which is at most; it ends full."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"search: {method}", total=None)
+        problem.expect = lambda passes: bar.update(task, total=passes)
+        problem.advance = lambda: bar.advance(task)
+        yield
+        bar.update(task, total=bar.tasks[task].completed)

@@ -1,0 +1,1 @@
+"""Search, prune, recover, judge: whole runs, each stage kept when it is done."""

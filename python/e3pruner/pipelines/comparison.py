@@ -1,0 +1,201 @@
+"""The cells of a comparison, one after another: each is measured once, whatever interrupts the run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import e3kernels as e3k
+import e3pruner
+from e3pruner.mask_search.checkpoint import Checkpoint
+from e3pruner.mask_search.problem import SearchProblem
+from e3pruner.mask_search.search import METHODS, run_search
+from e3pruner.mask_search.units import units_of
+from e3pruner.models import find_layers
+from e3pruner.models.identity import model_identity
+from e3pruner.models.loading import Dtype, load_model, load_tokenizer
+from e3pruner.pipelines.matrix import Cell, Matrix, Recovery
+from e3pruner.precision import autocast_dtype
+from e3pruner.storage import fingerprint, read_json_lines, write_json_lines
+from e3pruner.surgery import PruningPlan
+from e3pruner.text.kinds import KindsOfText, kinds_of_text
+
+CELLS_FILE, MEASURED_FOLDER = "cells.jsonl", "measured"
+_COMPENSATION = 32  # training sequences that the closed forms are fitted to
+_BATCH = 4
+
+Row = dict[str, Any]
+
+
+class Measurements:
+    """What is known of one set of tokens: by problems on it kept in memory, and in a file for the next run."""
+
+    def __init__(self, path: Path, tokens: Tensor, identity: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.tokens = tokens
+        self.store = Checkpoint(path, identity | {"tokens": fingerprint(tokens)})
+        self.teacher: dict[int, Tensor] = {}
+
+    def problem(self, model: PreTrainedModel, dtype: torch.dtype | None, **settings: Any) -> SearchProblem:
+        """A problem on these tokens that knows all this."""
+        problem = SearchProblem(model, self.tokens.split(_BATCH), dtype=dtype, **settings)
+        problem.measured, problem.seconds, problem.teacher = self.store.measured, self.store.seconds, self.teacher
+        problem.committed = self.store.save_if_due
+        return problem
+
+
+@dataclass
+class Comparison:
+    """A matrix on one model and one set of texts, its results in `folder`.
+
+    Raises `ValueError` before anything is measured if the matrix does not fit the model.
+    """
+
+    matrix: Matrix
+    model: PreTrainedModel
+    text: KindsOfText
+    folder: Path
+
+    @classmethod
+    def load(cls, matrix: Matrix, folder: Path, device: str = "cpu") -> Comparison:
+        """The comparison of the model and the texts that `matrix` names."""
+        text = kinds_of_text(load_tokenizer(matrix.model), matrix.text, length=matrix.length, held_out=matrix.held_out)
+        # In fp32 whatever the checkpoint: `precision` says what is computed in, and recovery needs the master weights.
+        return cls(matrix, load_model(matrix.model, device, Dtype.FLOAT32), text, folder)
+
+    def __post_init__(self) -> None:
+        self.units = {drop: units_of(self.model, drop, self.matrix.protect) for drop in self.matrix.drop}
+        self.dtype = autocast_dtype(self.matrix.precision, self.model.device)
+        self.identity = {"dtype": str(self.dtype), "model": model_identity(self.model)}
+        self.held_out = {kind: self.measurements(tokens) for kind, tokens in self.text.held_out.items()}
+        self._searched: dict[int, Measurements] = {}
+
+    def key(self, cell: Cell) -> str:
+        """A hash of everything that decides the figures of a cell."""
+        tokens = [each.store.identity for each in (self.calibration(cell.seed), *self.held_out.values())]
+        settings = asdict(cell)
+        settings["contestant"].pop("name")
+        settings["recovery"].pop("name")
+        training = fingerprint(self.text.training) if settings["recovery"]["options"] is not None else None
+        return fingerprint(settings, tokens, self.matrix.protect, training)[:16]
+
+    def run(self, advance: Callable[[Row], None] = lambda row: None) -> list[Row]:
+        """The rows of all cells, in the matrix's order; those that the folder has are not measured again.
+
+        `advance(row)` is called after each.
+        """
+        file = self.folder / CELLS_FILE
+        rows = {row["key"]: row for row in read_rows(file)}
+        chosen = []
+        for cell in self.matrix.cells():
+            key = self.key(cell)
+            if key not in rows:
+                rows[key] = {"key": key, **self.measure(cell)}
+                write_json_lines(file, rows.values())
+            chosen.append(rows[key] | {"method": cell.contestant.name, "recovery": cell.recovery.name})
+            advance(chosen[-1])
+        return chosen
+
+    def calibration(self, seed: int) -> Measurements:
+        """The calibration tokens of a seed, the same for every method."""
+        if seed not in self._searched:
+            self._searched[seed] = self.measurements(self.text.calibration_of(seed, self.matrix.calibration))
+        return self._searched[seed]
+
+    def measure(self, cell: Cell) -> Row:
+        """Search, recover, and judge on held-out text."""
+        row = self._search(cell)
+        if cell.recovery.options is None and not cell.recovery.compensates:
+            return row | {"held_out": {kind: self._judge(row["removed"], each) for kind, each in self.held_out.items()}}
+        return row | self._recover(cell.recovery, row["removed"], cell.seed)
+
+    def measurements(self, tokens: Tensor) -> Measurements:
+        """What the folder knows of these tokens."""
+        path = self.folder / MEASURED_FOLDER / f"{fingerprint(tokens)[:16]}.json"
+        return Measurements(path, tokens, self.identity)
+
+    def _search(self, cell: Cell) -> Row:
+        shared = self.calibration(cell.seed)
+        problem = shared.problem(self.model, self.dtype, units=self.units[cell.drop], seed=cell.seed)
+        known = set(shared.store.seconds)
+        try:
+            with problem:
+                began = time.perf_counter()
+                running = METHODS[cell.contestant.method](problem, **cell.contestant.options)
+                _, removed = run_search(problem, running)
+                took = time.perf_counter() - began
+                cost, seconds = problem.account.cost, problem.account.seconds
+                measuring = sum(each for key, each in problem.seconds.items() if key not in known)
+                (kl,) = problem.score([problem.mask(removed)])
+        finally:
+            shared.store.save()
+        return {
+            "method": cell.contestant.name,
+            "options": cell.contestant.options,
+            "drop": cell.drop,
+            "seed": cell.seed,
+            "recovery": cell.recovery.name,
+            "removed": removed,
+            "calibration_kl": kl,
+            "calibration_tokens": problem.tokens,
+            "cost": cost,
+            # What its measurements took, whichever cell made them, and its own thinking.
+            "seconds": seconds + max(0.0, took - measuring),
+        }
+
+    def _judge(self, removed: Sequence[int], held_out: Measurements) -> dict[str, float]:
+        """Figures of the dense model without `removed` on one kind of held-out text, in one pass."""
+        problem = held_out.problem(self.model, self.dtype, units=units_of(self.model, 1))
+        mask = problem.mask(removed)
+
+        def figures(batch: int) -> list[float]:
+            ids = problem.input_ids(batch)
+            teacher = problem.teacher_of(batch).view(*ids.shape, -1)[:, :-1].flatten(0, 1)
+            ((_, hidden),) = problem.forward.last_hiddens(ids, [mask])
+            logits, target = (problem.head.logits(h) for h in (hidden[:, :-1].flatten(0, 1), teacher))
+            labels = ids[:, 1:].flatten()
+            result: Any = e3k.entropy_kl(logits, target, labels, weighting="none", reduction="none", return_stats=True)
+            agreement = (logits.argmax(-1) == target.argmax(-1)).double().mean().item()
+            return [result[1].kl.double().mean().item(), result[1].cross_entropy.double().mean().item(), agreement]
+
+        bits = "".join("01"[runs] for runs in mask)
+        numbers = range(len(problem.batches))
+        try:
+            with problem:
+                table = [problem.measure(f"figures {batch} {bits}", batch, figures) for batch in numbers]
+        finally:
+            held_out.store.save()
+        kl, nll, agreement = problem.mean(table, numbers)
+        return {"kl": kl, "perplexity": math.exp(nll), "top1_agreement": agreement}
+
+    def _recover(self, recovery: Recovery, removed: Sequence[int], seed: int) -> Row:
+        plan = PruningPlan.of_removed(removed, len(find_layers(self.model)))
+        student = e3pruner.prune(self.model, plan)
+        began = time.perf_counter()
+        if recovery.compensates:
+            e3pruner.compensate(student, self.model, plan, self.text.training[:_COMPENSATION])
+        if recovery.options is not None:
+            options = {"seed": seed, "plan": plan, **recovery.options}
+            e3pruner.distill(student, teacher=self.model, data=self.text.training, **options)
+        took = time.perf_counter() - began
+        keys = ("kl", "perplexity", "top1_agreement")
+        held_out = {}
+        for kind, sequences in self.text.held_out.items():
+            figures = e3pruner.evaluate(
+                student, sequences.split(_BATCH), self.model, precision=self.matrix.precision, progress=False
+            )
+            held_out[kind] = {key: figures[key] for key in keys}
+        return {"held_out": held_out, "recovery_seconds": took}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a comparison's file, if it exists. Raises `ValueError` naming a line that is none."""
+    return read_json_lines(path, ("key",), "no cell of a comparison") if path.exists() else []

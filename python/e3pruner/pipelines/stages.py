@@ -1,0 +1,56 @@
+"""The stages of a long run, each kept when it is done: an interrupted run repeats none."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from e3pruner.storage import new_folder, write_json
+
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Stages of one run in `folder`. Each gives JSON, which is kept there until the run is complete."""
+
+    folder: Path
+
+    def stage(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives: computed the first time, read when the run goes on."""
+        path = self.folder / f"stage-{name}.json"
+        if not path.exists():
+            _stderr.print(f"[bold]{name}[/]")
+            began = time.perf_counter()
+            value = compute()
+            write_json(path, {"value": value, "seconds": round(time.perf_counter() - began, 1)})
+        return read_json(path)["value"]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage, in their order. Of a stage that was interrupted: of its last part."""
+        return {
+            path.stem.removeprefix("stage-"): read_json(path)["seconds"]
+            for path in sorted(self.folder.glob("stage-*.json"))
+        }
+
+    def clear(self) -> None:
+        """Forgets the stages."""
+        for path in self.folder.glob("stage-*.json"):
+            path.unlink()
+
+    def export(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        """A checkpoint of the run, whole or not there."""
+        with new_folder(self.folder / name, force=True) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)

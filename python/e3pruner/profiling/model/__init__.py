@@ -1,0 +1,1 @@
+"""A decoder by layer and part, and what removing layers would buy."""

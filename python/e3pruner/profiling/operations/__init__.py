@@ -1,0 +1,1 @@
+"""Every operation against the limits of the machine."""

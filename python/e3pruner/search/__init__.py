@@ -1,5 +1,0 @@
-"""Find the decoder layers that a language model misses least: several search methods under one protocol."""
-
-from e3pruner.search.search import METHODS, search
-
-__all__ = ["METHODS", "search"]

@@ -1,0 +1,119 @@
+"""Cut layers out of a model for good."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from e3pruner.models.stack import check_indices, find_layers, stack_name
+from e3pruner.models.sublayers import KINDS, projection
+from e3pruner.surgery.config import pruned_config
+from e3pruner.surgery.parity import assert_parity
+from e3pruner.surgery.plan import PruningPlan
+
+
+def prune(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, copy_weights: bool = True) -> PreTrainedModel:
+    """A vanilla model of the same class with only the layers that `plan` keeps.
+
+    `plan`: a `PruningPlan`, anything else with `.kept`, or the indices of the layers to keep, in any order. Dtype,
+    device, mode and generation settings are those of `model`, which stays as it is. `copy_weights=False` lets both
+    models share their weights, for saving or evaluating at half the memory; training one would then change the other.
+
+    The pruned model is built from its own configuration, so `save_pretrained` writes a checkpoint that plain
+    `AutoModelForCausalLM` loads. Sub-layers that the plan removes have their output projection set to 0: the checkpoint
+    stays vanilla and its size does not shrink, which a warning says. Before it is returned it is proven to be `model`
+    without the removed layers, see `assert_parity`.
+
+    Raises `ValueError` for indices out of range, doubled, or none; for a plan of another model; for settings that
+    cannot be renumbered; for weights on several devices; and if the proof fails. Errors of `find_layers` too.
+    """
+    stack = stack_name(model)
+    kept = _kept_layers(model, plan)
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) != 1 or devices == ["meta"]:
+        raise ValueError(f"model has weights on {', '.join(devices)}; load it on one device to prune it")
+    with init_empty_weights(include_buffers=False):
+        pruned = type(model)(pruned_config(model.config, kept))
+    _fill(pruned, model, stack, kept, copy_weights)
+    pruned.tie_weights()
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    pruned.train(model.training)
+    sublayers = getattr(plan, "sublayers", {kind: [] for kind in KINDS})
+    _empty_sublayers(pruned, kept, sublayers)
+    assert_parity(model, pruned, kept, sublayers)
+    return pruned
+
+
+def _empty_sublayers(pruned: PreTrainedModel, kept: Sequence[int], sublayers: Mapping[str, Sequence[int]]) -> None:
+    """Zeros in place of the projections of `sublayers`, which go by the layers' indices in the dense model."""
+    layers = find_layers(pruned)
+    for kind in KINDS:
+        for old in sublayers[kind]:
+            module = projection(layers[kept.index(old)], kind)
+            for name, parameter in module.named_parameters():  # new tensors: the old ones may be the dense model's
+                setattr(module, name, nn.Parameter(torch.zeros_like(parameter), parameter.requires_grad))
+    if count := sum(map(len, sublayers.values())):
+        warnings.warn(
+            f"the output projections of {count} sub-layers are set to 0: the checkpoint loads anywhere, and is as "
+            "large and as slow as with them; only e3pruner.LayerSkipRuntime(keep=plan.keep) skips them",
+            stacklevel=3,
+        )
+
+
+def _kept_layers(model: PreTrainedModel, plan: Any) -> list[int]:
+    num_layers = len(find_layers(model))
+    if getattr(plan, "num_layers", num_layers) != num_layers:
+        raise ValueError(f"plan is for {plan.num_layers} layers, model has {num_layers}")
+    if getattr(plan, "model_type", "") not in ("", model.config.model_type):
+        raise ValueError(f"plan is for a {plan.model_type} model, model is {model.config.model_type}")
+    kept = check_indices("kept", getattr(plan, "kept", plan), num_layers)
+    if not kept:
+        raise ValueError("kept=[] keeps no layer; at least one must stay")
+    return kept
+
+
+def _fill(pruned: PreTrainedModel, model: PreTrainedModel, stack: str, kept: Sequence[int], copied: bool) -> None:
+    """Give `pruned` the weights and buffers of `model`, those of kept layers under their new index."""
+    renamed = {f"{stack}.{old}.": f"{stack}.{new}." for new, old in enumerate(kept)}
+    copies: dict[int, Tensor] = {}
+
+    def taken(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in tensors:
+            layer = re.match(rf"{re.escape(stack)}\.\d+\.", name)
+            if layer and layer[0] not in renamed:
+                continue
+            if id(tensor) not in copies:  # tied weights stay one tensor
+                copies[id(tensor)] = tensor.detach().clone() if copied else tensor.detach()
+            found[renamed[layer[0]] + name[layer.end() :] if layer else name] = copies[id(tensor)]
+        return found
+
+    state = taken(model.state_dict(keep_vars=True).items())
+    try:
+        pruned.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model ({model.config.model_type}) cannot be pruned: with fewer layers it has other weights"
+        ) from error
+    buffers = taken(model.named_buffers())
+    cast = []
+    for name, buffer in list(pruned.named_buffers()):
+        if name not in state:  # not part of a checkpoint: computed anew where one is loaded
+            if buffer.dtype != buffers[name].dtype:
+                cast.append(name)
+            owner, _, leaf = name.rpartition(".")
+            setattr(pruned.get_submodule(owner), leaf, buffers[name])
+    if cast:
+        warnings.warn(
+            f"model was cast after loading, {', '.join(cast)} with it; its checkpoint will load with these in full "
+            f"precision and give other logits. Load models with dtype=... instead.",
+            stacklevel=3,
+        )

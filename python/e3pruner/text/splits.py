@@ -1,0 +1,94 @@
+"""Tokens for a run: a text file's or the built-in text's, in splits that share nothing."""
+
+from __future__ import annotations
+
+import re
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from e3pruner.text.batches import Sequences
+from e3pruner.text.built_in import SHARES, deal, demo_tokens
+from e3pruner.text.documents import holds_documents, pack_documents, read_documents
+
+
+class Tokens(NamedTuple):
+    """Packed token sequences, each (sequences, length) int64; training may tell documents and learnt tokens apart."""
+
+    training: Sequences
+    calibration: Tensor
+    held_out: Tensor
+
+
+def token_splits(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Path | None,
+    *,
+    length: int,
+    seed: int,
+    teacher: PreTrainedModel | None = None,
+) -> Tokens:
+    """Training, calibration and held-out sequences of `length` tokens from the file `text`, or from the built-in text
+    and, with a `teacher`, what it writes itself. Held-out sequences of the kinds of text take turns.
+
+    Of JSON lines and data sets the documents are dealt out to the splits whole; see `e3pruner.text.documents`.
+
+    Raises ValueError when a split has not one whole sequence, and for a file that is not UTF-8.
+    """
+    if text is None:
+        built_in = demo_tokens(tokenizer, teacher, length=length, seed=seed)
+        held_out = chain.from_iterable(zip_longest(*built_in.held_out.values()))
+        turns = torch.stack([sequence for sequence in held_out if sequence is not None])
+        return Tokens(built_in.training, built_in.calibration, turns)
+    if holds_documents(text):
+        documents = read_documents(text, tokenizer)
+        names = deal({str(number): len(document.tokens) for number, document in enumerate(documents)})
+        packed = {
+            split: pack_documents([documents[number] for number in sorted(map(int, numbers))], length)
+            for split, numbers in names.items()
+        }
+        return Tokens(packed["training"], packed["calibration"].input_ids, packed["held_out"].input_ids)
+    parts = split_text(text.read_text(encoding="utf-8"))
+    return Tokens(*(chunk(tokenizer, part, length, f"{text}, split {name}") for name, part in parts.items()))
+
+
+def split_text(text: str) -> dict[str, str]:
+    """`text` cut once between each two splits, in the proportions of the built-in text, after the next white space.
+
+    The cut is made before tokenisation, so no character reaches two splits.
+    """
+    parts, start, share = {}, 0, 0.0
+    for name in Tokens._fields:
+        share += SHARES[name]
+        space = re.compile(r"\s").search(text, max(start, int(share * len(text))))
+        stop = space.end() if space else len(text)
+        parts[name] = text[start:stop]
+        start = stop
+    return parts
+
+
+def chunk(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str) -> Tensor:
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    whole = len(ids) // length
+    if whole == 0:
+        raise ValueError(
+            f"{name}: {len(ids)} tokens make no sequence of --length {length}; give more text or a shorter one"
+        )
+    return ids[: whole * length].view(whole, length)
+
+
+def take(sequences: Tensor, count: int, option: str) -> Tensor:
+    """The first `count` sequences. Raises ValueError naming the option that asks for more than there are."""
+    if count > len(sequences):
+        have, length = sequences.shape
+        raise ValueError(f"{option} {count} is more than the {have} sequences of {length} tokens that the text gives")
+    return sequences[:count]
+
+
+def batches(sequences: Tensor, size: int) -> list[Tensor]:
+    """The sequences in batches of `size`, the last one perhaps smaller."""
+    return list(sequences.split(size))

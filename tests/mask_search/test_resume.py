@@ -1,0 +1,87 @@
+import json
+
+import pytest
+from mask_search.conftest import QUICK
+from tiny_models import tiny_model, tiny_tokens
+
+import e3pruner
+from e3pruner.mask_search import METHODS
+from e3pruner.mask_search.problem import SearchProblem
+
+BATCHES = [tiny_tokens(seed=seed) for seed in range(2)]
+
+
+def search(checkpoint=None, **arguments):
+    arguments = {"drop": 3, "seed": 5, "progress": False} | QUICK.get(arguments.get("method"), {}) | arguments
+    return e3pruner.search(tiny_model("llama"), BATCHES, checkpoint=checkpoint, **arguments)
+
+
+def interrupt_at(monkeypatch, count):
+    """The measurement with this number, from 0, is made and lost. Returns the list of those that are kept."""
+    keep, kept = SearchProblem._keep, []
+
+    def interrupting(problem, found, seconds):
+        if len(kept) == count:
+            raise KeyboardInterrupt
+        kept.append(found)
+        keep(problem, found, seconds)
+
+    monkeypatch.setattr(SearchProblem, "_keep", interrupting)
+    return kept
+
+
+LONG = ("gumbel-topk", "evolution", "policy-gradient", "straight-through", "clp")
+POINTS = [*((method, count) for method in METHODS for count in (0, 1)), ("greedy", 5), *((m, 6) for m in LONG)]
+
+
+@pytest.mark.parametrize(("method", "count"), POINTS)
+def test_an_interrupted_search_ends_with_the_same_plan(method, count, monkeypatch, tmp_path):
+    expected = search(method=method)
+    path = tmp_path / "search.json"
+    with monkeypatch.context() as patch:
+        kept = interrupt_at(patch, count)
+        with pytest.raises(KeyboardInterrupt):
+            search(path, method=method)
+    assert list(tmp_path.iterdir()) == [path]
+    measured = json.loads(path.read_text())["measured"]
+    assert measured.keys() == set().union(*kept)
+    assert search(path, method=method) == expected
+    assert len(json.loads(path.read_text())["measured"]) > len(measured)
+
+
+def test_a_finished_search_is_read_back_without_computing(monkeypatch, tmp_path):
+    path = tmp_path / "search.json"
+    expected = search(path)
+    kept = interrupt_at(monkeypatch, 0)
+    assert search(path) == expected
+    assert not kept
+
+
+def test_measurements_of_another_precision_are_refused(tmp_path):
+    path = tmp_path / "search.json"
+    search(path, precision="fp32")
+    written = path.read_bytes()
+    with pytest.raises(ValueError, match=r"of another search: it differs in dtype"):
+        search(path, precision="bf16")
+    assert path.read_bytes() == written
+
+
+@pytest.mark.parametrize("change", [{"drop": 2}, {"seed": 6}, {"method": "greedy"}, {"protect": [1]}])
+def test_another_search_takes_what_is_measured_and_counts_its_cost(change, tmp_path):
+    path = tmp_path / "search.json"
+    search(path)
+    assert search(path, **change) == search(**change)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', '{"format": "e3pruner.search.checkpoint"}'])
+def test_a_damaged_checkpoint_is_named(content, tmp_path):
+    path = tmp_path / "search.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"search\.json' is damaged"):
+        search(path)
+    assert path.read_text() == content
+
+
+def test_a_checkpoint_needs_its_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoint="):
+        search(tmp_path / "absent" / "search.json")

@@ -1,0 +1,215 @@
+import importlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from mask_search.conftest import QUICK
+from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
+
+import e3pruner
+from e3pruner.mask_search import METHODS
+from e3pruner.mask_search.methods.policy_gradient import plackett_luce_gradient
+from e3pruner.models import skipped
+
+BATCHES = [tiny_tokens(seed=seed) for seed in range(2)]
+
+
+def run(method, model=None, **arguments):
+    arguments = {"drop": 2, "progress": False} | QUICK.get(method, {}) | arguments
+    return e3pruner.search(model or tiny_model("llama"), BATCHES, method=method, **arguments)
+
+
+def plain_kl(model, removed):
+    """Mean KL by two plain forward passes, in fp64."""
+    divergences = []
+    for ids in BATCHES:
+        with torch.no_grad():
+            teacher = model(ids, use_cache=False).logits.double().log_softmax(-1)
+            with skipped(model, removed):
+                student = model(ids, use_cache=False).logits.double().log_softmax(-1)
+        divergences.append((teacher.exp() * (teacher - student)).sum(-1))
+    return torch.cat(divergences).mean().item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("drop", [1, 3, NUM_LAYERS - 2])
+def test_every_method_removes_exactly_what_it_should(method, drop):
+    plan = run(method, drop=drop, protect=[0, 5], precision="fp32")
+    assert len(plan.removed) == drop
+    assert plan.kept == sorted(set(range(NUM_LAYERS)) - set(plan.removed))
+    assert not {0, 5} & set(plan.removed)
+    assert (plan.method, plan.seed, plan.model_type) == (method, 0, "llama")
+    assert plan.metrics["tokens"] == sum(batch.numel() for batch in BATCHES)
+    assert plan.metrics["kl"] == pytest.approx(plain_kl(tiny_model("llama"), plan.removed), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_history_is_complete_and_json(method):
+    plan = run(method)
+    assert json.loads(json.dumps(plan.history)) == plan.history
+    assert [record["step"] for record in plan.history] == list(range(len(plan.history)))
+    costs = [record["cost"] for record in plan.history]
+    assert costs == sorted(costs)
+    assert costs[-1] == plan.metrics["cost"]
+    assert sorted(plan.history[-1]["removed"]) == plan.removed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seed_decides(method):
+    assert run(method, seed=3) == run(method, seed=3)
+
+
+def test_random_depends_on_the_seed():
+    assert len({tuple(run("random", seed=seed, drop=3).removed) for seed in range(8)}) > 1
+
+
+def test_last_n_takes_the_deepest_that_may_go():
+    assert run("last-n", protect=[NUM_LAYERS - 1]).removed == [NUM_LAYERS - 3, NUM_LAYERS - 2]
+
+
+def test_leave_one_out_is_the_kl_without_one_layer():
+    model = tiny_model("gpt2")
+    plan = run("leave-one-out", model, precision="fp32")
+    expected = [plain_kl(model, [layer]) for layer in range(NUM_LAYERS)]
+    assert plan.history[0]["importance"] == pytest.approx(expected, rel=1e-4)
+    assert plan.removed == sorted(sorted(range(NUM_LAYERS), key=expected.__getitem__)[:2])
+
+
+def test_bi_is_one_minus_the_cosine_of_input_and_output():
+    model = tiny_model("llama")
+    cosines = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(
+            lambda _, args, out: cosines.append(torch.cosine_similarity(args[0].double(), out.double(), dim=-1).mean())
+        )
+    with torch.no_grad():
+        for ids in BATCHES:
+            model(ids, use_cache=False)
+    influence = 1 - torch.stack(cosines).view(len(BATCHES), NUM_LAYERS).mean(0)
+    plan = run("bi", precision="fp32")
+    assert plan.history[0]["importance"] == pytest.approx(influence.tolist(), rel=1e-4)
+    assert plan.removed == sorted(influence.argsort()[:2].tolist())
+
+
+def test_cost_counts_layers_and_heads_by_their_share_of_the_parameters():
+    model = tiny_model("llama")
+    tokens = sum(batch.numel() for batch in BATCHES)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    head = model.lm_head.weight.numel()
+    dense = NUM_LAYERS * layer + head
+    assert run("bi", model).metrics["cost"] == pytest.approx(tokens * NUM_LAYERS * layer / dense)
+    # The dense model; the first mask, which lacks the last layer; then each lacks layer l and runs those after it.
+    runs = NUM_LAYERS + (NUM_LAYERS - 1) + sum(range(NUM_LAYERS))
+    cost = run("leave-one-out", model).metrics["cost"]
+    assert cost == pytest.approx(tokens * (runs * layer + NUM_LAYERS * head) / dense)
+
+
+def test_angular_takes_the_run_of_layers_that_turns_the_hidden_state_least():
+    model = tiny_model("llama")
+    angles = []
+    for ids in BATCHES:
+        with torch.no_grad():
+            states = list(model(ids, use_cache=False, output_hidden_states=True).hidden_states)
+        cosines = [torch.cosine_similarity(states[i].double(), states[i + 3].double(), dim=-1) for i in range(3)]
+        angles.append(torch.stack([cosine.arccos().mean() / torch.pi for cosine in cosines]))
+    plan = run("angular", drop=3, precision="fp32")
+    assert plan.history[0]["scores"][:3] == pytest.approx(torch.stack(angles).mean(0).tolist(), rel=1e-4)
+    best = min(range(NUM_LAYERS - 2), key=plan.history[0]["scores"].__getitem__)
+    assert plan.removed == [best, best + 1, best + 2]
+
+
+@pytest.mark.parametrize("method", ["angular", "clp", "contiguous"])
+def test_a_run_needs_neighbours(method):
+    with pytest.raises(ValueError, match="protect leaves no 2 neighbouring layers"):
+        run(method, protect=[1, 3, 5])
+
+
+def test_evolution_never_gets_worse_on_one_batch():
+    plan = e3pruner.search(tiny_model("llama"), BATCHES[:1], 3, "evolution", progress=False)
+    scores = [record["score"] for record in plan.history]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[-1] < scores[0]
+
+
+def test_plackett_luce_gradient_is_that_of_the_log_probability():
+    logits = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    log_probability = sum(logits[order[i]] - logits[order[i:]].logsumexp(0) for i in range(4))
+    (expected,) = torch.autograd.grad(log_probability, logits)
+    torch.testing.assert_close(plackett_luce_gradient(logits.detach(), order, 4), expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+def test_gumbel_topk_finds_the_best_of_all_masks(model_type):
+    model = tiny_model(model_type)
+    plan = run("gumbel-topk", model, drop=3, precision="fp32")
+    every = itertools.combinations(range(NUM_LAYERS), 3)
+    assert tuple(plan.removed) == min(every, key=lambda removed: plain_kl(model, removed))
+
+
+def test_greedy_is_brute_force_one_layer_at_a_time():
+    model = tiny_model("llama")
+    removed = []
+    for _ in range(3):
+        left = [layer for layer in range(NUM_LAYERS) if layer not in removed]
+        removed.append(min(left, key=lambda layer: plain_kl(model, [*removed, layer])))
+    assert run("greedy", drop=3, precision="fp32").removed == sorted(removed)
+
+
+def state(model):
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    flags = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    return forwards, flags, hooks
+
+
+@pytest.mark.parametrize("model_type", TINY_CONFIGS)
+def test_bf16_orders_the_layers_of_every_model_type_almost_as_fp32(model_type):
+    model = tiny_model(model_type)
+    full, half = (run("leave-one-out", model, precision=p).history[0]["importance"] for p in ("fp32", "bf16"))
+    assert full != half
+    assert half == pytest.approx(full, rel=0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("method", ["gumbel-topk", "bi"])
+def test_the_model_is_left_as_it_was(method, fails):
+    model = tiny_model("llama").train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.requires_grad_(False)
+    weights = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict().items()}
+    before = state(model)
+    if fails:
+        model.model.norm.register_forward_pre_hook(lambda *_: exec("raise RuntimeError('from the model')"))
+        before = state(model)
+        with pytest.raises(RuntimeError, match="from the model"):
+            run(method, model)
+    else:
+        run(method, model)
+    assert state(model) == before
+    for name, tensor in model.state_dict().items():
+        own, values = weights[name]
+        assert tensor.data_ptr() == own.data_ptr()
+        assert torch.equal(tensor, values)
+
+
+@pytest.mark.parametrize("first", ["e3pruner", "e3pruner.mask_search.methods.bi"])
+def test_search_is_a_function_whatever_is_imported_first(first):
+    code = f"import {first}, e3pruner; from e3pruner.mask_search.methods.bi import bi\n"
+    code += "import e3pruner.mask_search.methods.greedy; from e3pruner.mask_search import METHODS\n"
+    code += "print(callable(e3pruner.search), METHODS['bi'] is bi)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+    assert importlib.import_module("e3pruner.mask_search.methods.bi").bi is METHODS["bi"]
+
+
+@pytest.mark.parametrize("method", ["gumbel-topk", "greedy", "evolution"])
+def test_the_progress_bar_ends_full(method, capsys):
+    run(method, progress=True)
+    done, total = re.findall(r"(\d+)/(\d+)", capsys.readouterr().err)[-1]
+    assert int(done) > 0
+    assert done == total
