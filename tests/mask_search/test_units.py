@@ -8,7 +8,7 @@ from mask_search.conftest import QUICK
 from tiny_models import NUM_LAYERS, tiny_model, tiny_tokens
 
 import e3pruner
-from e3pruner.mask_search.search import METHODS, QUOTA_METHODS, SUBLAYER_METHODS
+from e3pruner.mask_search import METHODS
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import last_hidden, skipped
 from e3pruner.models.skipping_forward import SkippingForward
@@ -38,7 +38,7 @@ def test_masks_of_sublayers_share_prefixes_and_change_nothing(masks, model_type)
             assert torch.equal(found[mask], last_hidden(model, ids))
 
 
-@pytest.mark.parametrize("method", SUBLAYER_METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].sublayers])
 @pytest.mark.parametrize("drop", [1, 5])
 def test_sublayer_methods_remove_exactly_what_they_should(method, drop):
     plan = run(method, drop=drop, protect=[0, 5], granularity="sublayer")
@@ -71,7 +71,7 @@ def test_units_become_layers_and_parts():
     assert units_of(tiny_model("llama"), 2).removed([4, 1]) == ([1, 4], {"attention": [], "mlp": []})
 
 
-@pytest.mark.parametrize("method", QUOTA_METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].quotas])
 def test_a_quota_is_met(method):
     plan = run(method, "qwen3", drop=3, quota=QUOTA, protect=[0])
     kinds = [LAYER_TYPES[layer] for layer in plan.removed]
@@ -93,7 +93,12 @@ def test_a_quota_of_sublayers_is_met():
         ("greedy", "qwen3", {"quota": {"full_attention": 1}}, r"removes 1, drop=2; they must agree"),
         ("greedy", "qwen3", {"quota": {"full_attention": 4}, "drop": 4}, r"quota of full_attention is 4; 3 of that"),
         ("evolution", "qwen3", {"quota": {"full_attention": 2}}, r"quota: evolution takes no account of kinds"),
-        ("bi", "llama", {"granularity": "sublayer"}, r"granularity='sublayer': bi removes layers; use one of gumbel"),
+        (
+            "bi",
+            "llama",
+            {"granularity": "sublayer"},
+            r"granularity='sublayer': bi removes layers; use one of evolution, greedy, gumbel",
+        ),
         ("greedy", "llama", {"granularity": "head"}, r"granularity='head' must be one of layer, sublayer"),
         ("greedy", "mixtral", {"granularity": "sublayer"}, r"has no mlp that ends in one projection"),
         ("greedy", "llama", {"granularity": "sublayer", "drop": 12}, r"drop=12 must be from 1 to 11"),
@@ -110,7 +115,3 @@ def test_other_starts_lead_to_as_good_a_mask_on_a_tiny_model(start):
     first = plan.history[0]
     assert sum(first["importance"][layer] for layer in first["removed"]) > 0
     assert plan.metrics["kl"] <= run("random", drop=3).metrics["kl"]
-
-
-def test_every_method_is_known_by_its_abilities():
-    assert set(SUBLAYER_METHODS) | set(QUOTA_METHODS) <= set(METHODS)

@@ -1,10 +1,9 @@
-"""What a search method is, and what several of them need."""
+"""What several search methods need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +11,7 @@ from torch import Tensor
 import e3kernels as e3k
 from e3pruner.mask_search.problem import SearchProblem
 
-Search = Generator[dict[str, Any], None, list[int]]
-"""A running search: yields one record a step, returns the units to remove.
-
-Every record holds "removed", the best mask known after that step, as indices of units (see `Units`). "importance" is
-one value a unit, "score" a mean KL a token in nats, "removed_share" for each unit the share of the step's masks that
-lack it.
-"""
-
 _FAR_BELOW = -1e6
-
-Method = Callable[..., Search]
-"""`method(problem, *, option=default, ...)`: checks its options at once or in its first step, then searches."""
 
 
 def lowest(problem: SearchProblem, values: Sequence[float]) -> list[int]:

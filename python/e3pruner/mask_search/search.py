@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,24 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from e3pruner.mask_search.checkpoint import Checkpoint
-from e3pruner.mask_search.methods.alternate import alternate
-from e3pruner.mask_search.methods.angular import angular
-from e3pruner.mask_search.methods.bi import bi
-from e3pruner.mask_search.methods.clp import clp
-from e3pruner.mask_search.methods.contiguous import contiguous
-from e3pruner.mask_search.methods.evolution import evolution
-from e3pruner.mask_search.methods.first_n import first_n
-from e3pruner.mask_search.methods.greedy import greedy
-from e3pruner.mask_search.methods.gumbel_topk import gumbel_topk
-from e3pruner.mask_search.methods.last_n import last_n
-from e3pruner.mask_search.methods.leave_one_out import leave_one_out, leave_one_out_perplexity
-from e3pruner.mask_search.methods.policy_gradient import policy_gradient
-from e3pruner.mask_search.methods.random_subset import random_subset
-from e3pruner.mask_search.methods.straight_through import straight_through
-from e3pruner.mask_search.methods.symmetric import symmetric
-from e3pruner.mask_search.methods.taylor import taylor
+from e3pruner.mask_search.method import METHODS, Method, Search
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import Method, Search
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import find_layers, output_head
 from e3pruner.models.identity import model_identity
@@ -40,38 +23,6 @@ from e3pruner.models.tokens import check_token_batches
 from e3pruner.precision import autocast_dtype
 from e3pruner.storage import fingerprint
 from e3pruner.surgery import PruningPlan
-
-METHODS: dict[str, Method] = {
-    "gumbel-topk": gumbel_topk,
-    "bi": bi,
-    "angular": angular,
-    "taylor": taylor,
-    "leave-one-out": leave_one_out,
-    "leave-one-out-perplexity": leave_one_out_perplexity,
-    "greedy": greedy,
-    "evolution": evolution,
-    "policy-gradient": policy_gradient,
-    "straight-through": straight_through,
-    "clp": clp,
-    "contiguous": contiguous,
-    "alternate": alternate,
-    "symmetric": symmetric,
-    "random": random_subset,
-    "first-n": first_n,
-    "last-n": last_n,
-}
-
-# What can remove the attention or the MLP of a layer alone, and what can remove given numbers of each kind.
-SUBLAYER_METHODS = (
-    "gumbel-topk",
-    "leave-one-out",
-    "leave-one-out-perplexity",
-    "greedy",
-    "evolution",
-    "policy-gradient",
-    "random",
-)
-QUOTA_METHODS = ("gumbel-topk", "bi", "taylor", "leave-one-out", "leave-one-out-perplexity", "greedy", "random")
 
 
 def search(
@@ -110,7 +61,7 @@ def search(
     Under `torch.distributed` every rank calls this with the same arguments but its own share of each batch, and gets
     the same plan; rank 0 writes the checkpoint and shows the bar.
 
-    Returns the plan. Its `history` holds one record a step (see `protocol.Search`) with "step" and "cost", the dense
+    Returns the plan. Its `history` holds one record a step (see `method.Search`) with "step" and "cost", the dense
     forward passes times tokens up to there; its `metrics` the calibration "tokens", the mean "kl" of the final mask on
     them in nats a token, and the "cost" of the search.
 
@@ -124,7 +75,7 @@ def search(
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
     dtype = autocast_dtype(precision, model.device)
     run = find_method(method, options)
-    _check_fit(method, granularity, quota)
+    _check_fit(run, granularity, quota)
     batches = check_token_batches("token_batches", token_batches, output_head(model).weight.shape[0])
     problem = SearchProblem(model, batches, units=units, seed=seed, dtype=dtype)
     ranks = problem.ranks
@@ -175,17 +126,19 @@ def find_method(name: str, options: Iterable[str]) -> Method:
     """The method of this name. Raises `ValueError` if there is none, `TypeError` if it has not all these options."""
     if name not in METHODS:
         raise ValueError(f"method={name!r} is not known; it is one of {', '.join(METHODS)}")
-    known = [p.name for p in inspect.signature(METHODS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = METHODS[name].options
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"{unknown[0]} is no option of method={name!r}; it has {', '.join(known) or 'none'}")
     return METHODS[name]
 
 
-def _check_fit(method: str, granularity: str, quota: Mapping[str, int] | None) -> None:
-    if granularity == "sublayer" and method not in SUBLAYER_METHODS:
-        raise ValueError(f"granularity='sublayer': {method} removes layers; use one of {', '.join(SUBLAYER_METHODS)}")
-    if quota is not None and method not in QUOTA_METHODS:
-        raise ValueError(f"quota: {method} takes no account of kinds; use one of {', '.join(QUOTA_METHODS)}")
+def _check_fit(method: Method, granularity: str, quota: Mapping[str, int] | None) -> None:
+    if granularity == "sublayer" and not method.sublayers:
+        able = ", ".join(name for name in METHODS if METHODS[name].sublayers)
+        raise ValueError(f"granularity='sublayer': {method.name} removes layers; use one of {able}")
+    if quota is not None and not method.quotas:
+        able = ", ".join(name for name in METHODS if METHODS[name].quotas)
+        raise ValueError(f"quota: {method.name} takes no account of kinds; use one of {able}")
 
 
 def _tokens_of(problem: SearchProblem) -> list[str]:

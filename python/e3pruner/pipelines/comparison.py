@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 import e3kernels as e3k
 import e3pruner
 from e3pruner.mask_search.checkpoint import Checkpoint
+from e3pruner.mask_search.method import METHODS
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.search import METHODS, run_search
+from e3pruner.mask_search.search import run_search
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import find_layers
 from e3pruner.models.identity import model_identity

@@ -6,10 +6,12 @@ import math
 
 from torch import Tensor
 
+from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import Search, run_starts
+from e3pruner.mask_search.protocol import run_starts
 
 
+@search_method("angular")
 def angular(problem: SearchProblem) -> Search:
     """Layers l … l + n − 1 go, l = argmin E arccos(cos(h_l, h_{l+n}))/π over all tokens (after arXiv 2403.17887).
 

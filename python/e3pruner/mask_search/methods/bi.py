@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import Search, lowest
+from e3pruner.mask_search.protocol import lowest
 
 
+@search_method("bi", quotas=True)
 def bi(problem: SearchProblem) -> Search:
     """BI_l = 1 − E cos(h_l, h_{l+1}), the lowest go (ShortGPT, arXiv 2403.03853). One dense pass a batch, no head."""
     problem.expect(len(problem.batches))

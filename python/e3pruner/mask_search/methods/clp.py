@@ -7,12 +7,14 @@ from torch import Tensor
 
 from e3pruner.mask_search.checks import check_integer, check_positive
 from e3pruner.mask_search.gradient import gate_gradient
+from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import Search, run_starts
+from e3pruner.mask_search.protocol import run_starts
 
 _TEMPERATURES = 2.0, 0.25  # in layers: how soft the valley's edges are at first and at last
 
 
+@search_method("clp")
 def clp(problem: SearchProblem, *, steps: int = 40, lr: float = 0.5) -> Search:
     """Adam on the place s of a run of n layers (after arXiv 2510.23652, the form of the gate is ours).
 

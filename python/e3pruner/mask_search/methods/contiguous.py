@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import Search, run_starts
+from e3pruner.mask_search.protocol import run_starts
 
 
+@search_method("contiguous")
 def contiguous(problem: SearchProblem) -> Search:
     """Layers l … l + n − 1 go, l = argmin mean KL without them: the best that one cut can do on these tokens.
 

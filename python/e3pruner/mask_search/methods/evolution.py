@@ -7,13 +7,15 @@ from torch import Tensor
 
 import e3kernels as e3k
 from e3pruner.mask_search.checks import check_integer
+from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import Search, layers_of, removed_share, scores_of
+from e3pruner.mask_search.protocol import layers_of, removed_share, scores_of
 
 _MOST_SWITCHES = 3
 _LAST_BATCHES = 4  # that the survivors and their parent are compared on
 
 
+@search_method("evolution", sublayers=True)
 def evolution(problem: SearchProblem, *, generations: int = 20, offspring: int = 8, survivors: int = 2) -> Search:
     """Level switches at a fixed number of removed layers, KL as fitness (EvoPress, arXiv 2410.14649).
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import Search
 
 
+@search_method("greedy", sublayers=True, quotas=True)
 def greedy(problem: SearchProblem) -> Search:
     """r ← r ∪ {argmin_l mean KL without r ∪ {l}}, `drop` times (SLEB, arXiv 2402.09025, with KL in place of NLL)."""
     candidates = len(problem.free)

@@ -12,17 +12,10 @@ import torch
 
 from e3kernels.profiling import named_range
 from e3pruner.mask_search.checks import check_choice, check_integer, check_positive
+from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.methods.bi import cosine_distance
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import (
-    Search,
-    layers_of,
-    leave_one_out_scores,
-    lowest,
-    removed_of,
-    removed_share,
-    sampled,
-)
+from e3pruner.mask_search.protocol import layers_of, leave_one_out_scores, lowest, removed_of, removed_share, sampled
 from e3pruner.mask_search.quadratic import GUESSED_SPREAD, MEASURED_SPREAD
 from e3pruner.mask_search.study import Study
 
@@ -33,6 +26,7 @@ _DRAWN = 8  # masks for each that is measured
 STARTS = ("kl", "bi", "uniform", "random")
 
 
+@search_method("gumbel-topk", sublayers=True, quotas=True)
 def gumbel_topk(
     problem: SearchProblem,
     *,

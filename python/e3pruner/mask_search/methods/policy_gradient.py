@@ -7,12 +7,14 @@ from torch import Tensor
 
 import e3kernels as e3k
 from e3pruner.mask_search.checks import check_integer, check_positive
+from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import Search, leave_one_out_scores, log_z_scores, lowest, removed_share, scores_of
+from e3pruner.mask_search.protocol import leave_one_out_scores, log_z_scores, lowest, removed_share, scores_of
 
 _BASELINE_DECAY = 0.8
 
 
+@search_method("policy-gradient", sublayers=True)
 def policy_gradient(
     problem: SearchProblem, *, steps: int = 40, samples: int = 4, lr: float = 0.05, noise: float = 0.7
 ) -> Search:

@@ -7,8 +7,9 @@ import torch
 import e3kernels as e3k
 from e3pruner.mask_search.checks import check_choice, check_integer, check_positive
 from e3pruner.mask_search.gradient import gate_gradient
+from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import Search, layers_of, leave_one_out_scores, log_z_scores, lowest
+from e3pruner.mask_search.protocol import layers_of, leave_one_out_scores, log_z_scores, lowest
 
 OPTIMIZERS = ("adam", "sgd")
 CURRICULA = ("cubic", "linear", "none")
@@ -18,6 +19,7 @@ _GROWTH_SHARE = 0.6  # of the steps, in which the number of removed layers grows
 _COLD_SHARE = 0.2  # of the steps, the last ones, in which the noise falls to 0
 
 
+@search_method("straight-through")
 def straight_through(
     problem: SearchProblem,
     *,

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import Search, lowest
+from e3pruner.mask_search.protocol import lowest
 
 
+@search_method("taylor", quotas=True)
 def taylor(problem: SearchProblem) -> Search:
     """I_l = Σ |W·∂NLL/∂W| over the weights of layer l, the lowest go (Shortened LLaMA, arXiv 2402.02834).
 

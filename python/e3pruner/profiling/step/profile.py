@@ -20,8 +20,8 @@ from e3kernels.profiling import MemoryTimeline, Profile, Range, RangeRecorder, T
 from e3pruner.mask_search import METHODS
 from e3pruner.mask_search.account import Account
 from e3pruner.mask_search.checks import check_drop
+from e3pruner.mask_search.method import Search
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import Search
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import OutputHead, find_layers
 from e3pruner.precision import autocast_dtype
