@@ -7,34 +7,21 @@ A graph of torch.compile keeps the backend that was chosen when it was traced.
 
 import importlib
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from e3kernels import native
+from e3kernels.compat import constant_when_traced
 from e3kernels.contract import BACKENDS
 from e3kernels.registration import OPERATORS, define_overload
-from e3kernels.tiled.linear import Products, TileKernel, kernels, linear_grad_hidden, linear_logits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes a pair: 56 MiB.
-_NATIVE_TILE_LOGITS = 7 << 20
-# Dtypes for which an instruction set has products of its own, and the rows of a tile up to which they are the faster
-# ones: torch's pack the head, which pays with more rows where its products run on tiles of their own.
-_NATIVE_PRODUCTS = {
-    "avx512": ((torch.float32,), 288),
-    "avx512_bf16": ((torch.float32, torch.bfloat16), 1024),
-    "amx": ((torch.float32, torch.bfloat16), 288),
-}
-# What a compiled module from before these sources lacks.
-_NEWEST_OPERATOR = "linear_grad_hidden"
 
 
 @dataclass(frozen=True)
@@ -150,13 +137,10 @@ def choose(operation: str, device: str, dtype: torch.dtype) -> Choice:
     return choice
 
 
+@constant_when_traced
 def resolve(operation: str, device: str, dtype: torch.dtype) -> str:
     """The name of the backend that `choose` chooses."""
     return choose(operation, device, dtype).backend
-
-
-# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, which takes a second.
-resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def load() -> None:
@@ -169,67 +153,18 @@ def load() -> None:
     _load_triton()
 
 
-def _why_not_built() -> str:
-    report = Path(__file__).with_name("_build.json")  # setup.py wrote it
-    if not report.exists():
-        return "e3kernels/_ops is not built: this source tree was never installed"
-    reason = json.loads(report.read_text(encoding="utf-8"))["_ops"].get("reason", "its file was removed")
-    return f"e3kernels/_ops is not built: {reason}"
-
-
 def native_isa() -> str | None:
-    """The instruction set of the compiled kernels: the widest that this machine runs, or the one E3_ISA asks for; None
-    where they are not loaded. ValueError if E3_ISA names none that runs here."""
-    return None if "native" in unavailable else torch.ops.e3.native_isa()
-
-
-def _native_products(isa: str) -> Products:
-    """The products of few rows with a head of contiguous rows that `isa` has; torch's of others."""
-    dtypes, few_rows = _NATIVE_PRODUCTS.get(isa, ((), 0))
-
-    def serves(rows: Tensor, weight: Tensor) -> bool:
-        return rows.dtype in dtypes and len(rows) <= few_rows and weight.stride(1) == 1
-
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        if not serves(hidden, weight):
-            return linear_logits(hidden, weight, bias, out)
-        torch.ops.e3.linear_logits(hidden, weight, bias, out)
-        return out
-
-    def grad_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        if not serves(grad, weight):
-            return linear_grad_hidden(grad, weight, out)
-        torch.ops.e3.linear_grad_hidden(grad, weight, out)
-        return out
-
-    return Products(logits, grad_hidden)
+    """The instruction set of the compiled kernels; None where they are not loaded."""
+    return None if "native" in unavailable else native.isa()
 
 
 def _load_native() -> None:
-    modules = sorted(Path(__file__).parent.glob("_ops*.so"))
-    if not modules:
-        unavailable["native"] = _why_not_built()
+    reason = native.load()
+    if reason is not None:
+        unavailable["native"] = reason
         return
-    try:
-        torch.ops.load_library(str(modules[0]))
-    except OSError as error:
-        unavailable["native"] = f"{modules[0].name} cannot be loaded: {error}"
-        return
-    if not hasattr(torch.ops.e3, _NEWEST_OPERATOR):
-        unavailable["native"] = f"{modules[0].name} was built from other sources than these: install again"
-        return
-    torch.ops.e3.native_isa()  # refuses an E3_ISA that does not run here before anything is served
-    for operation in OPERATORS:
-        overload = f"e3::{operation}.native"
-        if torch._C._dispatch_has_kernel(overload) and torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CPU"):
-            register("native", operation, None, None, devices=("cpu",), dtypes=FLOATS)
-    products = _native_products(torch.ops.e3.native_isa())
-    for operation, dense in (("linear_entropy_kl", "entropy_kl"), ("linear_topk_kl", "topk_kl")):
-        if ("native", dense) in services:
-            forward, backward = (getattr(torch.ops.e3, f"{dense}_tile{part}").default for part in ("", "_backward"))
-            tile = TileKernel(forward, backward, _NATIVE_TILE_LOGITS, lean=True, products=products)
-            problem = importlib.import_module(f"e3kernels.reference.{operation}").problem
-            register("native", operation, *kernels(problem, tile), devices=("cpu",), dtypes=FLOATS)
+    for operation, forward, backward in native.native_kernels():
+        register("native", operation, forward, backward, devices=("cpu",), dtypes=FLOATS)
 
 
 def _load_triton() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from e3kernels.backends import resolve
+from e3kernels.compat import device_keys, is_observed
 from e3kernels.contract import RELAXATIONS
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, check_number, code, scalar_tensor
 from e3kernels.registration import Operator, declare
@@ -152,12 +153,7 @@ def _checked(length: int, k: int, tau: float, noise_scale: float, relaxation: st
 
 def _is_plain(tensor: Tensor) -> bool:
     """Eager, with no tensor subclass, dispatch mode or profiler that would have to see the operator."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.autograd._profiler_enabled()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch._C._len_torch_dispatch_stack()
-    )
+    return not torch.compiler.is_compiling() and not is_observed() and type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 @cache
@@ -170,7 +166,7 @@ def _direct(backend: str, device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "native":
         with suppress(ImportError):  # `info()` says why
             return import_module("e3kernels._runtime").gumbel_topk  # type: ignore[no-any-return]
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
+    keys = device_keys(device)
     sample = partial(getattr(OPERATOR.packet, backend).redispatch, keys)
     formula = _make_backward(partial(getattr(OPERATOR.backward_packet, backend).redispatch, keys))
 

@@ -14,9 +14,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch._library.triton import get_inner_triton_kernels, set_wrap_triton_enabled, triton_ops_to_kernels
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 
+from e3kernels.compat import (
+    FunctionalTensorMode,
+    export_keeps_operators,
+    get_inner_triton_kernels,
+    set_wrap_triton_enabled,
+    triton_ops_to_kernels,
+)
 from e3kernels.registration import LIBRARY, OPERATORS
 
 Kernel = Callable[..., Any]
@@ -39,9 +44,7 @@ def _trace(overload: str, kernel: Kernel) -> None:
     """Let functionalisation see the launches inside `overload`; torch.export keeps the operator, which serialises."""
 
     def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        from torch.export._trace import custom_triton_ops_decomposition_disabled
-
-        if custom_triton_ops_decomposition_disabled():
+        if export_keeps_operators():
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:
             return kernel(*args, **kwargs)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch._library.triton import is_wrap_triton_enabled
+
+from e3kernels.compat import is_wrap_triton_enabled
 
 CONFIGS = Path(__file__).parent / "configs"
 PROCESSORS = 132  # of an H100: what a traced graph assumes of a device it cannot ask

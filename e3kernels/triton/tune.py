@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._library.triton import set_wrap_triton_enabled
 
+from e3kernels.compat import set_wrap_triton_enabled
 from e3kernels.triton import entropy_kl
 from e3kernels.triton.launch import CONFIGS, Sweep, configured_sweep, device_of, forced, table_of
 

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e3kernels.backends import _NATIVE_PRODUCTS, _native_products, native_isa
+from e3kernels.backends import native_isa
+from e3kernels.native import PRODUCTS, native_products
 
-DTYPES, FEW_ROWS = _NATIVE_PRODUCTS.get(native_isa(), ((), 0))
+DTYPES, FEW_ROWS = PRODUCTS.get(native_isa(), ((), 0))
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 pytestmark = pytest.mark.skipif(not DTYPES, reason=f"needs AVX-512; the kernels here run on {native_isa()}")
@@ -112,7 +113,7 @@ def test_many_rows_and_a_head_of_columns_go_to_torch(monkeypatch, rows, columns,
     served = []
     for name in ("linear_logits", "linear_grad_hidden"):
         monkeypatch.setattr(torch.ops.e3, name, lambda *tensors, name=name: served.append(name) or tensors[-1].zero_())
-    products = _native_products(native_isa())
+    products = native_products(native_isa())
     hidden, weight = of(torch.float32, rows, 8), of(torch.float32, 6, 8)
     weight = weight.t().contiguous().t() if columns else weight
     logits = products.logits(hidden, weight, None, of(torch.float32, rows, 6))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import e3kernels as e3k
-from e3kernels import backends
+from e3kernels import backends, native
 from e3kernels.contract import BACKENDS
 from e3kernels.registration import OPERATORS
 
@@ -121,7 +121,7 @@ def test_environment_asks_for_a_process():
 
 def test_a_damaged_native_module_leaves_the_reference(tmp_path, monkeypatch):
     (tmp_path / "_ops.abi3.so").write_bytes(b"not a library")
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     monkeypatch.setattr(backends, "unavailable", {})
     backends._load_native()
     assert backends.unavailable["native"].startswith("_ops.abi3.so cannot be loaded: ")
@@ -131,7 +131,7 @@ def test_a_native_module_of_other_sources_leaves_the_reference(monkeypatch):
     if "native" in backends.unavailable:
         pytest.skip(backends.unavailable["native"])
     monkeypatch.setattr(backends, "unavailable", {})
-    monkeypatch.setattr(backends, "_NEWEST_OPERATOR", "made_tomorrow")
+    monkeypatch.setattr(native, "NEWEST_OPERATOR", "made_tomorrow")
     backends._load_native()
     assert "built from other sources" in backends.unavailable["native"]
 

@@ -6,7 +6,8 @@ from torch.library import opcheck
 from torch.nn.functional import linear
 
 import e3kernels as e3k
-from e3kernels.backends import _NATIVE_PRODUCTS, native_isa
+from e3kernels.backends import native_isa
+from e3kernels.native import PRODUCTS
 
 OPERATION = "linear_topk_kl"
 
@@ -81,7 +82,7 @@ def test_many_tiles(backend, reduction, naive_topk_kl, with_gradients, assert_no
     wide_student, wide_teacher = [tensor.double() for tensor in student], (teacher[0].double(), teacher[1])
     exact = with_gradients(materialised(naive_topk_kl, wide_teacher, labels, **options), wide_student, 3)
     assert_no_worse(ours, whole, exact, torch.float32)
-    own = backend == "native" and native_isa() in _NATIVE_PRODUCTS  # products that are not torch's
+    own = backend == "native" and native_isa() in PRODUCTS  # products that are not torch's
     expected = [tensor.float() for tensor in exact] if own else whole
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
