@@ -1,6 +1,6 @@
 # Everything runs in .venv, which the first call creates; a second call finds it ready.
 #   make demo [ARGS="--quick"]   search, cut, recover, export and show a real model
-#   make test                    ruff, mypy, pytest
+#   make test                    ruff, mypy, the arrows between the rooms, pytest
 #   make bench [ARGS="--compare OLD.jsonl --fail-if-slower 5%"]
 #                                every kernel against its peers and its physical floor, and its errors
 #   make fuzz                    the C++ kernels under the sanitizers
@@ -27,6 +27,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # On a machine with a GPU: the kernels against the oracle, then against their peers -> bench/results/gpu.json
 gpu: $(VENV)/bench

@@ -39,6 +39,17 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter.InterpreterBuilder.cast_impl = _cast_to_nearest
 
 
+def pytest_sessionstart() -> None:
+    """With E3_REQUIRE_BUILD=1 a test of native code must not be skipped for want of it."""
+    if os.environ.get("E3_REQUIRE_BUILD") != "1":
+        return
+    import e3kernels  # not before TRITON_INTERPRET is set
+
+    modules = e3kernels.info()["native_modules"]
+    if missing := {name: state for name, state in modules.items() if state != "loaded"}:
+        pytest.exit(f"E3_REQUIRE_BUILD=1, and not loaded: {missing}", returncode=1)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "prose.txt"
