@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from e3pruner.report.html import write_html
 from e3pruner.report.plots import render
-from e3pruner.storage import replacing_file
+from e3pruner.storage import write_json_lines
 
 PAGE_FILE = "profile.html"
 ROWS_FILE = "profile.jsonl"
@@ -50,21 +48,18 @@ def write_page(page: Page, folder: Path, environment: dict[str, Any], command: s
     `environment` is that of `e3pruner.report.describe_environment`; `command` is how the profile came about.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {name: Markup(render(name, plot, folder)) for s in page.sections for name, plot in s.plots.items()}
-    loader = ChoiceLoader([PackageLoader("e3pruner.profiling", "."), PackageLoader("e3pruner.report", ".")])
-    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = jinja.get_template("page.html.jinja").render(
-        page=page, plots=drawn, environment=environment, command=command
-    )
     rows = [{"kind": "run", "title": page.title, "command": command, **environment}, *page.rows]
-    _write(folder / PAGE_FILE, text)
-    _write(folder / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-    return folder / PAGE_FILE
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_json_lines(folder / ROWS_FILE, rows)
+    return write_html(
+        folder / PAGE_FILE,
+        "profile.html.jinja",
+        {name: render(name, plot, folder) for section in page.sections for name, plot in section.plots.items()},
+        title=page.title,
+        summary=page.summary,
+        command=command,
+        environment=environment,
+        sections=page.sections,
+    )
 
 
 def figures(values: Iterable[float | None], digits: int = 3) -> list[str]:

@@ -1,8 +1,9 @@
-"""The report: one HTML file that needs nothing else, built from a results JSON."""
+"""HTML pages that need nothing else: the report of a run, built from its results, and the page of a profile."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -22,15 +23,32 @@ def build_report(folder: Path) -> Path:
     Raises what `load_results` raises; nothing is written then.
     """
     results = load_results(folder)
-    plots = {name: Markup(svg) for name, svg in draw_plots(results, folder).items()}
-    loader = PackageLoader("e3pruner.report", ".")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     headings, rows = model_table(results)
-    page = environment.get_template("report.html.jinja").render(
-        results=results, plots=plots, headings=headings, rows=rows, tiles=tiles(results), tables=tables(results)
+    return write_html(
+        folder / REPORT_FILE,
+        "report.html.jinja",
+        draw_plots(results, folder),
+        title=results["title"],
+        summary=results.get("summary"),
+        command=results.get("command"),
+        environment=results["environment"],
+        results=results,
+        headings=headings,
+        rows=rows,
+        tiles=tiles(results),
+        tables=tables(results),
     )
-    with replacing_file(folder / REPORT_FILE) as temporary:
+
+
+def write_html(path: Path, template: str, plots: dict[str, str], **content: Any) -> Path:
+    """Fills `template`, an extension of base.html.jinja, with inline SVG `plots` and `content`; returns `path`.
+
+    Every page has a `title`, a `summary` and a `command` (or None), and the `environment` that it was made in.
+    """
+    loader = PackageLoader("e3pruner.report", ".")
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    drawn = {name: Markup(svg) for name, svg in plots.items()}
+    page = jinja.get_template(template).render(plots=drawn, **content)
+    with replacing_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return folder / REPORT_FILE
+    return path
