@@ -88,12 +88,24 @@ EXTRA_CONFIGS: dict[str, dict[str, Any]] = {
     | {"head_dim": 16, "layer_types": _LAYER_TYPES, "sliding_window": WINDOW, "num_kv_shared_layers": 2}
     | {"hidden_size_per_layer_input": 0},
 }
+# Models to which the number of a position matters, not only the distance between two, beside GPT-2 and GPT-Neo: learnt
+# positions, sinusoidal ones, or a norm behind the rotation.
+POSITION_CONFIGS: dict[str, dict[str, Any]] = {
+    "biogpt": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
+    | {"max_position_embeddings": 64},
+    "gpt_bigcode": _GPT,
+    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": NUM_LAYERS, "attention_heads": 4}
+    | {"max_position_embeddings": 64},
+    "hunyuan_v1_dense": _GQA | {"head_dim": 8, "attention_bias": True},
+}
 _TOKENS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of `model_type` in evaluation mode, fp32; `changes` replace settings of its tiny configuration."""
-    config = AutoConfig.for_model(model_type, **(TINY_CONFIGS | EXTRA_CONFIGS)[model_type] | _TOKENS | changes)
+    config = AutoConfig.for_model(
+        model_type, **(TINY_CONFIGS | EXTRA_CONFIGS | POSITION_CONFIGS)[model_type] | _TOKENS | changes
+    )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

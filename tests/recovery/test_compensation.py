@@ -3,7 +3,7 @@ import torch
 from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM
 
-from e3pruner import PruningPlan, prune
+from e3pruner import PruningPlan, evaluate, prune
 from e3pruner.models import last_hidden
 from e3pruner.recovery import compensate
 from e3pruner.recovery.compensation import Cut, find_cuts
@@ -69,18 +69,61 @@ def test_scaling_what_is_written_is_scaling_the_stream(model_type):
     assert not torch.allclose(last_hidden(student, ids), last_hidden(prune(teacher, kept), ids), rtol=1e-2, atol=1e-2)
 
 
-def test_auto_takes_the_best_on_held_back_text():
+def test_auto_takes_the_best_on_the_text_that_judges():
     teacher = tiny_model("llama")
     kept = PruningPlan.of_removed([2, 3], 6)
-    chosen = prune(teacher, kept)
-    result = compensate(chosen, teacher, kept, sequences(64), **EXACT)
+    chosen, judge = prune(teacher, kept), sequences(64)[:8]
+    result = compensate(chosen, teacher, kept, sequences(64)[8:], judge=judge, **EXACT)
     assert list(result.kl) == ["none", "scale", "least-squares"]
     assert result.kl[result.method] == min(result.kl.values())
     alone = prune(teacher, kept)
-    assert compensate(alone, teacher, kept, sequences(64), method=result.method, **EXACT).kl[result.method] == min(
-        result.kl.values()
-    )
+    by_name = compensate(alone, teacher, kept, sequences(64)[8:], judge=judge, method=result.method, **EXACT)
+    assert by_name.kl == {result.method: min(result.kl.values())}
     torch.testing.assert_close(chosen.state_dict(), alone.state_dict(), rtol=0, atol=0)
+
+
+def narrow(count: int) -> torch.Tensor:
+    """Text of another kind than `sequences`: two words only."""
+    return torch.randint(3, 5, (count, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_auto_never_makes_text_of_the_kind_that_judges_worse():
+    # Least squares fits two words very well and makes everything else worse; so does scaling.
+    teacher, kept = tiny_model("phi"), [0, 2, 3, 5]
+    student, dense = prune(teacher, kept), prune(teacher, kept)
+    result = compensate(student, teacher, kept, narrow(8), judge=sequences(16), **EXACT)
+    own = compensate(prune(teacher, kept), teacher, kept, narrow(8), method="least-squares", **EXACT)
+    assert own.kl["least-squares"] < 0.1 * evaluate(dense, [narrow(8)], teacher, progress=False)["kl"]
+    assert result.kl["least-squares"] > 1.05 * result.kl["none"]
+    assert result.method == "none"
+    assert result.kl["none"] == pytest.approx(evaluate(dense, [sequences(16)], teacher, progress=False)["kl"], rel=1e-4)
+    torch.testing.assert_close(student.state_dict(), dense.state_dict(), rtol=0, atol=0)
+
+
+def test_auto_needs_text_of_another_kind():
+    teacher = tiny_model("llama")
+    student = prune(teacher, [0, 1, 4])
+    with pytest.raises(ValueError, match=r"judge=None: method='auto' is judged on text of another kind than data"):
+        compensate(student, teacher, [0, 1, 4], sequences(8))
+    with pytest.raises(ValueError, match=r"judge is, or shares sequences with, data"):
+        compensate(student, teacher, [0, 1, 4], sequences(8), judge=sequences(4))
+
+
+def test_equal_methods_leave_the_model_as_it_was():
+    # Nothing lies between: every method is "none", and the first one that is as good as any is taken.
+    teacher = tiny_model("llama")
+    student = prune(teacher, [2, 3, 4, 5])
+    result = compensate(student, teacher, [2, 3, 4, 5], sequences(8), judge=narrow(4), **EXACT)
+    assert len(set(result.kl.values())) == 1
+    assert result.method == "none"
+
+
+def test_the_models_keep_their_modes():
+    teacher = tiny_model("llama").train()
+    teacher.model.norm.eval()
+    student = prune(teacher, [0, 1, 4]).train()
+    compensate(student, teacher, [0, 1, 4], sequences(8), method="scale", **EXACT)
+    assert [teacher.training, teacher.model.norm.training, student.training] == [True, False, True]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -101,7 +144,7 @@ def test_layers_that_cannot_be_corrected_are_left_alone_or_refused(model_type):
     for method in ("least-squares", "scale"):
         with pytest.raises(ValueError, match="does not write to its residual stream by one linear projection"):
             compensate(student, teacher, [0, 1, 4, 5], sequences(8), method=method, **EXACT)
-    result = compensate(student, teacher, [0, 1, 4, 5], sequences(8), **EXACT)
+    result = compensate(student, teacher, [0, 1, 4, 5], sequences(8), judge=narrow(4), **EXACT)
     assert (result.method, result.kl["least-squares"], result.kl["scale"]) == ("none", float("inf"), float("inf"))
     torch.testing.assert_close(dict(student.named_parameters()), before, rtol=0, atol=0)
 
@@ -114,6 +157,6 @@ def test_bad_arguments_are_named():
     ):
         compensate(student, teacher, [0, 1, 4], sequences(8), method="linear")
     with pytest.raises(ValueError, match=r"plan keeps layers \[0, 1\]; the models have 3 and 6"):
-        compensate(student, teacher, [0, 1], sequences(8))
+        compensate(student, teacher, [0, 1], sequences(8), method="none")
     with pytest.raises(ValueError, match="data has one sequence"):
-        compensate(student, teacher, [0, 1, 4], sequences(1))
+        compensate(student, teacher, [0, 1, 4], sequences(1), method="none")

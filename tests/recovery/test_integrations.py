@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, tiny_model
+from tiny_models import POSITION_CONFIGS, TINY_CONFIGS, VOCAB_SIZE, tiny_model
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -257,3 +257,143 @@ def test_padding_is_not_learnt_from(teacher):
     losses = [DistillStep(student, teacher).backward_loss(student, batch_of(i))[1] for i in (inputs, padded)]
     assert float(losses[1]) != pytest.approx(0.0)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+
+
+def padded_on(side: str, fill: int = 5) -> dict[str, torch.Tensor]:
+    """Rows of 12 to 7 tokens, padded with `fill` on one side."""
+    rows = [row[: 12 - i % 6] for i, row in enumerate(sequences()[:6])]
+    parts = {"input_ids": fill, "labels": -100, "attention_mask": 0}
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in parts}
+    for row in rows:
+        values = {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}
+        for name, pad in parts.items():
+            filler = torch.full((12 - len(row),), pad)
+            inputs[name].append(torch.cat([filler, values[name]] if side == "left" else [values[name], filler]))
+    return {name: torch.stack(tensors) for name, tensors in inputs.items()}
+
+
+@pytest.mark.parametrize("model_type", [*TINY_CONFIGS, "gpt_neo", *POSITION_CONFIGS])
+def test_the_side_of_the_padding_changes_nothing(model_type):
+    teacher = tiny_model(model_type)
+    student = prune(teacher, KEPT)
+    gradients = []
+    for side in ("left", "right"):
+        step = DistillStep(student, teacher)
+        loss, shown = step.backward_loss(student, batch_of(padded_on(side)))
+        loss.backward()
+        step.finish(student.parameters())
+        gradients.append({name: p.grad.clone() for name, p in student.named_parameters()} | {"loss": shown})
+        student.zero_grad()
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_of_padded_rows_is_that_of_the_rows_alone():
+    teacher = tiny_model("gpt2")
+    student = prune(teacher, KEPT)
+    whole = DistillStep(student, teacher).backward_loss(student, batch_of(padded_on("left")))[0]
+    alone = 0.0
+    for row, mask in zip(*(padded_on("left")[name] for name in ("input_ids", "attention_mask")), strict=True):
+        ids = row[mask.bool()][None]
+        alone += float(DistillStep(student, teacher).backward_loss(student, batch_of({"input_ids": ids}))[0].detach())
+    assert float(whole.detach()) == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "trl", "lightning"])
+def test_trainers_pass_the_positions_of_padded_rows(kind, tmp_path):
+    teacher = tiny_model("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    weights_by_side = []
+    for side in ("left", "right"):
+        student = prune(teacher, KEPT)
+        padded = padded_on(side)
+        rows = [{name: tensor[i] for name, tensor in padded.items()} for i in range(6)]
+        if kind == "lightning":
+            fit_lightning(student, teacher, DataLoader(rows, batch_size=6, collate_fn=collate), tmp_path)
+        elif kind == "trl":
+
+            class Trainer(InOrder, trainer.DistillMixin, trl.SFTTrainer):
+                pass
+
+            settings = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "bf16": False}
+            Trainer(
+                student,
+                arguments(trl.SFTConfig, tmp_path, 6, 1, **settings),
+                train_dataset=datasets.Dataset.from_list(
+                    [{k: v.tolist() for k, v in r.items()} for r in rows]
+                ).with_format("torch"),
+                data_collator=collate,
+                processing_class=_tokenizer(),
+                teacher=teacher,
+            ).train()
+        else:
+            settings = arguments(TrainingArguments, tmp_path, 6, 1)
+            trainer.DistillTrainer(
+                student, settings, train_dataset=rows, data_collator=collate, teacher=teacher
+            ).train()
+        weights_by_side.append(weights(student))
+    torch.testing.assert_close(weights_by_side[0], weights_by_side[1], rtol=1e-5, atol=1e-6)
+
+
+def unlabelled(rows: range) -> list[dict]:
+    """The examples, those of `rows` without any label."""
+    made = examples()
+    for row in rows:
+        made[row]["labels"] = torch.full_like(made[row]["labels"], -100)
+    return made
+
+
+def test_a_batch_without_labels_shows_a_loss_of_zero(teacher):
+    student = prune(teacher, KEPT)
+    loss, shown = DistillStep(student, teacher).backward_loss(student, batch_of(collate(unlabelled(range(COUNT)))))
+    assert (float(loss.detach()), float(shown)) == (0.0, 0.0)
+
+
+def test_finish_gives_the_mean_over_the_tokens_of_the_step(teacher):
+    student = prune(teacher, KEPT)
+    step = DistillStep(student, teacher)
+    rows = unlabelled(range(4, 8))
+    for part in (rows[:4], rows[4:8], rows[8:]):
+        step.backward_loss(student, batch_of(collate(part)))[0].backward()
+    whole = DistillStep(student, teacher).backward_loss(student, batch_of(collate(rows)))[1]
+    assert float(step.finish(student.parameters())) == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_the_logged_loss_is_the_mean_over_the_tokens_of_the_step(teacher, tmp_path):
+    class Trainer(InOrder, trainer.DistillTrainer):
+        pass
+
+    def logged(accumulation: int, rows: range) -> list[float]:
+        run = Trainer(
+            prune(teacher, KEPT),
+            arguments(TrainingArguments, tmp_path, 8 // accumulation, accumulation),
+            train_dataset=unlabelled(rows),
+            data_collator=collate,
+            teacher=teacher,
+        )
+        run.train()
+        return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+    # Rows 2 to 5 are two whole micro-batches of two.
+    assert logged(4, range(2, 6)) == pytest.approx(logged(1, range(2, 6)), rel=1e-3)
+
+
+def test_lightning_logs_the_mean_over_the_tokens_of_the_step(teacher, tmp_path):
+    def logged(batch_size: int, accumulation: int) -> float:
+        batches = DataLoader(unlabelled(range(18, 22)), batch_size=batch_size, collate_fn=collate)
+        module = fit_lightning(prune(teacher, KEPT), teacher, batches, tmp_path, accumulation)
+        return float(module.trainer.callback_metrics["loss"])
+
+    assert logged(2, 4) == pytest.approx(logged(8, 1), rel=1e-4)
+
+
+def test_evaluation_is_the_mean_over_all_tokens(teacher, tmp_path):
+    def evaluated(size: int) -> float:
+        run = trainer.DistillTrainer(
+            prune(teacher, KEPT),
+            arguments(TrainingArguments, tmp_path, 8, 1, per_device_eval_batch_size=size),
+            eval_dataset=unlabelled(range(4, 8)),
+            data_collator=collate,
+            teacher=teacher,
+        )
+        return run.evaluate()["eval_loss"]
+
+    assert evaluated(4) == pytest.approx(evaluated(COUNT), rel=1e-5)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -47,13 +48,33 @@ def last_hidden(
 ) -> Tensor:
     """The hidden states (B, T, H) that the output head receives, after the final norm; no cache is kept.
 
-    `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding; `position_ids` (B, T) of
-    packed documents, each counted from 0.
+    `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding, on any side; `position_ids`
+    (B, T) of packed documents, each counted from 0.
     """
-    decoder = model.get_submodule(stack_name(model).rpartition(".")[0])
-    packed = {} if position_ids is None else {"position_ids": position_ids}
-    output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **packed)
+    positions = position_arguments(model, attention_mask, position_ids)
+    output = decoder_of(model)(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **positions
+    )
     return output.last_hidden_state
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module that holds the decoder layers: from token ids to the hidden states that the output head receives."""
+    return model.get_submodule(stack_name(model).rpartition(".")[0])
+
+
+def position_arguments(
+    model: PreTrainedModel, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> dict[str, Tensor]:
+    """What tells `model` where its tokens stand: `position_ids` as given, else counted over the tokens of
+    `attention_mask` (B, T), so that padding on the left shifts none. Nothing without either, nor for a model that finds
+    positions by its mask alone (ALiBi).
+    """
+    if position_ids is None and attention_mask is not None:
+        if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
+            return {}
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {} if position_ids is None else {"position_ids": position_ids}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
-from e3pruner.models.head import check_packing
+from e3pruner.models.head import check_packing, decoder_of, position_arguments
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
@@ -83,10 +83,10 @@ class DistillStep:
         computes on the way only the last position is asked for.
         """
         outputs: list[Any] = []
-        packed = {} if positions is None else {"position_ids": positions}
-        hook = self.loss.student.base_model.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        where = position_arguments(self.loss.student, mask, positions)
+        hook = decoder_of(self.loss.student).register_forward_hook(lambda *call: outputs.append(call[-1]))
         try:
-            wrapper(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1, **packed)
+            wrapper(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1, **where)
         finally:
             hook.remove()
         return outputs[0].last_hidden_state
