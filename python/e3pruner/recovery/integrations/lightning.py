@@ -18,7 +18,8 @@ class DistillMixin(LightningModule):
     """Gives a `LightningModule` the distillation of `student` from `teacher`; `configure_optimizers` is the user's.
 
     Batches are dicts with `input_ids` and, if wanted, `labels`, `attention_mask` and `rows`, as in `batch_of`. Clipping
-    and accumulation of the `lightning.Trainer` see the mean over all tokens of an optimizer step.
+    and accumulation of the `lightning.Trainer` see the mean over all tokens of an optimizer step, and "loss" is logged as
+    that mean, once an optimizer step.
     """
 
     def __init__(
@@ -30,10 +31,9 @@ class DistillMixin(LightningModule):
         self._step = (DistillStep(student, teacher, distill),)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        loss, shown = self._step[0].backward_loss(self.student, batch_of(batch))
-        self.log("loss", shown, prog_bar=True)
+        loss, _ = self._step[0].backward_loss(self.student, batch_of(batch))
         # Lightning divides by the number of accumulated batches; the mean over their tokens is taken in one go instead.
         return loss * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self._step[0].finish(self.student.parameters())
+        self.log("loss", self._step[0].finish(self.student.parameters()), prog_bar=True)

@@ -55,11 +55,13 @@ class DistillStep:
         source = LiveTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
         # The caller's loop decides about autocast; the loss follows it.
         self.loss = DistillLoss(student, source, options or DistillOptions(), None)
-        self._weight: Tensor | None = None
+        self._sums: Tensor | None = None  # Σw·ℓ and Σw of the batches since the last step
         self._packs = False
 
     def backward_loss(self, wrapper: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """(Σw·ℓ to be differentiated, the mean of this batch to be shown), running the student as `wrapper`(…).
+
+        The mean of a batch without a token to predict is 0; what a step minimises is what `finish` gives.
 
         Raises ValueError at the first packed batch if student or teacher does not keep its documents apart.
         """
@@ -73,8 +75,10 @@ class DistillStep:
         targets = self.loss.targets(batch)
         loss, stats = self.loss.of_hidden(hidden, batch, targets, "sum")
         weight = stats.weight.sum()
-        self._weight = weight if self._weight is None else self._weight + weight
-        return loss, loss.detach() / weight
+        sums = torch.stack([loss.detach().to(weight.dtype), weight])
+        shown = _mean(sums)
+        self._sums = sums if self._sums is None else self._sums + sums
+        return loss, shown
 
     def _hidden(self, wrapper: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         """The student's last hidden states (B, S, H), running it as `wrapper`(…).
@@ -91,19 +95,36 @@ class DistillStep:
             hook.remove()
         return outputs[0].last_hidden_state
 
-    def discard(self) -> None:
-        """Forget the batches since the last step: they were evaluated, not learnt from."""
-        self._weight = None
+    @torch.no_grad()
+    def mean(self) -> Tensor:
+        """Σw·ℓ / Σw over the batches since the last step, of all ranks; 0 without a token to predict. Forgets them."""
+        return _mean(self._reduced())
 
     @torch.no_grad()
-    def finish(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Divide the gradients by Σw. Raises ValueError if no batch of the step had a token to learn from."""
-        if self._weight is None or (weight := self._weight.clone()) == 0:
+    def finish(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Divide the gradients by Σw. Returns the step's Σw·ℓ / Σw.
+
+        Raises ValueError, on all ranks alike, if no batch of the step had a token to learn from.
+        """
+        sums = self._reduced()
+        if sums[1] == 0:
             raise ValueError("labels: no token of this step is to be predicted (all are −100)")
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(weight)
-            weight /= dist.get_world_size()
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad.div_(weight)
-        self._weight = None
+                parameter.grad.div_(sums[1])
+        return _mean(sums)
+
+    def _reduced(self) -> Tensor:
+        """Σw·ℓ and Σw since the last step, each the mean over all ranks."""
+        sums, self._sums = self._sums, None
+        if sums is None:
+            sums = torch.zeros(2, device=self.loss.student.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+            sums /= dist.get_world_size()
+        return sums
+
+
+def _mean(sums: Tensor) -> Tensor:
+    """Σw·ℓ / Σw; 0 where both are."""
+    return sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
@@ -17,7 +19,8 @@ class DistillMixin:
 
     `teacher`: a model or a `TeacherCache` (whose data must give each example its number as `rows`). `distill`: options
     of the loss. Learning rate, precision, clipping and all else are the trainer's. The mean is over all tokens of an
-    optimizer step, whatever `gradient_accumulation_steps` and the number of processes.
+    optimizer step, whatever `gradient_accumulation_steps` and the number of processes, and so is the loss that is logged;
+    that of an evaluation is the mean over all its tokens.
     """
 
     loss_is_scaled_for_ga: bool | None = True
@@ -31,21 +34,29 @@ class DistillMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         self.distill_step = DistillStep(self.accelerator.unwrap_model(self.model), teacher, distill)  # type: ignore[attr-defined]
+        self._evaluated = copy(self.distill_step)  # sums of its own
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, self._shown = self.distill_step.backward_loss(model, batch_of(inputs))
         if model.training:
-            return loss
-        self.distill_step.discard()
-        return (self._shown, {}) if return_outputs else self._shown
+            return self.distill_step.backward_loss(model, batch_of(inputs))[0]
+        shown = self._evaluated.backward_loss(model, batch_of(inputs))[1]
+        return (shown, {}) if return_outputs else shown
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        """What the trainer adds up for its log: of the batches of a step the last one brings the mean of all."""
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
-            self.distill_step.finish(model.parameters())
-        return self._shown / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+            return self.distill_step.finish(model.parameters())
+        return torch.zeros_like(loss)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The trainer's own, whose loss is a mean of its batches' means, with the mean over all tokens in its place."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        if (name := f"{metric_key_prefix}_loss") in output.metrics:
+            output.metrics[name] = float(self._evaluated.mean())
+        return output
 
 
 class DistillTrainer(DistillMixin, Trainer):
