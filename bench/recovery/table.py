@@ -69,7 +69,7 @@ class Study:
         return self.settings["tokens"] // (self.settings["batch"] * self.settings["length"])
 
     def start(self, compensate: str) -> PreTrainedModel:
-        """The pruned model, compensated, as all cells with that compensation find it."""
+        """The pruned model, corrected by the method `compensate`, as all cells with that method find it."""
         folder = self.work / f"start-{compensate}"
         if not folder.exists():
             pruned = e3pruner.prune(self.teacher, self.plan)
@@ -110,7 +110,7 @@ class Study:
             return {"held_out": self.evaluate(self.teacher)}
         options = dict(options)
         source, tail = options.pop("teacher", "live"), options.pop("tail", "bucket")
-        student = self.start(options.pop("compensate", "auto"))
+        student = self.start(options.pop("compensate", self.settings["compensate"]))
         figures: dict[str, Any] = {}
         if source != "none":
             state = going_on(self.work / f"{name}-{seed}")

@@ -155,6 +155,24 @@ def test_recoveries_heal_what_was_cut(settings: dict[str, Any], tmp_path: Path) 
     assert kl[2] < kl[0]
 
 
+def test_a_compensation_is_judged_on_a_kind_that_it_is_not_fitted_to(settings: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"methods": ["last-n"], "drop": [3], "seeds": [0], "recoveries": ["compensate"]}
+    prepared = comparison(settings | changes, tmp_path / "judged")
+    fitted, judge = prepared._compensation()
+    by_kind = {
+        kind: kinds_of_text(byte_tokenizer(), [kind], length=32, held_out=3).training for kind in settings["text"]
+    }
+    first, last = ({tuple(row) for row in rows.tolist()} for rows in by_kind.values())
+    assert {tuple(row) for row in fitted.tolist()} <= first
+    assert {tuple(row) for row in judge.tolist()} <= last
+    assert len(fitted) == len(judge) > 0
+    # Other text to fit to is another cell.
+    (cell,) = prepared.matrix.cells()
+    key = prepared.key(cell)
+    prepared.text.training[0, 0] += 1
+    assert prepared.key(cell) != key
+
+
 def test_a_recovery_may_train_the_layers_beside_the_cuts(settings: dict[str, Any], tmp_path: Path) -> None:
     options = {"steps": 2, "lr": 1e-3}
     recoveries = [{"distill": options | {"trainable": kind}, "name": kind} for kind in ("cuts", "all")]
@@ -232,6 +250,7 @@ def test_what_is_left_of_the_longer_kinds_follows_unless_balanced(tmp_path: Path
         ({"recoveries": ["pray"]}, r"recoveries='pray' must be one of none, compensate"),
         ({"recoveries": [{"distill": {"stepz": 3}}]}, r"stepz"),
         ({"recoveries": [{"name": "hope"}]}, r"recoveries: .* does nothing"),
+        ({"recoveries": ["compensate"], "text": ["manual"]}, r"text=\['manual'\] must name two or more"),
         ({"precision": "fp8"}, r"precision='fp8'"),
         ({"text": ["nowhere.txt"]}, r"'nowhere.txt' is neither a file nor one of manual, code"),
         ({"held_out": 10**6}, r"held_out=1000000: .* unseen tokens"),

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.conftest import Command, pipeline_file
 from recovery.test_tracking import curves
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from e3pruner import PruningPlan
+from e3pruner import PruningPlan, prune
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,43 @@ def test_two_rounds_leave_one_model(tmp_path: Path, settings: dict[str, Any], e3
         assert tracked["train/loss"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in curve["train"]]
 
 
+def dtypes(folder: Path) -> set[torch.dtype]:
+    """Of the weights in a checkpoint, and of what its configuration promises."""
+    promised = AutoConfig.from_pretrained(folder).dtype
+    return {promised, *(tensor.dtype for tensor in load_file(folder / "model.safetensors").values())}
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, torch.bfloat16), ("float32", torch.float32)])
+def test_what_comes_out_has_the_dtype_that_came_in(
+    asked: str | None, given: torch.dtype, tmp_path: Path, settings: dict[str, Any], e3: Command
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "narrow")
+    AutoTokenizer.from_pretrained(settings["model"]).save_pretrained(tmp_path / "narrow")
+    arguments = ("--dtype", asked) if asked else ()
+    pipeline = pipeline_file(tmp_path, **settings | {"model": str(tmp_path / "narrow"), "out": str(tmp_path / "out")})
+    result = e3("run", pipeline, *arguments)
+    assert result.exit_code == 0, result.output
+    assert [dtypes(tmp_path / "out" / name) for name in ("pruned", "recovered")] == [{given}, {given}]
+
+
+def test_compensation_is_off_unless_asked_for(tmp_path: Path, settings: dict[str, Any], e3: Command) -> None:
+    assert e3("run", pipeline_file(tmp_path, **settings, rounds=1), "--out", tmp_path / "out").exit_code == 0
+    plan = PruningPlan.load(tmp_path / "out" / "pruning.json")
+    dense = AutoModelForCausalLM.from_pretrained(settings["model"])
+    expected = prune(dense, plan).state_dict()
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "pruned").state_dict(), expected, rtol=0, atol=0
+    )
+
+
+def test_auto_compensation_is_judged_on_another_text(tmp_path: Path, settings: dict[str, Any], e3: Command) -> None:
+    (tmp_path / "numbers.txt").write_text(" ".join(map(str, range(3000))))
+    changes = {"compensate": "auto", "judge": str(tmp_path / "numbers.txt"), "rounds": 1}
+    result = e3("run", pipeline_file(tmp_path, **settings | changes), "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -52,6 +91,7 @@ def test_two_rounds_leave_one_model(tmp_path: Path, settings: dict[str, Any], e3
         ({"rounds": 4}, "--rounds 4 must not exceed --drop 3"),
         ({"method": "magic"}, "--method magic must be one of"),
         ({"compensate": "magic"}, "--compensate magic must be one of"),
+        ({"compensate": "auto"}, "--compensate auto needs --judge, text of another kind"),
         ({"recover": {"weighting": "magic"}}, "weighting='magic' must be one of"),
         ({"sequences": 9999}, "--sequences 9999"),
         ({"track": "paper"}, "track='paper' must be one of"),

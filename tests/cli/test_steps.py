@@ -141,6 +141,26 @@ def cached(results: Path, model_folder: Path, text_file: Path, e3: Command) -> P
     return out
 
 
+@pytest.mark.parametrize(("asked", "given"), [(None, torch.bfloat16), ("float32", torch.float32)])
+def test_distill_gives_back_the_dtype_that_came_in(
+    asked: str | None,
+    given: torch.dtype,
+    pruned: Path,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    e3: Command,
+) -> None:
+    AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.bfloat16).save_pretrained(tmp_path / "narrow")
+    arguments = ["--model", tmp_path / "narrow", "--teacher", model_folder, "--text", text_file, "--length", 32]
+    arguments += ["--steps", 2, "--held-out", 2, "--lr", 3e-4, *(("--dtype", asked) if asked else ())]
+    assert_done(e3("distill", *arguments, "--out", tmp_path / "out"))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("narrow", "out"))
+    assert {tensor.dtype for tensor in after.values()} == {given}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == given
+    assert any(not torch.equal(before[name], after[name].bfloat16()) for name in before)
+
+
 def test_distill_learns_from_a_cache(cached: Path, pruned: Path, text_file: Path, tmp_path: Path, e3: Command) -> None:
     text = ("--text", text_file, "--held-out", 4)
     arguments = ("--model", pruned, "--teacher-cache", cached, "--steps", 12, "--lr", 3e-4, *text)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import VOCAB_SIZE, tiny_model
 
-from e3pruner import prune
+from e3pruner import PruningPlan, prune
 from e3pruner.recovery import LiveTeacher, distill
 from e3pruner.recovery.teacher import narrowed
 from e3pruner.text.batches import Batch
@@ -181,6 +181,42 @@ def test_only_the_chosen_parameters_move_and_the_model_is_left_as_it_was(teacher
     assert student.training
     assert [name for name, p in student.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
     assert all(p.grad is None for p in student.parameters())
+
+
+def test_the_teacher_keeps_its_mode(student):
+    teacher = tiny_model("gpt2").train()  # with dropout
+    teacher.transformer.h[2].eval()
+    modes = {name: module.training for name, module in teacher.named_modules()}
+    batch = Batch.of_rows(sequences(4), torch.arange(4))
+    source = LiveTeacher(teacher)
+    assert_same(source.targets(batch), source.targets(batch))
+    distill(prune(teacher, [0, 1, 3, 5]), teacher=teacher, data=sequences(8), held_out=sequences(4, 1), **FP32)
+    assert {name: module.training for name, module in teacher.named_modules()} == modes
+
+
+def test_what_the_caller_froze_stays_frozen(teacher, student):
+    student.model.layers[1].requires_grad_(False)
+    student.model.embed_tokens.requires_grad_(False)  # and the output head, which is the same weight
+    before = weights(student)
+    distill(student, teacher=teacher, data=sequences(8), **FP32)
+    moved = {name for name, w in weights(student).items() if not torch.equal(w, before[name])}
+    frozen = ("model.layers.1.", "model.embed_tokens.")
+    assert moved == {name for name in before if not name.startswith(frozen)}
+    assert {name for name, p in student.named_parameters() if not p.requires_grad} == before.keys() - moved
+
+
+@pytest.mark.parametrize("trainable", ["all", "decoder", "cuts", "norms", "lora"])
+def test_a_student_with_nothing_to_train_is_refused(teacher, student, trainable, tmp_path):
+    if trainable == "lora":
+        pytest.importorskip("peft", reason="needs e3kernels[lora]")
+    student.requires_grad_(False)
+    before = weights(student)
+    arguments = {"data": sequences(8), "plan": PruningPlan.of_removed([2, 4], 6), "output": tmp_path / "run"}
+    with pytest.raises(ValueError, match=rf"trainable='{trainable}' names no parameter that requires a gradient"):
+        distill(student, teacher=teacher, trainable=trainable, **arguments, **FP32)
+    assert_same(weights(student), before)
+    assert not any(p.requires_grad for p in student.parameters())
+    assert not (tmp_path / "run").exists()
 
 
 def test_tied_weights_stay_tied(teacher, student):

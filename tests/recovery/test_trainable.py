@@ -60,6 +60,15 @@ def test_only_what_was_chosen_moves(teacher, student, trainable, expected):
     assert [(p.requires_grad, p.dtype) for p in student.parameters()] == kinds
 
 
+def test_frozen_weights_get_no_adapters(teacher, student):
+    frozen = student.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    before = weights(student)
+    distill(student, teacher=teacher, data=sequences(16), **OPTIONS, trainable="lora", steps=2)
+    moved = {name for name, w in weights(student).items() if not torch.equal(w, before[name])}
+    assert moved == {n for n, p in student.named_parameters() if "_proj.weight" in n and p is not frozen}
+    assert not frozen.requires_grad
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("trainable", ["norms", "cuts", "lora"])
 def test_a_narrow_checkpoint_stays_narrow(teacher, student, trainable, precision):

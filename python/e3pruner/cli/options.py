@@ -22,6 +22,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier ru
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all randomness; the same seed gives the same result.")]
 Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, xpu, ...")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Weights' type in memory; auto takes the checkpoint's.")]
+SavedDtype = Annotated[Dtype, typer.Option("--dtype", help="Weights' type in what comes out; auto takes --model's.")]
 Text = Annotated[
     Path | None,
     typer.Option(

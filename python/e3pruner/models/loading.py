@@ -6,6 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.models.smollm2 import smollm2_folder
@@ -35,6 +36,16 @@ def load_model(name: str, device: str = "cpu", dtype: Dtype = Dtype.AUTO) -> Pre
     """The model in evaluation mode. Raises what `model_folder` and `from_pretrained` raise."""
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=str(dtype), local_files_only=True)
     return model.to(device).eval()
+
+
+def weights_dtype(name: str, dtype: Dtype = Dtype.AUTO) -> torch.dtype:
+    """What `load_model` of the same arguments loads the weights in, without reading them."""
+    if dtype != Dtype.AUTO:
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder(name), dtype="auto", local_files_only=True, device_map="meta"
+    )
+    return model.dtype
 
 
 def has_tokenizer(name: str) -> bool:

@@ -30,7 +30,7 @@ from e3pruner.surgery import PruningPlan
 from e3pruner.text.kinds import KindsOfText, kinds_of_text
 
 CELLS_FILE, MEASURED_FOLDER = "cells.jsonl", "measured"
-_COMPENSATION = 32  # training sequences that the closed forms are fitted to
+_COMPENSATION = 32  # training sequences of each kind: the closed forms are fitted to those of all but the last
 _BATCH = 4
 
 Row = dict[str, Any]
@@ -82,10 +82,10 @@ class Comparison:
     def key(self, cell: Cell) -> str:
         """A hash of everything that decides the figures of a cell."""
         tokens = [each.store.identity for each in (self.calibration(cell.seed), *self.held_out.values())]
-        settings = asdict(cell)
+        settings, recovery = asdict(cell), cell.recovery
         settings["contestant"].pop("name")
         settings["recovery"].pop("name")
-        training = fingerprint(self.text.training) if settings["recovery"]["options"] is not None else None
+        training = fingerprint(self.text.training) if recovery.heals else None
         return fingerprint(settings, tokens, self.matrix.protect, training)[:16]
 
     def run(self, advance: Callable[[Row], None] = lambda row: None) -> list[Row]:
@@ -114,7 +114,7 @@ class Comparison:
     def measure(self, cell: Cell) -> Row:
         """Search, recover, and judge on held-out text."""
         row = self._search(cell)
-        if cell.recovery.options is None and not cell.recovery.compensates:
+        if not cell.recovery.heals:
             return row | {"held_out": {kind: self._judge(row["removed"], each) for kind, each in self.held_out.items()}}
         return row | self._recover(cell.recovery, row["removed"], cell.seed)
 
@@ -182,7 +182,8 @@ class Comparison:
         student = e3pruner.prune(self.model, plan)
         began = time.perf_counter()
         if recovery.compensates:
-            e3pruner.compensate(student, self.model, plan, self.text.training[:_COMPENSATION])
+            fitted, judge = self._compensation()
+            e3pruner.compensate(student, self.model, plan, fitted, judge=judge)
         if recovery.options is not None:
             options = {"seed": seed, "plan": plan, **recovery.options}
             e3pruner.distill(student, teacher=self.model, data=self.text.training, **options)
@@ -195,6 +196,13 @@ class Comparison:
             )
             held_out[kind] = {key: figures[key] for key in keys}
         return {"held_out": held_out, "recovery_seconds": took}
+
+    def _compensation(self) -> tuple[Tensor, Tensor]:
+        """What a compensation is fitted to, and what judges it: text of another kind, the last of the matrix."""
+        kinds = len(self.matrix.text)
+        rows = self.text.training[: _COMPENSATION * kinds]
+        kind = torch.arange(len(rows)) % kinds  # the kinds take turns
+        return rows[kind < kinds - 1], rows[kind == kinds - 1]
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -34,6 +34,11 @@ class Recovery:
     compensates: bool = False
     options: dict[str, Any] | None = None
 
+    @property
+    def heals(self) -> bool:
+        """Whether it changes the cut model at all."""
+        return self.compensates or self.options is not None
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -137,4 +142,9 @@ def _check(matrix: Matrix) -> None:
         called = [entry.name for entry in labels]
         if len(set(called)) != len(called):
             raise ValueError(f"{name} holds a name twice: {called}; tell them apart by `name`")
+    if len(matrix.text) < 2 and any(recovery.compensates for recovery in matrix.recoveries):
+        raise ValueError(
+            f"recoveries: {COMPENSATE!r} is fitted to some kinds of text and judged on the last; "
+            f"text={matrix.text} must name two or more"
+        )
     check_choice("precision", matrix.precision, PRECISIONS)

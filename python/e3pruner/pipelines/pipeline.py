@@ -23,7 +23,6 @@ from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.state import going_on
 from e3pruner.surgery import PruningPlan
 from e3pruner.surgery.plan import PLAN_FILE
-from e3pruner.text.batches import tokens_of
 from e3pruner.text.splits import Tokens, batches, take
 
 METHOD, RIVALS = "gumbel-topk", ("leave-one-out", "bi")
@@ -45,7 +44,6 @@ class Budget:
     held_out: int = 16
     search_steps: int = 16
     curve_points: int = 4
-    compensation: int = 32
     training_steps: int = 50
     new_tokens: int = 48
     repeats: int = 3
@@ -58,7 +56,6 @@ QUICK = Budget(
     held_out=4,
     search_steps=4,
     curve_points=0,
-    compensation=8,
     training_steps=6,
     new_tokens=16,
     repeats=1,
@@ -145,9 +142,6 @@ class Pipeline(Stages):
         student = self.load(PRUNED)
         training = self.folder / "training"
         state = going_on(training)
-        if not state["resume"]:
-            plan = PruningPlan.load(self.folder / PLAN_FILE)
-            e3pruner.compensate(student, self.dense, plan, tokens_of(self.tokens.training)[: self.budget.compensation])
         result = e3pruner.distill(
             student,
             teacher=self.dense,

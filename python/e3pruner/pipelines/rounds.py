@@ -46,12 +46,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Rounds(Stages):
-    """A run from `dense` to a recovered model. `batch`: sequences at a time for all but the training."""
+    """A run from `dense` to a recovered model. `judge`: the text of another kind that "auto" compensation needs;
+    `batch`: sequences at a time for all but the training.
+    """
 
     dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     training: Sequences
     calibration: Tensor
+    judge: Tensor | None
     held_out: Tensor
     schedule: Schedule
     batch: int
@@ -119,7 +122,9 @@ class Rounds(Stages):
         """Cuts and compensates; the method that was chosen, and the KL of each that was tried."""
         start = self.start(number)
         pruned = e3pruner.prune(start, plan)
-        found = e3pruner.compensate(pruned, start, plan, self.calibration, method=self.schedule.compensate)
+        found = e3pruner.compensate(
+            pruned, start, plan, self.calibration, judge=self.judge, method=self.schedule.compensate
+        )
         self.export(pruned, self.tokenizer, self.name(number, PRUNED))
         return {"method": found.method, "kl": found.kl}
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from e3pruner.precision import weights_in
 from e3pruner.storage import new_folder, write_json
 
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -23,9 +25,13 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Stages:
-    """Stages of one run in `folder`. Each gives JSON, which is kept there until the run is complete."""
+    """Stages of one run in `folder`. Each gives JSON, which is kept there until the run is complete.
+
+    `dtype`: of the weights in the checkpoints of the run, whatever it computes in.
+    """
 
     folder: Path
+    dtype: torch.dtype
 
     def stage(self, name: str, compute: Callable[[], Any]) -> Any:
         """What `compute` gives: computed the first time, read when the run goes on."""
@@ -51,6 +57,6 @@ class Stages:
 
     def export(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         """A checkpoint of the run, whole or not there."""
-        with new_folder(self.folder / name, force=True) as folder:
+        with new_folder(self.folder / name, force=True) as folder, weights_in(model.parameters(), self.dtype):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

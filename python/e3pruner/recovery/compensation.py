@@ -12,6 +12,9 @@ are known in closed form, and both fold into weights, so that the checkpoint sta
   hundreds of times larger than all others would decide alone.
 
 Cuts are treated from the input to the output, each with the hidden states that the corrected layers before it give.
+
+A correction that helps the kind of text it was fitted to may harm others. Hence nothing applies one unasked, and "auto"
+judges on text of another kind.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Compensation:
-    """What `compensate` did: the method, and mean KL (nats a token) on held-back text of each method that was tried."""
+    """What `compensate` did: the method, and of each that was tried the mean KL (nats per token) on what judges."""
 
     method: str
     kl: dict[str, float]
@@ -73,18 +76,23 @@ def compensate(
     plan: PruningPlan | Sequence[int],
     data: Sequences | Iterable[Any],
     *,
+    judge: Sequences | Iterable[Any] | None = None,
     method: str = "auto",
     batch_size: int = 8,
     precision: str = "auto",
 ) -> Compensation:
     """Correct `pruned`, in place and without training, for the layers that `plan` cut out of `teacher`.
 
-    `plan`: a `PruningPlan`, or the indices of the layers kept. `data`: token ids (N, S), N ≥ 2; the last quarter is
-    held back and judges. `method`: "none", "scale", "least-squares", or "auto": the one with the least KL on what was
-    held back. A method that these layers do not allow loses there with KL ∞.
+    `plan`: a `PruningPlan`, or the indices of the layers kept. `data`: token ids (N, S) that a correction is fitted to.
+    `judge`: token ids of text of another kind than `data`, on which the KL is measured. `method`: "scale",
+    "least-squares", "none", or "auto": the one of the three with the least KL on `judge`, which it needs, since text of
+    the kind that was fitted cannot see what a correction does to others. A method that these layers do not allow loses
+    there with KL ∞. A method asked for by name may go without `judge`; then the last quarter of `data`, N ≥ 2, is held
+    back from the fit, and the KL reported is of that kind alone.
 
-    Raises ValueError for another method, a plan of other models, too little data, and for layers that a method asked
-    for by name cannot correct.
+    Raises ValueError, before anything is changed, for another method, a plan of other models, "auto" without `judge`,
+    a `judge` that shares sequences with `data`, and too little data; with the model as it was for layers that a method
+    asked for by name cannot correct.
     """
     methods = [method] if method != "auto" else list(METHODS)
     if methods[0] not in METHODS:
@@ -93,16 +101,18 @@ def compensate(
     layers = len(find_layers(teacher))
     if len(kept) != len(find_layers(pruned)) or kept[-1] >= layers:
         raise ValueError(f"plan keeps layers {kept}; the models have {len(find_layers(pruned))} and {layers}")
-    sequences = tokens_of(sequences_of("data", data, output_head(pruned).weight.shape[0]))
-    if len(sequences) < 2:
-        raise ValueError("data has one sequence; two or more are needed, as some are held back")
+    if judge is None and method == "auto":
+        raise ValueError(
+            "judge=None: method='auto' is judged on text of another kind than data, which it might make worse; "
+            f"give judge, or one of {tuple(METHODS)} as method"
+        )
+    fitted, judged = _texts(data, judge, output_head(pruned).weight.shape[0])
     dtype = autocast_dtype(precision, pruned.device)
-    judged = max(1, len(sequences) // 4)
-    calibration = [batch.to(pruned.device) for batch in sequences[:-judged].split(batch_size)]
-    judge = HeldOut(DistillLoss(pruned, LiveTeacher(teacher), DistillOptions(), dtype), sequences[-judged:], batch_size)
+    calibration = [batch.to(pruned.device) for batch in fitted.split(batch_size)]
+    held_out = HeldOut(DistillLoss(pruned, LiveTeacher(teacher), DistillOptions(), dtype), judged, batch_size)
     before = {name: p.detach().clone() for name, p in find_layers(pruned).named_parameters()}
     kl: dict[str, float] = {}
-    best = before
+    best, least = before, float("inf")
     with evaluating(pruned), evaluating(teacher):
         for name in methods:
             _restore(pruned, before)
@@ -111,16 +121,30 @@ def compensate(
                     # One context a cut: within one, autocast would go on using its copies of weights changed since.
                     with torch.autocast(pruned.device.type, dtype, enabled=dtype is not None):
                         METHODS[name](pruned, teacher, cut, calibration)
-                kl[name] = judge.evaluate()["kl"]
+                kl[name] = held_out.evaluate()["kl"]
             except UnsupportedLayerError:
                 if method != "auto":
                     _restore(pruned, before)
                     raise
                 kl[name] = float("inf")
-            if kl[name] == min(kl.values()):
-                best = {n: p.detach().clone() for n, p in find_layers(pruned).named_parameters()}
+            if kl[name] < least:
+                best, least = {n: p.detach().clone() for n, p in find_layers(pruned).named_parameters()}, kl[name]
     _restore(pruned, best)
     return Compensation(min(kl, key=lambda name: kl[name]), kl)
+
+
+def _texts(data: Any, judge: Any, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """The token ids that are fitted to, and those that judge."""
+    sequences = tokens_of(sequences_of("data", data, vocabulary))
+    if judge is None:
+        if len(sequences) < 2:
+            raise ValueError("data has one sequence; two or more are needed, as some are held back without judge")
+        count = max(1, len(sequences) // 4)
+        return sequences[:-count], sequences[-count:]
+    judged = tokens_of(sequences_of("judge", judge, vocabulary))
+    if {tuple(row) for row in sequences.tolist()} & {tuple(row) for row in judged.tolist()}:
+        raise ValueError("judge is, or shares sequences with, data; it must be text of another kind")
+    return sequences, judged
 
 
 class UnsupportedLayerError(ValueError):

@@ -45,8 +45,8 @@ def distill(
 
     `data` and `held_out`: token ids (N, S), batches of them (B, S), or `Packed` documents. `plan`: by which `pruned`
     was cut, for trainable="cuts". `options`: those of `DistillOptions`. AdamW runs on fp32 master weights, without
-    dropout; the weights end in the dtype they came in. A step minimises Σwℓ / Σw over all its tokens, however
-    `batch_size · accumulation` is split.
+    dropout; the weights end in the dtype they came in, those with requires_grad=False untrained. A step minimises
+    Σwℓ / Σw over all its tokens, however `batch_size · accumulation` is split.
 
     With `output`, a folder, states are saved there every `save_every` steps, on Ctrl-C, when the loss is no longer
     finite, and at the end; `resume=True` goes on from the last one to the same bits as an uninterrupted run.
@@ -55,10 +55,10 @@ def distill(
     "trackio". A resumed run goes on with the same curves.
 
     Raises ValueError for an illegal option or token, a teacher with another vocabulary or with weights shared with
-    `pruned`, a damaged state, a resume with other options, data or teacher; FileExistsError if `output` is not empty
-    and neither `resume` nor `force` is given; ModuleNotFoundError if the package that `track` names is not installed;
-    FloatingPointError naming the step whose loss or gradient is not finite,
-    which then has changed no weight; KeyboardInterrupt after Ctrl-C, once the state is saved.
+    `pruned`, a student that is frozen wherever `trainable` points, a damaged state, a resume with other options, data
+    or teacher; FileExistsError if `output` is not empty and neither `resume` nor `force` is given; ModuleNotFoundError
+    if the package that `track` names is not installed; FloatingPointError naming the step whose loss or gradient is not
+    finite, which then has changed no weight; KeyboardInterrupt after Ctrl-C, once the state is saved.
     """
     chosen = DistillOptions(**options)
     if resume and output is None:
@@ -89,8 +89,8 @@ def distill(
         "data": data_identity(sequences),
         "teacher": source.identity,
     }
-    folder = None if output is None else StateFolder(output, resume=resume, force=force)
     with casts, trained_parameters(pruned, chosen, plan, dtype) as parameters:
+        folder = None if output is None else StateFolder(output, resume=resume, force=force)
         settings["frozen weights"] = fingerprint({n: p for n, p in pruned.named_parameters() if n not in parameters})
         training = Training(loss, parameters, sequences, watched, steps, settings)
         if folder is not None and resume:

@@ -29,20 +29,26 @@ def beside_cuts(plan: PruningPlan) -> list[int]:
     return [i for i in range(len(plan.kept)) if dense[i + 2] - dense[i] != 2]
 
 
-def _chosen(model: PreTrainedModel, trainable: str, plan: PruningPlan | None) -> Iterable[nn.Parameter]:
+def _chosen(model: PreTrainedModel, trainable: str, plan: PruningPlan | None) -> list[nn.Parameter]:
+    """What `trainable` names, but for what the caller froze: of that nothing is trained, nor are adapters beside it."""
     if trainable == "lora":
-        return [p for p in model.parameters() if p.requires_grad]  # peft has frozen all the others
+        adapted = [m for m in model.modules() if hasattr(m, "base_layer") and m.base_layer.weight.requires_grad]
+        return [p for m in adapted for name, p in m.named_parameters() if name.startswith("lora_")]
     if trainable == "norms":
-        return [p for p in model.parameters() if p.dim() <= 1]
-    if trainable == "decoder":
-        return find_layers(model).parameters()
-    if trainable == "all":
-        return model.parameters()
-    layers = find_layers(model)
-    if plan is None or len(plan.kept) != len(layers):
-        kept = "None" if plan is None else f"of {len(plan.kept)} kept layers"
-        raise ValueError(f"plan is {kept}; trainable='cuts' needs the one by which the {len(layers)} layers were kept")
-    return [p for i in beside_cuts(plan) for p in layers[i].parameters()]
+        named: Iterable[nn.Parameter] = [p for p in model.parameters() if p.dim() <= 1]
+    elif trainable == "decoder":
+        named = find_layers(model).parameters()
+    elif trainable == "all":
+        named = model.parameters()
+    else:
+        layers = find_layers(model)
+        if plan is None or len(plan.kept) != len(layers):
+            kept = "None" if plan is None else f"of {len(plan.kept)} kept layers"
+            raise ValueError(
+                f"plan is {kept}; trainable='cuts' needs the one by which the {len(layers)} layers were kept"
+            )
+        named = [p for i in beside_cuts(plan) for p in layers[i].parameters()]
+    return [p for p in named if p.requires_grad]
 
 
 @contextmanager
@@ -54,6 +60,8 @@ def trained_parameters(
     Inside, `model` is in evaluation mode: without dropout it has one function to fit, and a step depends on nothing but
     weights and data. Without autocast (`dtype` None) the frozen weights are fp32 too. Afterwards LoRA's matrices are
     merged into the weights that they adapt; mode, dtypes and `requires_grad` are as before.
+
+    What the caller froze (requires_grad=False) stays frozen. Raises ValueError if nothing is left to train.
     """
     before = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
     adapters: AbstractContextManager[None] = nullcontext()
@@ -63,7 +71,14 @@ def trained_parameters(
         adapters = merged_adapters(model, options.lora_rank, options.seed)
     try:
         with adapters, evaluating(model):
+            for p, requires_grad, _ in before:
+                p.requires_grad_(requires_grad)  # peft freezes all that it adapts
             chosen = {id(p) for p in _chosen(model, options.trainable, plan)}
+            if not chosen:
+                raise ValueError(
+                    f"trainable={options.trainable!r} names no parameter that requires a gradient, and what is frozen "
+                    "stays frozen; call requires_grad_() on what is to be trained"
+                )
             for p in model.parameters():
                 p.requires_grad_(id(p) in chosen)
                 if p.requires_grad or dtype is None:

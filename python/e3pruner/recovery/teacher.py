@@ -14,6 +14,7 @@ import e3kernels as e3k
 from e3pruner.models import OutputHead, last_hidden, output_head
 from e3pruner.models.head import check_packing
 from e3pruner.models.identity import model_identity
+from e3pruner.models.stack import evaluating
 from e3pruner.precision import weights_in
 from e3pruner.storage import fingerprint
 from e3pruner.text.batches import Batch, Packed, Sequences
@@ -55,13 +56,14 @@ def narrowed(model: PreTrainedModel, dtype: torch.dtype | None) -> AbstractConte
 class LiveTeacher:
     """A model in memory: its targets are hidden states, and no logits are ever materialised.
 
+    It is in evaluation mode while it teaches; the caller's mode of every module is back afterwards.
     `dtype`: that of the autocast it will run under, if known; its output head is then cast once only.
     """
 
     any_text = True
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-        self.model = model.eval()
+        self.model = model
         head = output_head(model)
         self.head = head if dtype is None else replace(head, weight=head.weight.detach().to(dtype))
         self.vocabulary = head.weight.shape[0]
@@ -78,7 +80,8 @@ class LiveTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Tensor:
-        return last_hidden(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)[:, :-1]
+        with evaluating(self.model):
+            return last_hidden(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)[:, :-1]
 
     def loss(self, hidden: Tensor, head: OutputHead, targets: Tensor, labels: Tensor, **options: Any) -> Any:
         return e3k.linear_entropy_kl(

@@ -14,7 +14,7 @@ from e3pruner.cli.results import run_results
 from e3pruner.cli.tables import print_table
 from e3pruner.mask_search.checks import check_drop
 from e3pruner.models import find_layers
-from e3pruner.models.loading import BUILT_IN, load_model, load_tokenizer
+from e3pruner.models.loading import BUILT_IN, load_model, load_tokenizer, weights_dtype
 from e3pruner.pipelines.pipeline import FULL, METHOD, QUICK, Pipeline
 from e3pruner.report import REPORT_FILE, build_report, save_results
 from e3pruner.text.splits import token_splits
@@ -53,7 +53,9 @@ def demo(
         check_drop(drop, layers)  # the search would say so too, after the teacher has written its text
         tokens = token_splits(tokenizer, text, length=length, seed=seed, teacher=None if quick else dense)
         loading = round(time.perf_counter() - began, 1)
-        pipeline = Pipeline(folder, dense, tokenizer, tokens, QUICK if quick else FULL, drop, seed)
+        pipeline = Pipeline(
+            folder, weights_dtype(model), dense, tokenizer, tokens, QUICK if quick else FULL, drop, seed
+        )
         title = f"{BUILT_IN_TITLE if model == BUILT_IN else model}, {layers} to {layers - drop} layers"
         results = run_results(ctx, title) | {"summary": SUMMARY} | pipeline.run()
         results["seconds"] = {"0-text": loading} | results["seconds"]

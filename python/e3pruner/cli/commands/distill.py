@@ -49,6 +49,7 @@ def distill(
     track: options.Track = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
+    dtype: options.SavedDtype = options.Dtype.AUTO,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -71,7 +72,7 @@ def distill(
     source = TeacherCache(teacher_cache, tokenizer=tokenizer) if teacher_cache else load_model(str(teacher), device)
     tokens = token_splits(tokenizer, text, length=length, seed=seed)
     evaluated = take(tokens.held_out, held_out, "--held-out")
-    student = load_model(model, device, options.Dtype.FLOAT32)
+    student = load_model(model, device, dtype)
     with output_folder(ctx, out, force) as folder:
         settings: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "seed": seed, **extra}
         training = folder / TRAINING

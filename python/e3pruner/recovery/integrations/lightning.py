@@ -18,8 +18,7 @@ class DistillMixin(LightningModule):
     """Gives a `LightningModule` the distillation of `student` from `teacher`; `configure_optimizers` is the user's.
 
     Batches are dicts with `input_ids` and, if wanted, `labels`, `attention_mask` and `rows`, as in `batch_of`. Clipping
-    and accumulation of the `lightning.Trainer` see the mean over all tokens of an optimizer step, and "loss" is logged as
-    that mean, once an optimizer step.
+    and accumulation of the `lightning.Trainer` see the mean over all tokens of an optimizer step, and log it as "loss".
     """
 
     def __init__(

@@ -19,7 +19,7 @@ class DistillMixin:
 
     `teacher`: a model or a `TeacherCache` (whose data must give each example its number as `rows`). `distill`: options
     of the loss. Learning rate, precision, clipping and all else are the trainer's. The mean is over all tokens of an
-    optimizer step, whatever `gradient_accumulation_steps` and the number of processes, and so is the loss that is logged;
+    optimizer step, whatever `gradient_accumulation_steps` and the number of processes. So is the loss that is logged;
     that of an evaluation is the mean over all its tokens.
     """
 
