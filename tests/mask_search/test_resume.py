@@ -1,12 +1,14 @@
 import json
 
 import pytest
+import torch
 from mask_search.conftest import QUICK
 from tiny_models import tiny_model, tiny_tokens
 
 import e3pruner
 from e3pruner.mask_search import METHODS
 from e3pruner.mask_search.problem import SearchProblem
+from e3pruner.storage import write_checked
 
 BATCHES = [tiny_tokens(seed=seed) for seed in range(2)]
 
@@ -73,13 +75,59 @@ def test_another_search_takes_what_is_measured_and_counts_its_cost(change, tmp_p
     assert search(path, **change) == search(**change)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', '{"format": "e3pruner.search.checkpoint"}'])
+DEEP = "[" * 100_000
+FORMAT = '{"format": "e3pruner.search.checkpoint 2"}'
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", DEEP, '{"format": "other"}', FORMAT])
 def test_a_damaged_checkpoint_is_named(content, tmp_path):
     path = tmp_path / "search.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"search\.json' is damaged"):
         search(path)
     assert path.read_text() == content
+
+
+def test_another_figure_in_a_checkpoint_is_found(tmp_path):
+    path = tmp_path / "search.json"
+    search(path)
+    measured = json.loads(path.read_text())["measured"]
+    figure = next(iter(measured.values()))[0]
+    path.write_text(path.read_text().replace(repr(figure), repr(2 * figure)))
+    with pytest.raises(ValueError, match=r"search\.json' is damaged .*its content is not that of its checksum"):
+        search(path)
+
+
+@pytest.mark.parametrize("part", ["identity", "measured", "seconds"])
+def test_parts_of_another_form_are_named(part, tmp_path):
+    path = tmp_path / "search.json"
+    search(path)
+    content = json.loads(path.read_text())
+    for value in (None, [], 3, {"x": None} if part != "identity" else "x"):
+        write_checked(path, content["format"], {k: v for k, v in content.items() if k != "checksum"} | {part: value})
+        with pytest.raises(ValueError, match=rf"search\.json' is damaged .*{part}"):
+            search(path)
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.layers.4.self_attn.q_proj.bias"])
+def test_a_checkpoint_of_a_model_with_one_other_weight_is_refused(name, tmp_path):
+    path = tmp_path / "search.json"
+    search(path)
+    other = tiny_model("llama")
+    with torch.no_grad():
+        other.get_parameter(name).flatten()[-1] += 0.5
+    with pytest.raises(ValueError, match=r"of another search: it differs in model"):
+        e3pruner.search(other, BATCHES, drop=3, seed=5, progress=False, checkpoint=path)
+
+
+def test_a_checkpoint_of_a_model_with_another_buffer_is_refused(tmp_path):
+    model, path = tiny_model("deepseek_v3"), tmp_path / "search.json"
+    arguments = {"drop": 2, "method": "bi", "progress": False, "checkpoint": path}
+    e3pruner.search(model, BATCHES, **arguments)
+    (buffer, *_) = (b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    buffer[0] += 1
+    with pytest.raises(ValueError, match=r"of another search: it differs in model"):
+        e3pruner.search(model, BATCHES, **arguments)
 
 
 def test_a_checkpoint_needs_its_folder(tmp_path):

@@ -8,7 +8,9 @@ from tiny_models import VOCAB_SIZE, tiny_model
 
 from e3pruner import PruningPlan, prune
 from e3pruner.recovery import LiveTeacher, distill
+from e3pruner.recovery.state import KIND
 from e3pruner.recovery.teacher import narrowed
+from e3pruner.storage import read_checked, write_checked
 from e3pruner.text.batches import Batch
 
 FP32 = {"precision": "fp32", "lr": 3e-3, "eval_every": 10}
@@ -233,6 +235,7 @@ def test_tied_weights_stay_tied(teacher, student):
         ({"teacher": tiny_model("llama", seed=3)}, r"resume: teacher was"),
         ({"teacher": teacher_with_another("model.layers.2.mlp.down_proj.weight")}, r"resume: teacher was"),
         ({"teacher": teacher_with_another("model.embed_tokens.weight", rows=-1)}, r"resume: teacher was"),
+        ({"teacher": teacher_with_another("model.layers.3.mlp.up_proj.weight", rows=(17, 5))}, r"resume: teacher was"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(teacher, student, tmp_path, changes, message):
@@ -263,23 +266,59 @@ def test_there_must_be_something_to_resume(teacher, student, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("damage", ["json", "format", "tensors", "missing"])
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 4
+    file.write_bytes(content)
+
+
+def edit(file, **values):
+    """Other values, with the checksum that belongs to them."""
+    write_checked(file, KIND, read_checked(file, KIND, {}) | values)
+
+
+DAMAGES = {
+    "cut short": lambda state, tensors: state.write_text(state.read_text()[:-20]),
+    "a list": lambda state, tensors: state.write_text("[]"),
+    "null": lambda state, tensors: state.write_text("null"),
+    "deep": lambda state, tensors: state.write_text("[" * 100_000),
+    "another loss": lambda state, tensors: state.write_text(state.read_text().replace('"lr": 0.003', '"lr": 0.007')),
+    "another format": lambda state, tensors: edit(state, format=1),
+    "no step": lambda state, tensors: edit(state, step=None),
+    "a path for a step": lambda state, tensors: edit(state, step="../../elsewhere"),
+    "another step": lambda state, tensors: edit(state, step=7),
+    "no settings": lambda state, tensors: edit(state, settings=[]),
+    "no result": lambda state, tensors: edit(state, result=None),
+    "half of a result": lambda state, tensors: edit(state, result={"steps": "many"}),
+    "tensors cut short": lambda state, tensors: os.truncate(tensors, tensors.stat().st_size // 2),
+    "no tensors": lambda state, tensors: tensors.unlink(),
+    "a flipped bit": lambda state, tensors: flip(tensors, -5),
+    "a flipped bit in a moment": lambda state, tensors: flip(tensors, tensors.stat().st_size // 3),
+    "a flipped bit in the header": lambda state, tensors: flip(tensors, 40),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_refused_and_nothing_changes(teacher, student, tmp_path, damage):
     arguments = {"teacher": teacher, "data": sequences(8), "output": tmp_path, "steps": 1} | FP32
     distill(student, **arguments)
     (tensors,) = tmp_path.glob("state-*.safetensors")
-    if damage == "json":
-        (tmp_path / "state.json").write_text((tmp_path / "state.json").read_text()[:-20])
-    elif damage == "format":
-        (tmp_path / "state.json").write_text("[]")
-    elif damage == "tensors":
-        os.truncate(tensors, tensors.stat().st_size // 2)
-    else:
-        tensors.unlink()
+    DAMAGES[damage](tmp_path / "state.json", tensors)
     before = weights(student)
-    with pytest.raises(ValueError, match=r"(damaged|not a training state).*start again with force"):
+    with pytest.raises(ValueError, match=r"state.*(damaged|not of the format).*start again with force"):
         distill(student, **arguments, resume=True)
     assert_same(weights(student), before)
+
+
+def test_a_state_reads_nothing_outside_its_folder(teacher, student, tmp_path):
+    arguments = {"teacher": teacher, "data": sequences(8), "steps": 1} | FP32
+    distill(student, **arguments, output=tmp_path / "other")
+    distill(student, **arguments, output=tmp_path / "run")
+    (outside,) = (tmp_path / "other").glob("state-*.safetensors")
+    (tmp_path / "run" / outside.name).unlink()
+    edit(tmp_path / "run" / "state.json", tensors=f"../other/{outside.name}")
+    with pytest.raises(ValueError, match=rf"run/{outside.name} is missing or damaged.*start again with force"):
+        distill(student, **arguments, output=tmp_path / "run", resume=True)
 
 
 def test_a_state_of_another_model_is_refused(teacher, student, tmp_path):

@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import signal
@@ -12,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from e3pruner import prune
 from e3pruner.recovery import TeacherCache, cache_teacher, distill
 from e3pruner.recovery import cache as cache_module
-from e3pruner.recovery.cache import cache_bytes
+from e3pruner.recovery.cache import KIND, cache_bytes
+from e3pruner.storage import read_checked, write_checked
 from e3pruner.text.batches import in_order
 
 LENGTH = 16
@@ -194,12 +194,56 @@ def test_damage_is_found(teacher, tmp_path):
     os.truncate(file, 100)
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing or damaged"):
         TeacherCache(folder).verify()
-    (folder / "manifest.json").write_text(json.dumps({"format": 7}))
-    with pytest.raises(ValueError, match="not the manifest of a teacher cache"):
-        TeacherCache(folder)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="missing or damaged"):
-        TeacherCache(folder)
+
+
+def test_a_flipped_bit_is_found_where_it_would_be_learnt(teacher, tmp_path):
+    cache = make(teacher, tmp_path / "cache")
+    file = tmp_path / "cache" / "shard-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    student = prune(teacher, [0, 2, 5])
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is damaged"):
+        distill(student, teacher=TeacherCache(cache.folder), data=sequences(20), steps=5, precision="fp32")
+
+
+def edit(file, **values):
+    """Other values, with the checksum that belongs to them."""
+    write_checked(file, KIND, read_checked(file, KIND, {}) | values)
+
+
+def replace(file, old, new):
+    file.write_text(file.read_text().replace(old, new))
+
+
+MANIFESTS = {
+    "missing": lambda file: file.unlink(),
+    "cut short": lambda file: file.write_text("{"),
+    "deep": lambda file: file.write_text("[" * 100_000),
+    "null": lambda file: file.write_text("null"),
+    "nothing in it": lambda file: write_checked(file, KIND, {}),
+    "another temperature": lambda file: replace(file, '"temperature": 1.0', '"temperature": 1.5'),
+    "another format": lambda file: edit(file, format=1),
+    "no temperature": lambda file: edit(file, temperature=None),
+    "no data": lambda file: edit(file, data={}),
+}
+
+
+@pytest.mark.parametrize("damage", MANIFESTS)
+def test_a_damaged_manifest_is_named(teacher, tmp_path, damage):
+    make(teacher, tmp_path / "cache")
+    MANIFESTS[damage](tmp_path / "cache" / "manifest.json")
+    with pytest.raises(ValueError, match=r"manifest\.json is (missing|damaged|not of the format)"):
+        TeacherCache(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["sequences", "length", "vocabulary", "k", "shard_rows"])
+def test_sizes_that_are_none_are_named(teacher, tmp_path, name):
+    make(teacher, tmp_path / "cache")
+    for value in (0, -1, None, [], "20", True, 2.5):
+        edit(tmp_path / "cache" / "manifest.json", **{name: value})
+        with pytest.raises(ValueError, match=rf"manifest\.json is damaged: {name} is .*, not positive"):
+            TeacherCache(tmp_path / "cache")
 
 
 def test_a_teacher_that_knows_nothing_is_refused(tmp_path):

@@ -58,6 +58,21 @@ def test_refuses_indices_that_do_not_fit(changes, message):
         (lambda text: text.replace('"num_layers": 5', '"num_layers": 6'), "num_layers is 6, kept and removed hold 5"),
         (lambda text: json.dumps(json.loads(text) | {"removed": [1, 1]}), "removed=.* twice"),
         (lambda text: json.dumps(json.loads(text) | {"removed": None}), "removed must be a list"),
+        (lambda text: "[" * 100_000, "nested too deeply"),
+        (lambda text: '{"a":' * 100_000, "nested too deeply"),
+        (lambda text: text.replace('"kept": [', '"kept": [' + "[" * 200 + "]" * 200 + ","), "kept holds"),
+        (lambda text: text.replace('"num_layers": 5', '"num_layers": null'), "num_layers is None"),
+        *(
+            (lambda text, name=name, value=value: json.dumps(json.loads(text) | {name: value}), name)
+            for name in ("kept", "removed", "method", "seed", "model_type", "history", "metrics", "sublayers")
+            for value in (None, {} if name in ("kept", "removed", "history") else [], 1.5, True)
+        ),
+        (lambda text: json.dumps(json.loads(text) | {"kept": [], "removed": [], "num_layers": 0}), "keeps no layer"),
+        (lambda text: json.dumps(json.loads(text) | {"kept": [[0], 2, 3]}), r"kept holds \[0\]"),
+        (lambda text: json.dumps(json.loads(text) | {"history": [1, None]}), r"history\[0\]"),
+        (lambda text: json.dumps(json.loads(text) | {"sublayers": {"attention": None, "mlp": []}}), "sublayers"),
+        (lambda text: json.dumps(json.loads(text) | {"sublayers": {"attention": {}, "mlp": [[1]]}}), "sublayers"),
+        (lambda text: json.dumps(json.loads(text) | {"sublayers": {"attention": []}}), "sublayers"),
     ],
 )
 def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path, damage, message):

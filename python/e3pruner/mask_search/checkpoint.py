@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from e3pruner.storage import write_json
+from e3pruner.storage import read_checked, write_checked
 
-_FORMAT = "e3pruner.search.checkpoint"
+_KIND = "e3pruner.search.checkpoint 2"
+_FORM = {"identity": {str: object}, "measured": {str: [float]}, "seconds": {str: float}}
 _SECONDS = 5.0
 
 
@@ -37,7 +38,7 @@ class Checkpoint:
     def save(self) -> None:
         """Replace the file by one that holds what is measured now, whole or not at all."""
         content = {"identity": self.identity, "measured": self.measured, "seconds": self.seconds}
-        write_json(self.path, {"format": _FORMAT, **content})
+        write_checked(self.path, _KIND, content)
         self._saved_at = time.monotonic()
 
     def save_if_due(self) -> None:
@@ -47,14 +48,10 @@ class Checkpoint:
 
     def _load(self) -> tuple[dict[str, list[float]], dict[str, float]]:
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            if content["format"] != _FORMAT:
-                raise ValueError(f"its format is {content['format']!r}")
-            identity = dict(content["identity"])
-            measured = {key: [*map(float, values)] for key, values in content["measured"].items()}
-            seconds = {key: float(value) for key, value in content["seconds"].items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"checkpoint={os.fspath(self.path)!r} is damaged ({error!r}); delete it") from error
+            content = read_checked(self.path, _KIND, _FORM)
+        except ValueError as error:
+            raise ValueError(f"checkpoint={os.fspath(self.path)!r} is damaged ({error}); delete it") from error
+        identity, measured, seconds = (content[key] for key in _FORM)
         other = sorted(key for key in identity | self.identity if identity.get(key) != self.identity.get(key))
         if other:
             raise ValueError(

@@ -2,10 +2,14 @@
 
 from transformers import PreTrainedModel
 
-from e3pruner.storage import fingerprint
+from e3pruner.storage import content_digest, fingerprint
 
 
 def model_identity(model: PreTrainedModel) -> str:
-    """A hash of the configuration and of each parameter's first values: all of a large model's would take minutes."""
-    parameters = {name: p.detach().flatten()[:64] for name, p in model.named_parameters()}
-    return fingerprint(model.config.to_dict(), parameters)
+    """A hash of the configuration and of every byte of the weights and of the buffers that are saved with them.
+
+    A model of 16 GB takes some 15 s on one core, less on more.
+    """
+    saved = model.state_dict().keys()
+    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in saved}
+    return fingerprint(model.config.to_dict(), content_digest(tensors))

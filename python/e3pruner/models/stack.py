@@ -44,6 +44,8 @@ def stack_name(model: PreTrainedModel) -> str:
 
 def check_indices(name: str, indices: Iterable[int], num_layers: int) -> list[int]:
     """`indices` in ascending order. Raises `ValueError` naming `name` for one out of range, doubled or no integer."""
+    if not isinstance(indices, Iterable):
+        raise ValueError(f"{name}={indices!r} must be a list of layer indices")
     indices = list(indices)
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_layers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +13,19 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.precision import weights_in
-from e3pruner.storage import new_folder, write_json
+from e3pruner.storage import new_folder, read_checked, write_checked
 
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+_KIND, _FORM = "e3pruner.stage", {"value": object, "seconds": float}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_checked(path, _KIND, _FORM)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to repeat the stage, or use --force") from error
 
 
 @dataclass(frozen=True)
@@ -34,19 +39,22 @@ class Stages:
     dtype: torch.dtype
 
     def stage(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives: computed the first time, read when the run goes on."""
+        """What `compute` gives: computed the first time, read when the run goes on.
+
+        Raises ValueError naming the file if what was kept is damaged.
+        """
         path = self.folder / f"stage-{name}.json"
         if not path.exists():
             _stderr.print(f"[bold]{name}[/]")
             began = time.perf_counter()
             value = compute()
-            write_json(path, {"value": value, "seconds": round(time.perf_counter() - began, 1)})
-        return read_json(path)["value"]
+            write_checked(path, _KIND, {"value": value, "seconds": round(time.perf_counter() - began, 1)})
+        return _read(path)["value"]
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage, in their order. Of a stage that was interrupted: of its last part."""
         return {
-            path.stem.removeprefix("stage-"): read_json(path)["seconds"]
+            path.stem.removeprefix("stage-"): _read(path)["seconds"]
             for path in sorted(self.folder.glob("stage-*.json"))
         }
 

@@ -8,7 +8,6 @@ which `e3kernels.linear_topk_kl` treats as one event.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -23,16 +22,31 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3kernels as e3k
+from e3pruner.form import positive
 from e3pruner.models import OutputHead, last_hidden, output_head
 from e3pruner.models.head import check_packing
+from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import evaluating
 from e3pruner.precision import autocast_dtype
-from e3pruner.storage import fingerprint, remove_temporaries, write_json, write_tensors
+from e3pruner.storage import fingerprint, read_checked, remove_temporaries, write_checked, write_tensors
 from e3pruner.text.batches import Batch, Packed, Sequences, data_identity, sequences_of, tokens_of
 
 Tail = Literal["bucket", "renorm", "truncated"]
 MANIFEST = "manifest.json"
-FORMAT = 1
+KIND = "e3pruner.teacher-cache 2"
+FORM = {
+    "model": str,
+    "tokenizer": (str, None),
+    "data": str,
+    "sequences": positive,
+    "length": positive,
+    "vocabulary": positive,
+    "k": positive,
+    "temperature": float,
+    "batch_size": positive,
+    "precision": str,
+    "shard_rows": positive,
+}
 SHARD_TOKENS = 1 << 17
 OPEN_SHARDS = 64
 
@@ -54,7 +68,8 @@ class TeacherCache:
     """The predictions stored in `folder`, as the teacher of `distill` on the very data that they were made of.
 
     Raises ValueError for a folder that is damaged, unfinished or of another format, and, given one, for a `tokenizer`
-    other than the teacher's. Shards are memory-mapped: reading in any order costs no more memory than a batch.
+    other than the teacher's. Shards are memory-mapped: reading in any order costs no more memory than a batch. Each is
+    compared with its checksum when it is opened first; a damaged one raises ValueError with its name.
     `tail`: what its loss makes of the probability that is not stored, as in `e3kernels.topk_kl`.
     """
 
@@ -69,6 +84,7 @@ class TeacherCache:
         self.manifest = _read_manifest(self.folder)
         self.vocabulary: int = self.manifest["vocabulary"]
         self._open: OrderedDict[int, Any] = OrderedDict()
+        self._checked: set[int] = set()
         if missing := [f.name for f in _shard_files(self.folder, self.manifest) if not f.exists()]:
             raise ValueError(
                 f"{self.folder} is unfinished: {len(missing)} shards, {missing[0]} first; resume making it"
@@ -94,16 +110,11 @@ class TeacherCache:
 
     def verify(self) -> None:
         """Reads everything. Raises ValueError naming the first shard whose content is not what was written."""
-        for index, file in enumerate(
-            track(_shard_files(self.folder, self.manifest), "verify", console=Console(stderr=True))
-        ):
-            shard = self._shard(index)
-            try:
-                content = {name: shard.get_tensor(name) for name in ("ids", "logprobs")}
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged: {error}") from error
-            if (shard.metadata() or {}).get("content") != fingerprint(content):
-                raise ValueError(f"{file} is damaged: its content is not that of its checksum")
+        self._checked.clear()
+        self._open.clear()
+        count = len(_shard_files(self.folder, self.manifest))
+        for index in track(range(count), "verify", console=Console(stderr=True)):
+            self._shard(index)
 
     def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(log-probabilities fp32, ids int64), each (B, S − 1, k), of the batch's rows of the data."""
@@ -135,16 +146,27 @@ class TeacherCache:
         )
 
     def _shard(self, index: int) -> Any:
+        """A shard, whose checksum is compared when it is opened for the first time."""
         if index not in self._open:
             file = _shard_file(self.folder, index)
             try:
-                self._open[index] = safe_open(file, framework="pt")
+                shard = safe_open(file, framework="pt")
+                if index not in self._checked:
+                    _check_content(file, shard)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is missing or damaged: {error}") from error
+            self._checked.add(index)
+            self._open[index] = shard
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(index)
         return self._open[index]
+
+
+def _check_content(file: Path, shard: Any) -> None:
+    content = {name: shard.get_tensor(name) for name in ("ids", "logprobs")}
+    if (shard.metadata() or {}).get("content") != fingerprint(content):
+        raise ValueError(f"{file} is damaged: its content is not that of its checksum")
 
 
 def cache_teacher(
@@ -178,8 +200,7 @@ def cache_teacher(
         raise ValueError(f"k={k} must be in 1 … {vocabulary}")
     dtype = autocast_dtype(precision, teacher.device)
     manifest = {
-        "format": FORMAT,
-        "model": fingerprint(teacher.config.to_dict(), dict(teacher.named_parameters())),
+        "model": model_identity(teacher),
         "tokenizer": None if tokenizer is None else tokenizer_identity(tokenizer),
         "data": data_identity(rows),
         "sequences": len(rows),
@@ -222,7 +243,7 @@ def _start(folder: Path, manifest: dict[str, Any], force: bool) -> None:
     need = cache_bytes(manifest["sequences"], manifest["length"], manifest["vocabulary"], manifest["k"])
     if (free := shutil.disk_usage(folder).free) < need:
         raise OSError(f"{folder} has room for {free:,} bytes, the cache needs {need:,}")
-    write_json(folder / MANIFEST, manifest)
+    write_checked(folder / MANIFEST, KIND, manifest)
 
 
 def _top(
@@ -247,12 +268,11 @@ def _top(
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is missing or damaged ({error}); {folder} is no teacher cache") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{file} is not the manifest of a teacher cache of format {FORMAT}")
-    return manifest
+        return read_checked(file, KIND, FORM)
+    except OSError as error:
+        raise ValueError(f"{file} is missing ({error}); {folder} is no teacher cache") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; {folder} is no teacher cache") from error
 
 
 def _shard_file(folder: Path, index: int) -> Path:

@@ -22,7 +22,7 @@ from e3pruner.recovery.state import StateFolder
 from e3pruner.recovery.student import refuse_shared_weights, trained_parameters
 from e3pruner.recovery.teacher import LiveTeacher, Teacher, narrowed
 from e3pruner.recovery.tracking import check_tracker, opened_tracker
-from e3pruner.storage import fingerprint
+from e3pruner.storage import content_digest, fingerprint
 from e3pruner.surgery import PruningPlan
 from e3pruner.text.batches import Packed, Sequences, data_identity, sequences_of
 
@@ -91,7 +91,7 @@ def distill(
     }
     with casts, trained_parameters(pruned, chosen, plan, dtype) as parameters:
         folder = None if output is None else StateFolder(output, resume=resume, force=force)
-        settings["frozen weights"] = fingerprint({n: p for n, p in pruned.named_parameters() if n not in parameters})
+        settings["frozen weights"] = content_digest({n: p for n, p in pruned.named_parameters() if n not in parameters})
         training = Training(loss, parameters, sequences, watched, steps, settings)
         if folder is not None and resume:
             training.restore(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from e3pruner.storage import remove_temporaries, write_json, write_tensors
+from e3pruner.form import natural
+from e3pruner.storage import content_digest, read_checked, remove_temporaries, write_checked, write_tensors
 
 STATE = "state.json"
-FORMAT = 1
+KIND = "e3pruner.training-state 2"
+_RECORDS = [{str: float}]
+FORM = {
+    "step": natural,
+    "settings": {str: object},
+    "result": {"steps": natural, "tokens": natural, "seconds": float, "curve": _RECORDS, "held_out": _RECORDS},
+    "tensors": str,
+}
 
 
 def going_on(output: Path) -> dict[str, Any]:
@@ -40,31 +47,35 @@ class StateFolder:
         remove_temporaries(self.path)
 
     def save(self, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        name = f"state-{content['step']:08d}.safetensors"
-        write_tensors(self.path / name, tensors)
-        write_json(self.file, {"format": FORMAT, "tensors": name, **content})
+        """`content`: JSON, in which "step" is the number of the state."""
+        file = self._tensors_file(content)
+        write_tensors(file, tensors)
+        write_checked(self.file, KIND, content | {"tensors": content_digest(tensors)})
         for old in self.path.glob("state-*.safetensors"):
-            if old.name != name:
+            if old != file:
                 old.unlink()
 
     def read(self) -> dict[str, Any]:
         """The JSON part. Raises ValueError if it is damaged or of another format."""
         try:
-            content = json.loads(self.file.read_text())
+            return read_checked(self.file, KIND, FORM)
         except ValueError as error:
-            raise ValueError(f"{self.file} is damaged ({error}); start again with force") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{self.file} is not a training state of format {FORMAT}; start again with force")
-        return content
+            raise ValueError(f"{error}; start again with force") from error
 
     def tensors(self, content: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors that `content` names. Raises ValueError if their file is missing or damaged."""
-        file = self.path / content["tensors"]
+        """The tensors that belong to `content`. Raises ValueError if their file is missing or damaged."""
+        file = self._tensors_file(content)
         try:
             with safe_open(file, framework="pt") as stored:
-                return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is missing or damaged ({error}); start again with force") from error
+        if content_digest(tensors) != content["tensors"]:
+            raise ValueError(f"{file} is damaged: it is not what was saved; start again with force")
+        return tensors
+
+    def _tensors_file(self, content: dict[str, Any]) -> Path:
+        return self.path / f"state-{content['step']:08d}.safetensors"
 
 
 def pack_state(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

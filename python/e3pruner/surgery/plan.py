@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from e3pruner.models.stack import check_indices
 from e3pruner.models.sublayers import KINDS, check_sublayers
-from e3pruner.storage import write_json
+from e3pruner.storage import parse_json, write_json
 
 PLAN_FILE = "pruning.json"
 _FORMAT = "e3pruner.PruningPlan"
@@ -51,8 +50,12 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a {kind.__name__}, not {value!r}")
+        for number, record in enumerate(self.history):
+            if not isinstance(record, dict):
+                raise ValueError(f"history[{number}] must be a dict, not {record!r}")
         object.__setattr__(self, "kept", check_indices("kept", self.kept, self.num_layers))
         object.__setattr__(self, "removed", check_indices("removed", self.removed, self.num_layers))
         if not self.kept:
@@ -90,7 +93,7 @@ class PruningPlan:
     def load(cls, path: str | Path) -> PruningPlan:
         """The plan that `save` wrote to `path`. Raises `ValueError` naming the file and what is wrong with it."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = parse_json(Path(path).read_text(encoding="utf-8"))
             if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
                 raise ValueError(f'it has no "format": "{_FORMAT}"')
             num_layers = values.pop("num_layers", None)
