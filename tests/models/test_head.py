@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny_models import TINY_CONFIGS, VOCAB_SIZE, tiny_model, tiny_tokens
 
+from e3pruner import prune
 from e3pruner.models import last_hidden, output_head
 
 
@@ -54,3 +55,25 @@ def test_gradients_reach_the_hidden_states_and_the_modes_are_restored():
     assert not model.model.norm.training
     head.logits(last_hidden(model, tiny_tokens())).sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite_are_named(name, value):
+    model = tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = value
+    found = rf"its logits are not finite: {name} holds 1 value that is NaN or infinite, of [0-9,]+"
+    with pytest.raises(ValueError, match=found):
+        output_head(model)
+    if value != value:  # infinite logits are those of the dense model
+        with pytest.raises(ValueError, match=found):
+            prune(model, [0, 2, 5])
+
+
+def test_logits_that_overflow_are_no_missed_factor():
+    model = tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    with pytest.raises(ValueError, match="its logits are not finite, though all its weights are"):
+        output_head(model)

@@ -123,7 +123,21 @@ def _verify(model: PreTrainedModel, head: OutputHead) -> None:
     tolerance = 8 * torch.finfo(head.weight.dtype).eps * expected.abs().max()
     error = (rebuilt - expected).abs().max()
     if not error <= tolerance:
+        check_finite(model, expected)
         raise ValueError(
             f"model ({model.config.model_type}): its logits are not softcap(scale·(hidden·weightᵀ + bias)), rebuilt "
             f"ones differ by {error:.3g}; its output head is not supported"
         )
+
+
+def check_finite(model: PreTrainedModel, logits: Tensor) -> None:
+    """Raises ValueError if `logits` of `model` are not finite, naming the weight that is to blame."""
+    if logits.isfinite().all():
+        return
+    blame = ", though all its weights are"
+    for name, weight in model.named_parameters():
+        if count := weight.numel() - int(weight.isfinite().sum()):
+            values = "1 value that is" if count == 1 else f"{count:,} values that are"
+            blame = f": {name} holds {values} NaN or infinite, of {weight.numel():,}"
+            break
+    raise ValueError(f"model ({model.config.model_type}): its logits are not finite{blame}")

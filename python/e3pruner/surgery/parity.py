@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from e3pruner.compat import CACHE
 from e3pruner.models.gates import skipped
+from e3pruner.models.head import check_finite
 from e3pruner.models.stack import evaluating, find_layers
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
@@ -42,6 +43,7 @@ def assert_parity(
         cached = _decode(pruned, ids)
     kind = model.config.model_type
     if not torch.equal(uncached, expected):
+        check_finite(model, expected)
         error = (uncached - expected).abs().max()
         raise ValueError(
             f"model ({kind}) cannot be pruned: logits differ by {error:.3g} from those with layers skipped"
