@@ -12,8 +12,9 @@ from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher
 from e3pruner.text import Packed
-from e3pruner.text.batches import IGNORED, Batch
+from e3pruner.text.batches import Batch
 from e3pruner.text.documents import Marked, pack_documents, read_documents
+from e3pruner.text.sequences import IGNORED
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>\n{% endfor %}"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3pruner.text import Packed
-from e3pruner.text.batches import tokens_of
+from e3pruner.text.sequences import as_sequences
 from e3pruner.text.splits import split_text, take, token_splits
 
 
@@ -62,6 +62,9 @@ def test_documents_are_dealt_out_whole(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     splits = token_splits(tokenizer, path, length=64, seed=0)
     assert isinstance(splits.training, Packed)
-    found = [set(re.findall(r"document (\d{3}) ", tokenizer.decode(tokens_of(split).flatten()))) for split in splits]
+    found = [
+        set(re.findall(r"document (\d{3}) ", tokenizer.decode(as_sequences(split).input_ids.flatten())))
+        for split in splits
+    ]
     assert [len(numbers) for numbers in found] == [42, 6, 12]
     assert sum(map(len, found)) == len(set().union(*found))

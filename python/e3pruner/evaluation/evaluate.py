@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,11 @@ from transformers import PreTrainedModel
 import e3kernels as e3k
 from e3pruner.models import OutputHead, find_layers, last_hidden, output_head
 from e3pruner.models.stack import evaluating
-from e3pruner.models.tokens import check_token_batches
 from e3pruner.precision import autocast_dtype, weights_in
+from e3pruner.text.given import Given, batches_of, is_whole
+from e3pruner.text.sequences import Sequences
 
+_PASS_TOKENS = 4096  # of one forward pass, where one batch is all there is
 _TILE_VALUES = 2**23  # logits that exist at a time: 32 MiB in fp32, of student and teacher each
 
 
@@ -37,7 +38,7 @@ class _Sums:
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
-    token_batches: Iterable[Any],
+    token_batches: Given,
     teacher: PreTrainedModel | None = None,
     *,
     precision: str = "fp32",
@@ -45,7 +46,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `model` on text: every token but the first of each sequence is predicted from those before it.
 
-    token_batches: (B, T) token ids each, tensors or nested lists. teacher: the model to compare with, for example the
+    token_batches: as in `e3pruner.search`; one batch may be of any size. Padding counts in no figure; of text with
+    labels, such as `Packed` documents, they alone are predicted. teacher: the model to compare with, for example the
     dense one. precision: "fp32" computes in the type of the weights, "bf16" with the weights rounded to bfloat16
     meanwhile, "auto" in bf16 where the processor multiplies it. progress: show a bar on standard error.
 
@@ -65,7 +67,10 @@ def evaluate(
             f"teacher has a vocabulary of {sizes[-1]} tokens, model one of {sizes[0]}: their predictions can be "
             "compared only if they share a tokenizer"
         )
-    batches = check_token_batches("token_batches", token_batches, sizes[0])
+    roles = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
+    batches = batches_of("token_batches", token_batches, sizes[0], **roles)
+    if is_whole(token_batches):
+        batches = list(batches[0].split(max(1, _PASS_TOKENS // batches[0].shape[1])))
     dtype = autocast_dtype(precision, model.device)
     sums = _Sums()
     with ExitStack() as stack:
@@ -89,9 +94,10 @@ def evaluate(
     return result
 
 
-def _add_batch(sums: _Sums, models: list[PreTrainedModel], heads: list[OutputHead], batch: Tensor) -> None:
-    labels = batch[:, 1:].flatten()
-    hidden = [last_hidden(model, batch.to(model.device))[:, :-1].flatten(0, 1) for model in models]
+def _add_batch(sums: _Sums, models: list[PreTrainedModel], heads: list[OutputHead], batch: Sequences) -> None:
+    rows = batch.trimmed()
+    labels = rows.predicted
+    hidden = [here.at_predicted(last_hidden(m, **here.inputs)) for m in models for here in [rows.to(m.device)]]
     size = max(1, _TILE_VALUES // heads[0].weight.shape[0])
     for start in range(0, len(labels), size):
         tile = slice(start, start + size)

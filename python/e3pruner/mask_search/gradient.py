@@ -20,12 +20,13 @@ def gate_gradient(problem: SearchProblem, gates: Sequence[float], batch: int) ->
     """
 
     def compute(number: int) -> list[float]:
-        teacher, head = problem.teacher_of(number), problem.head
+        rows, head = problem.rows(number), problem.head
+        teacher = rows.at_counted(problem.teacher_of(number))
         m = torch.tensor(gates, dtype=torch.float32, device=teacher.device, requires_grad=True)
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         with torch.enable_grad(), gated(problem.model, m):
             loss: Any = e3k.linear_entropy_kl(
-                problem.forward.dense(problem.input_ids(number)).flatten(0, 1),
+                rows.at_counted(problem.forward.dense(**rows.inputs).flatten(0, 1)),
                 weight,
                 teacher,
                 weight,

@@ -23,8 +23,10 @@ from e3pruner.models.skipping_forward import Mask, SkippingForward, shared_prefi
 from e3pruner.models.stack import evaluating
 from e3pruner.models.sublayers import attention_of
 from e3pruner.precision import weights_in
+from e3pruner.text.sequences import Rows, Sequences, as_sequences
 
 _PASS_TOKENS = 512  # of one forward pass: enough to tell good masks from bad ones, so that a step need not cost more
+_COUNTS = {"kl": "counted", "nll": "predicted"}
 _TILE_LOGITS = 1 << 24  # of one model that exist at a time
 
 
@@ -33,10 +35,12 @@ class SearchProblem:
 
     `score` is the one measure: the mean over tokens of KL(dense model || model without the layers), in nats, over the
     full vocabulary, forward only. `batches` are the given ones, (B, T) each, split so that a forward pass is short.
+    Of batches with labels only the positions that predict one count, of padded ones those that are no padding.
 
     Under `torch.distributed` each rank has its own share of every batch, as large as the others'. Values are averaged
-    over the ranks before anything is decided, so all of them take the same way; that they are about to measure the same
-    masks is checked each time, and a mismatch raises `RuntimeError`. A pass is as long over all ranks as on one.
+    over the tokens of all ranks before anything is decided, so all of them take the same way; that they are about to
+    measure the same masks is checked each time, and a mismatch raises `RuntimeError`. A pass is as long over all ranks
+    as on one.
 
     Used as a context manager: inside, the model is in evaluation mode, its weights are rounded to `dtype` (None: they
     are not) and its layers can be skipped; leaving restores it.
@@ -55,7 +59,7 @@ class SearchProblem:
     def __init__(
         self,
         model: PreTrainedModel,
-        batches: Sequence[Tensor],
+        batches: Sequence[Rows],
         *,
         units: Units,
         seed: int = 0,
@@ -64,7 +68,8 @@ class SearchProblem:
         self.model = model
         self.ranks = Ranks(model.device)
         length = max(1, _PASS_TOKENS // self.ranks.count)
-        self.batches = [part for batch in batches for part in batch.split(max(1, length // batch.shape[1]))]
+        given = [part for batch in batches for part in as_sequences(batch).split(max(1, length // batch.shape[1]))]
+        self.batches = [part.trimmed() for part in given]
         self.units = units
         self.free = units.free
         self.drop = sum(count for _, count in units.groups)
@@ -81,9 +86,13 @@ class SearchProblem:
         self.committed: Callable[[], None] = lambda: None
         self._dtype = dtype
         self._context = ExitStack()
-        own = [batch.numel() for batch in self.batches]
-        self.ranks.check_equal("the batches (their number and shapes)", [list(batch.shape) for batch in self.batches])
-        self._tokens = [self.ranks.count * size for size in own]
+        self.ranks.check_equal("the batches (their number and shapes)", [list(part.shape) for part in given])
+        kinds = {"text": [int(part.text.sum()) for part in self.batches]}
+        kinds["counted"] = [int(part.counted.sum()) for part in self.batches]
+        kinds["predicted"] = [len(part.predicted) for part in self.batches]
+        # Tokens of each batch: of this rank, and of all.
+        self._own = kinds
+        self._all = {kind: [int(total) for total in self.ranks.sum(sizes)] for kind, sizes in kinds.items()}
         self._unit_costs, self._head_cost = _costs(self.forward.layers, self.head.weight.numel(), units.a_layer)
 
     def __enter__(self) -> Self:
@@ -98,16 +107,16 @@ class SearchProblem:
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens."""
-        return sum(self._tokens)
+        """Calibration tokens whose predictions count."""
+        return sum(self._all["counted"])
 
     def mask(self, removed: Sequence[int]) -> Mask:
         """The mask that lacks the units `removed`."""
         gone = set(removed)
         return tuple(unit not in gone for unit in range(self.units.count))
 
-    def input_ids(self, batch: int) -> Tensor:
-        """The tokens (B, T) of one batch, where the model is."""
+    def rows(self, batch: int) -> Sequences:
+        """One batch, where the model is."""
         return self.batches[batch].to(self.head.weight.device)
 
     def score(self, masks: Sequence[Mask], batches: Sequence[int] | None = None, measure: str = "kl") -> list[float]:
@@ -118,7 +127,7 @@ class SearchProblem:
         Raises `FloatingPointError` naming the mask for which it is not finite.
         """
         chosen = range(len(self.batches)) if batches is None else batches
-        return self.mean([self._scores(measure, masks, batch) for batch in chosen], chosen)
+        return self.mean([self._scores(measure, masks, batch) for batch in chosen], chosen, _COUNTS[measure])
 
     def state_distance(self, span: int, measure: Callable[[Tensor], Tensor]) -> list[float]:
         """Mean of `measure`(cos) over the calibration tokens, for each of the L − span + 1 runs of `span` layers.
@@ -127,7 +136,8 @@ class SearchProblem:
         """
 
         def distances(batch: int) -> list[float]:
-            states = [state.float() for state in self._dense(batch)]
+            rows = self.rows(batch)
+            states = [rows.at_counted(state.flatten(0, 1)).float() for state in self._dense(batch)]
             cosines = [torch.cosine_similarity(a, b, dim=-1) for a, b in zip(states, states[span:], strict=False)]
             return [measure(cosine).mean().item() for cosine in cosines]
 
@@ -136,17 +146,26 @@ class SearchProblem:
         return self.mean([self.measure(f"{name} {batch}", batch, distances) for batch in numbers], numbers)
 
     def measure(
-        self, key: str, batch: int, compute: Callable[[int], list[float]], *, layer_passes: float = 0, heads: float = 0
+        self,
+        key: str,
+        batch: int,
+        compute: Callable[[int], list[float]],
+        *,
+        over: str = "counted",
+        layer_passes: float = 0,
+        heads: float = 0,
     ) -> list[float]:
         """`compute(batch)`, means over the batch's tokens, kept under `key`; beside the dense pass of the batch it
         costs as much as `layer_passes` passes through all layers and `heads` uses of the output head.
+
+        `over`: which tokens the means are over, "counted" or "predicted" (see `Sequences`).
 
         Raises `FloatingPointError` naming `key` if a value is not finite.
         """
         if key not in self.measured:
             began = time.perf_counter()
             self.ranks.check_equal("the measurements", key)
-            values = self._over_ranks(compute(batch))
+            values = self._over_ranks(compute(batch), batch, over)
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError(f"what was measured as {key!r} is not finite: {values}")
             self._keep({key: values}, {key: time.perf_counter() - began})
@@ -162,16 +181,17 @@ class SearchProblem:
                 self._dense(batch)
         return self.teacher[batch]
 
-    def mean(self, table: list[list[float]], batches: Sequence[int]) -> list[float]:
-        """The mean of the rows of `table`, one for each of `batches`, weighted by their tokens."""
-        sizes = [self._tokens[batch] for batch in batches]
+    def mean(self, table: list[list[float]], batches: Sequence[int], over: str = "counted") -> list[float]:
+        """The mean of the rows of `table`, one for each of `batches`, weighted by their tokens: those that are
+        "counted" or "predicted"."""
+        sizes = [self._all[over][batch] for batch in batches]
         shares = [size / sum(sizes) for size in sizes]
         return [sum(a * b for a, b in zip(shares, column, strict=True)) for column in zip(*table, strict=True)]
 
     def _dense(self, batch: int) -> list[Tensor]:
         """The input of every layer and the output of the last; the last hidden state stays as the teacher's."""
         began = time.perf_counter()
-        states, last = self.forward.states(self.input_ids(batch))
+        states, last = self.forward.states(**self.rows(batch).inputs)
         self.teacher[batch] = last.flatten(0, 1)
         self.seconds.setdefault(f"dense {batch}", time.perf_counter() - began)
         return states
@@ -197,12 +217,12 @@ class SearchProblem:
     def _measure(self, measure: str, masks: Sequence[Mask], batch: int) -> dict[Mask, float]:
         self.ranks.check_equal("the masks", [measure, batch, [list(mask) for mask in masks]])
         students: dict[Mask, Tensor] = {}
-        for mask, hidden in self.forward.last_hiddens(self.input_ids(batch), masks):
+        for mask, hidden in self.forward.last_hiddens(masks=masks, **self.rows(batch).inputs):
             students[mask] = hidden
             self.advance()
         with named_range("loss"):
             compare = self._divergences if measure == "kl" else self._losses
-            found = self._over_ranks(compare(list(students.values()), batch))
+            found = self._over_ranks(compare(list(students.values()), batch), batch, _COUNTS[measure])
         values = dict(zip(students, found, strict=True))
         for mask, value in values.items():
             if not math.isfinite(value):
@@ -213,25 +233,27 @@ class SearchProblem:
 
     def _divergences(self, students: list[Tensor], batch: int) -> list[float]:
         """The mean KL of each of `students` from the dense model, hidden states (B, T, H); its logits are made once."""
-        teacher = self.teacher_of(batch)
-        flat = [student.flatten(0, 1) for student in students]
+        rows = self.rows(batch)
+        teacher = rows.at_counted(self.teacher_of(batch))
+        flat = [rows.at_counted(student.flatten(0, 1)) for student in students]
         sums = [0.0] * len(students)
-        for rows in self._tiles(len(teacher)):
-            target = self.head.logits(teacher[rows])
+        for tile in self._tiles(len(teacher)):
+            target = self.head.logits(teacher[tile])
             for number, student in enumerate(flat):
-                loss: Any = e3k.entropy_kl(self.head.logits(student[rows]), target, weighting="none", reduction="sum")
+                loss: Any = e3k.entropy_kl(self.head.logits(student[tile]), target, weighting="none", reduction="sum")
                 sums[number] += float(loss)
         return [total / len(teacher) for total in sums]
 
     def _losses(self, students: list[Tensor], batch: int) -> list[float]:
-        """The mean −log p of each sequence's tokens but the first, under each of `students`."""
-        labels = self.input_ids(batch)[:, 1:].flatten()
-        flat = [student[:, :-1].flatten(0, 1) for student in students]
+        """The mean −log p of the tokens to predict, under each of `students`."""
+        rows = self.rows(batch)
+        labels = rows.predicted
+        flat = [rows.at_predicted(student) for student in students]
         sums = [0.0] * len(students)
-        for rows in self._tiles(len(labels)):
+        for tile in self._tiles(len(labels)):
             for number, student in enumerate(flat):
-                logits = self.head.logits(student[rows]).float()
-                sums[number] += F.cross_entropy(logits, labels[rows], reduction="sum").item()
+                logits = self.head.logits(student[tile]).float()
+                sums[number] += F.cross_entropy(logits, labels[tile], reduction="sum").item()
         return [total / len(labels) for total in sums]
 
     def _tiles(self, rows: int) -> list[slice]:
@@ -243,9 +265,10 @@ class SearchProblem:
         self.seconds |= seconds
         self.committed()
 
-    def _over_ranks(self, means: list[float]) -> list[float]:
-        """The means over a batch of all ranks; each holds as many of its tokens."""
-        return [total / self.ranks.count for total in self.ranks.sum(means)]
+    def _over_ranks(self, means: list[float], batch: int, over: str) -> list[float]:
+        """The means over a batch of all ranks, of which each counts by its tokens."""
+        share = self.ranks.count * self._own[over][batch] / self._all[over][batch]  # 1 where all have as many
+        return [total / self.ranks.count for total in self.ranks.sum([share * mean for mean in means])]
 
     def _work(self, mask: Mask, shared: int) -> float:
         """Of a dense pass: what `mask` runs from unit `shared` on, and the head. A layer is begun as a whole."""
@@ -258,7 +281,7 @@ class SearchProblem:
         self._pay(f"dense {batch}", batch, sum(self._unit_costs))
 
     def _pay(self, key: str, batch: int, passes: float) -> None:
-        self.account.pay(key, passes * self._tokens[batch], self.seconds.get(key, 0.0))
+        self.account.pay(key, passes * self._all["text"][batch], self.seconds.get(key, 0.0))
 
 
 def _costs(layers: nn.ModuleList, head_size: int, units_a_layer: int) -> tuple[list[float], float]:

@@ -19,15 +19,14 @@ from e3pruner.mask_search.units import units_of
 from e3pruner.models import find_layers, output_head
 from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import check_indices
-from e3pruner.models.tokens import check_token_batches
 from e3pruner.precision import autocast_dtype
-from e3pruner.storage import fingerprint
 from e3pruner.surgery import PruningPlan
+from e3pruner.text.given import Given, batches_of
 
 
 def search(
     model: PreTrainedModel,
-    token_batches: Iterable[Any],
+    token_batches: Given,
     drop: int = 8,
     method: str = "gumbel-topk",
     seed: int = 0,
@@ -43,7 +42,9 @@ def search(
     """Search `drop` decoder layers whose removal changes the predictions of `model` least.
 
     model: a Hugging Face causal language model; afterwards it is as it was, whatever happens.
-    token_batches: calibration text, (B, T) token ids each, tensors or nested lists.
+    token_batches: calibration text: a list of batches, or one. A batch is token ids (B, T), a mapping with `input_ids`
+        and where wanted `attention_mask`, `labels` and `position_ids`, a tuple (`input_ids`, `attention_mask`), or
+        `e3pruner.text.Sequences`. Padding counts in nothing; of labelled text only what is to be predicted counts.
     method: one of `METHODS`; `options` are that method's keyword arguments.
     seed: of all randomness; (seed, tokens, model) decide the plan.
     protect: layers that stay whole.
@@ -76,7 +77,7 @@ def search(
     dtype = autocast_dtype(precision, model.device)
     run = find_method(method, options)
     _check_fit(run, granularity, quota)
-    batches = check_token_batches("token_batches", token_batches, output_head(model).weight.shape[0])
+    batches = batches_of("token_batches", token_batches, output_head(model).weight.shape[0], model=model)
     problem = SearchProblem(model, batches, units=units, seed=seed, dtype=dtype)
     ranks = problem.ranks
     ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), options])
@@ -143,7 +144,7 @@ def _check_fit(method: Method, granularity: str, quota: Mapping[str, int] | None
 
 def _tokens_of(problem: SearchProblem) -> list[str]:
     """A hash of each batch, of all ranks."""
-    own = [int(fingerprint(batch)[:12], 16) for batch in problem.batches]  # 48 bits pass through fp64
+    own = [int(batch.identity[:12], 16) for batch in problem.batches]  # 48 bits pass through fp64
     return [f"{int(each):012x}" for rank in problem.ranks.gather(own) for each in rank]
 
 

@@ -158,11 +158,11 @@ class Comparison:
         mask = problem.mask(removed)
 
         def figures(batch: int) -> list[float]:
-            ids = problem.input_ids(batch)
-            teacher = problem.teacher_of(batch).view(*ids.shape, -1)[:, :-1].flatten(0, 1)
-            ((_, hidden),) = problem.forward.last_hiddens(ids, [mask])
-            logits, target = (problem.head.logits(h) for h in (hidden[:, :-1].flatten(0, 1), teacher))
-            labels = ids[:, 1:].flatten()
+            rows = problem.rows(batch)
+            ((_, hidden),) = problem.forward.last_hiddens(masks=[mask], **rows.inputs)
+            teacher = problem.teacher_of(batch).view_as(hidden)
+            logits, target = (problem.head.logits(rows.at_predicted(each)) for each in (hidden, teacher))
+            labels = rows.predicted
             result: Any = e3k.entropy_kl(logits, target, labels, weighting="none", reduction="none", return_stats=True)
             agreement = (logits.argmax(-1) == target.argmax(-1)).double().mean().item()
             return [result[1].kl.double().mean().item(), result[1].cross_entropy.double().mean().item(), agreement]
@@ -171,10 +171,12 @@ class Comparison:
         numbers = range(len(problem.batches))
         try:
             with problem:
-                table = [problem.measure(f"figures {batch} {bits}", batch, figures) for batch in numbers]
+                table = [
+                    problem.measure(f"figures {batch} {bits}", batch, figures, over="predicted") for batch in numbers
+                ]
         finally:
             held_out.store.save()
-        kl, nll, agreement = problem.mean(table, numbers)
+        kl, nll, agreement = problem.mean(table, numbers, "predicted")
         return {"kl": kl, "perplexity": math.exp(nll), "top1_agreement": agreement}
 
     def _recover(self, recovery: Recovery, removed: Sequence[int], seed: int) -> Row:

@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3pruner
@@ -23,6 +22,7 @@ from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.state import going_on
 from e3pruner.surgery import PruningPlan
 from e3pruner.surgery.plan import PLAN_FILE
+from e3pruner.text.sequences import Rows
 from e3pruner.text.splits import Tokens, batches, take
 
 METHOD, RIVALS = "gumbel-topk", ("leave-one-out", "bi")
@@ -100,11 +100,11 @@ class Pipeline(Stages):
         shutil.rmtree(self.folder / "training", ignore_errors=True)
 
     @property
-    def calibration(self) -> list[Tensor]:
+    def calibration(self) -> list[Rows]:
         return batches(take(self.tokens.calibration, self.budget.calibration, "calibration"), self.budget.batch)
 
     @property
-    def held_out(self) -> list[Tensor]:
+    def held_out(self) -> list[Rows]:
         return batches(take(self.tokens.held_out, self.budget.held_out, "held-out"), self.budget.batch)
 
     def search(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3pruner
@@ -19,7 +18,7 @@ from e3pruner.recovery.state import going_on
 from e3pruner.recovery.tracking import TRACKED
 from e3pruner.surgery import PruningPlan
 from e3pruner.surgery.plan import PLAN_FILE
-from e3pruner.text.batches import Sequences
+from e3pruner.text.sequences import Rows
 
 CACHE, MEASURED = "cache", "measured"
 PRUNED, RECOVERED = "pruned", "recovered"
@@ -52,10 +51,10 @@ class Rounds(Stages):
 
     dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    training: Sequences
-    calibration: Tensor
-    judge: Tensor | None
-    held_out: Tensor
+    training: Rows
+    calibration: Rows
+    judge: Rows | None
+    held_out: Rows
     schedule: Schedule
     batch: int
 

@@ -6,7 +6,7 @@ from e3pruner.recovery.distill import distill
 from e3pruner.recovery.loop import DistillResult
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
-from e3pruner.text.batches import Packed
+from e3pruner.text.sequences import Packed
 
 __all__ = [
     "Compensation",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,12 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import e3kernels as e3k
 from e3pruner.form import positive
 from e3pruner.models import OutputHead, last_hidden, output_head
-from e3pruner.models.head import check_packing
 from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import evaluating
 from e3pruner.precision import autocast_dtype
 from e3pruner.storage import fingerprint, read_checked, remove_temporaries, write_checked, write_tensors
-from e3pruner.text.batches import Batch, Packed, Sequences, data_identity, sequences_of, tokens_of
+from e3pruner.text.batches import Batch
+from e3pruner.text.given import Given, sequences_of
+from e3pruner.text.sequences import Sequences
 
 Tail = Literal["bucket", "renorm", "truncated"]
 MANIFEST = "manifest.json"
@@ -98,9 +98,9 @@ class TeacherCache:
 
     def check(self, data: Sequences, temperature: float) -> None:
         """Raises ValueError unless the cache is of `data` at `temperature`."""
-        if data_identity(data) != self.manifest["data"]:
+        if data.identity != self.manifest["data"]:
             rows, length = self.manifest["sequences"], self.manifest["length"]
-            shape = tuple(tokens_of(data).shape)
+            shape = tuple(data.shape)
             raise ValueError(f"data {shape} is not what {self.folder}, {(rows, length)}, was made of")
         if temperature != self.manifest["temperature"]:
             raise ValueError(
@@ -171,7 +171,7 @@ def _check_content(file: Path, shard: Any) -> None:
 
 def cache_teacher(
     teacher: PreTrainedModel,
-    data: Sequences | Iterable[Any],
+    data: Given,
     folder: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -181,7 +181,7 @@ def cache_teacher(
     precision: str = "auto",
     force: bool = False,
 ) -> TeacherCache:
-    """Store the `k` likeliest next tokens of every position of `data` in `folder`: token ids (N, S) or `Packed`.
+    """Store the `k` likeliest next tokens of every position of `data` in `folder`: what `distill` takes.
 
     A folder in which an earlier call was cut short, even by a kill, is completed: whole shards are kept.
 
@@ -192,17 +192,15 @@ def cache_teacher(
     folder = Path(folder)
     head = output_head(teacher)
     vocabulary = head.weight.shape[0]
-    rows = sequences_of("data", data, vocabulary)
-    length = tokens_of(rows).shape[1]
-    if isinstance(rows, Packed):
-        check_packing("teacher", teacher)
+    rows = sequences_of("data", data, vocabulary, teacher=teacher)
+    length = rows.shape[1]
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k={k} must be in 1 … {vocabulary}")
     dtype = autocast_dtype(precision, teacher.device)
     manifest = {
         "model": model_identity(teacher),
         "tokenizer": None if tokenizer is None else tokenizer_identity(tokenizer),
-        "data": data_identity(rows),
+        "data": rows.identity,
         "sequences": len(rows),
         "length": length,
         "vocabulary": vocabulary,
@@ -252,7 +250,7 @@ def _top(
     # Autocast on a CPU refuses to stack fp16: it is for the model only.
     autocast = torch.autocast(teacher.device.type, dtype, enabled=dtype is not None)
     with autocast:
-        hidden = last_hidden(teacher, batch.input_ids, None, batch.position_ids)[:, :-1]
+        hidden = last_hidden(teacher, batch.input_ids, batch.attention_mask, batch.position_ids)[:, :-1]
     logprobs, ids = [], []
     for sequence in hidden:  # one at a time: (S − 1, V) logits are all that is ever materialised
         with autocast:

@@ -19,7 +19,7 @@ judges on text of another kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,8 @@ from e3pruner.recovery.loss import DistillLoss, HeldOut
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher
 from e3pruner.surgery import PruningPlan
-from e3pruner.text.batches import Sequences, sequences_of, tokens_of
+from e3pruner.text.given import Given, sequences_of
+from e3pruner.text.sequences import Sequences
 
 # Flat between 0.05 and 0.5 on SmolLM2 with 8,000 tokens of calibration; at 0.001 it fits noise.
 RIDGE = 0.1
@@ -74,21 +75,21 @@ def compensate(
     pruned: PreTrainedModel,
     teacher: PreTrainedModel,
     plan: PruningPlan | Sequence[int],
-    data: Sequences | Iterable[Any],
+    data: Given,
     *,
-    judge: Sequences | Iterable[Any] | None = None,
+    judge: Given | None = None,
     method: str = "auto",
     batch_size: int = 8,
     precision: str = "auto",
 ) -> Compensation:
     """Correct `pruned`, in place and without training, for the layers that `plan` cut out of `teacher`.
 
-    `plan`: a `PruningPlan`, or the indices of the layers kept. `data`: token ids (N, S) that a correction is fitted to.
-    `judge`: token ids of text of another kind than `data`, on which the KL is measured. `method`: "scale",
+    `plan`: a `PruningPlan`, or the indices of the layers kept. `data`: what a correction is fitted to, as `distill`
+    takes it. `judge`: text of another kind than `data`, on which the KL is measured. `method`: "scale",
     "least-squares", "none", or "auto": the one of the three with the least KL on `judge`, which it needs, since text of
     the kind that was fitted cannot see what a correction does to others. A method that these layers do not allow loses
-    there with KL ∞. A method asked for by name may go without `judge`; then the last quarter of `data`, N ≥ 2, is held
-    back from the fit, and the KL reported is of that kind alone.
+    there with KL ∞. A method asked for by name may go without `judge`; then the last quarter of `data`, N ≥ 2
+    sequences, is held back from the fit, and the KL reported is of that kind alone.
 
     Raises ValueError, before anything is changed, for another method, a plan of other models, "auto" without `judge`,
     a `judge` that shares sequences with `data`, and too little data; with the model as it was for layers that a method
@@ -106,9 +107,9 @@ def compensate(
             "judge=None: method='auto' is judged on text of another kind than data, which it might make worse; "
             f"give judge, or one of {tuple(METHODS)} as method"
         )
-    fitted, judged = _texts(data, judge, output_head(pruned).weight.shape[0])
+    fitted, judged = _texts(data, judge, pruned, teacher)
     dtype = autocast_dtype(precision, pruned.device)
-    calibration = [batch.to(pruned.device) for batch in fitted.split(batch_size)]
+    calibration = [part.trimmed().to(pruned.device) for part in fitted.split(batch_size)]
     held_out = HeldOut(DistillLoss(pruned, LiveTeacher(teacher), DistillOptions(), dtype), judged, batch_size)
     before = {name: p.detach().clone() for name, p in find_layers(pruned).named_parameters()}
     kl: dict[str, float] = {}
@@ -133,18 +134,25 @@ def compensate(
     return Compensation(min(kl, key=lambda name: kl[name]), kl)
 
 
-def _texts(data: Any, judge: Any, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """The token ids that are fitted to, and those that judge."""
-    sequences = tokens_of(sequences_of("data", data, vocabulary))
+def _texts(
+    data: Given, judge: Given | None, pruned: PreTrainedModel, teacher: PreTrainedModel
+) -> tuple[Sequences, Sequences]:
+    """The sequences that are fitted to, and those that judge."""
+    vocabulary, models = output_head(pruned).weight.shape[0], {"pruned": pruned, "teacher": teacher}
+    sequences = sequences_of("data", data, vocabulary, **models)
     if judge is None:
         if len(sequences) < 2:
             raise ValueError("data has one sequence; two or more are needed, as some are held back without judge")
         count = max(1, len(sequences) // 4)
         return sequences[:-count], sequences[-count:]
-    judged = tokens_of(sequences_of("judge", judge, vocabulary))
-    if {tuple(row) for row in sequences.tolist()} & {tuple(row) for row in judged.tolist()}:
+    judged = sequences_of("judge", judge, vocabulary, **models)
+    if _texts_of(sequences) & _texts_of(judged):
         raise ValueError("judge is, or shares sequences with, data; it must be text of another kind")
     return sequences, judged
+
+
+def _texts_of(sequences: Sequences) -> set[tuple[int, ...]]:
+    return {tuple(ids[text].tolist()) for ids, text in zip(sequences.input_ids, sequences.text, strict=True)}
 
 
 class UnsupportedLayerError(ValueError):
@@ -180,10 +188,10 @@ def _recorded(module: nn.Module, *, output: bool) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _run(batch: Tensor, *models: PreTrainedModel) -> None:
+def _run(batch: Sequences, *models: PreTrainedModel) -> None:
     for model in models:
         with suppress(_ReachedError):
-            last_hidden(model, batch)
+            last_hidden(model, **batch.inputs)
 
 
 def _projection(layer: nn.Module, kind: str) -> nn.Linear:
@@ -200,7 +208,7 @@ def _projection(layer: nn.Module, kind: str) -> nn.Linear:
 
 
 @torch.no_grad()
-def _least_squares(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches: list[Tensor]) -> None:
+def _least_squares(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches: list[Sequences]) -> None:
     """λ = RIDGE · the mean of the diagonal of Σ w·a·aᵀ."""
     last, behind = find_layers(student)[cut.layer - 1], find_layers(teacher)[cut.target - 1]
     projection = _projection(last, "mlp")
@@ -213,7 +221,7 @@ def _least_squares(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut,
     ):
         for batch in batches:
             _run(batch, student, teacher)
-            x, a, y = (values.pop().flatten(0, -2).double() for values in (xs, inputs, ys))
+            x, a, y = (batch.at_text(values.pop().flatten(0, -2)).double() for values in (xs, inputs, ys))
             weighted = a / y.square().sum(-1, keepdim=True)
             gram = gram + weighted.T @ a
             cross = cross + weighted.T @ ((y - x) / multiplier)
@@ -222,7 +230,7 @@ def _least_squares(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut,
 
 
 @torch.no_grad()
-def _scale(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches: list[Tensor]) -> None:
+def _scale(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches: list[Sequences]) -> None:
     layers = find_layers(student)
     writes = [_projection(layer, kind) for layer in layers[cut.layer :] for kind in KINDS]
     before, behind = layers[cut.layer - 1], find_layers(teacher)[cut.target - 1]
@@ -230,17 +238,19 @@ def _scale(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches
     with _recorded(before, output=True) as xs, _recorded(behind, output=True) as ys:
         for batch in batches:
             _run(batch, student, teacher)
-            norms += torch.stack([values.pop().double().norm(dim=-1).sum() for values in (xs, ys)])
+            norms += torch.stack(
+                [batch.at_text(values.pop().flatten(0, -2)).double().norm(dim=-1).sum() for values in (xs, ys)]
+            )
     for write in writes:
         for parameter in write.parameters():
             parameter.mul_(norms[0] / norms[1])
 
 
-def _none(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches: list[Tensor]) -> None:
+def _none(student: PreTrainedModel, teacher: PreTrainedModel, cut: Cut, batches: list[Sequences]) -> None:
     """Leave the cut as it is."""
 
 
-METHODS: dict[str, Callable[[PreTrainedModel, PreTrainedModel, Cut, list[Tensor]], None]] = {
+METHODS: dict[str, Callable[[PreTrainedModel, PreTrainedModel, Cut, list[Sequences]], None]] = {
     "none": _none,
     "scale": _scale,
     "least-squares": _least_squares,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from e3pruner.models import output_head
-from e3pruner.models.head import check_packing
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.loop import DistillResult, Training
 from e3pruner.recovery.loss import DistillLoss
@@ -24,15 +22,15 @@ from e3pruner.recovery.teacher import LiveTeacher, Teacher, narrowed
 from e3pruner.recovery.tracking import check_tracker, opened_tracker
 from e3pruner.storage import content_digest, fingerprint
 from e3pruner.surgery import PruningPlan
-from e3pruner.text.batches import Packed, Sequences, data_identity, sequences_of
+from e3pruner.text.given import Given, sequences_of
 
 
 def distill(
     pruned: PreTrainedModel,
     *,
     teacher: PreTrainedModel | Teacher,
-    data: Sequences | Iterable[Any],
-    held_out: Sequences | Iterable[Any] | None = None,
+    data: Given,
+    held_out: Given | None = None,
     plan: PruningPlan | None = None,
     output: str | Path | None = None,
     resume: bool = False,
@@ -43,7 +41,8 @@ def distill(
 ) -> DistillResult:
     """Train `pruned`, in place, on the divergence of its predictions from those of `teacher`.
 
-    `data` and `held_out`: token ids (N, S), batches of them (B, S), or `Packed` documents. `plan`: by which `pruned`
+    `data` and `held_out`: as the token batches of `e3pruner.search`; padding, and what labels leave out, is not learnt.
+    `plan`: by which `pruned`
     was cut, for trainable="cuts". `options`: those of `DistillOptions`. AdamW runs on fp32 master weights, without
     dropout; the weights end in the dtype they came in, those with requires_grad=False untrained. A step minimises
     Σwℓ / Σw over all its tokens, however `batch_size · accumulation` is split.
@@ -76,17 +75,17 @@ def distill(
         source, casts = teacher, nullcontext()
     loss = DistillLoss(pruned, source, chosen, dtype)
     vocabulary = output_head(pruned).weight.shape[0]
-    sequences = sequences_of("data", data, vocabulary)
+    models = {"teacher": teacher} if isinstance(teacher, PreTrainedModel) else {}
+    models["pruned"] = pruned
+    sequences = sequences_of("data", data, vocabulary, **models)
     source.check(sequences, chosen.temperature)
-    if isinstance(sequences, Packed):
-        check_packing("pruned", pruned)
-    watched = None if held_out is None else sequences_of("held_out", held_out, vocabulary)
+    watched = None if held_out is None else sequences_of("held_out", held_out, vocabulary, **models)
     steps = chosen.steps or math.ceil(len(sequences) / (chosen.batch_size * chosen.accumulation))
     # What "one pass" and "auto" came to is part of the run: other data or another machine would change it.
     settings = asdict(chosen) | {
         "steps": steps,
         "precision": str(dtype or torch.float32),
-        "data": data_identity(sequences),
+        "data": sequences.identity,
         "teacher": source.identity,
     }
     with casts, trained_parameters(pruned, chosen, plan, dtype) as parameters:

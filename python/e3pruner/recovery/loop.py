@@ -19,7 +19,8 @@ from e3pruner.recovery.average import WeightAverage
 from e3pruner.recovery.interrupt import deferred_interrupt
 from e3pruner.recovery.loss import DistillLoss, HeldOut
 from e3pruner.recovery.state import StateFolder, pack_state, unpack_state
-from e3pruner.text.batches import Sequences, shuffled_batch
+from e3pruner.text.batches import shuffled_batch
+from e3pruner.text.sequences import IGNORED, Sequences
 
 SPIKE_WINDOW = 32
 
@@ -142,7 +143,7 @@ class Training:
                 loss.backward()
             total += float(loss.detach())
             weight += float(stats.weight.sum())
-            tokens += batch.labels.numel()
+            tokens += int((batch.labels != IGNORED).sum())
         if not weight:
             raise ValueError(f"data: step {result.steps + 1} has no token to predict")
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]

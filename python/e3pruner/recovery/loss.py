@@ -13,7 +13,8 @@ from e3kernels.profiling import named_range
 from e3pruner.models import last_hidden, output_head
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
-from e3pruner.text.batches import IGNORED, Batch, Sequences, in_order
+from e3pruner.text.batches import Batch, in_order
+from e3pruner.text.sequences import IGNORED, Rows
 
 
 @dataclass
@@ -70,7 +71,7 @@ class DistillLoss:
 class HeldOut:
     """Held-out text on which a student is watched; a live teacher runs over it once only."""
 
-    def __init__(self, loss: DistillLoss, data: Sequences, batch_size: int) -> None:
+    def __init__(self, loss: DistillLoss, data: Rows, batch_size: int) -> None:
         self.has_kl = loss.teacher.any_text
         # Cross-entropy needs no teacher. Where the real one cannot serve, the student stands in; no KL is reported.
         self.loss = loss if self.has_kl else replace(loss, teacher=LiveTeacher(loss.student))

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 import e3kernels as e3k
 from e3pruner.models import OutputHead, last_hidden, output_head
-from e3pruner.models.head import check_packing
 from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import evaluating
 from e3pruner.precision import weights_in
-from e3pruner.text.batches import Batch, Packed, Sequences
+from e3pruner.text.batches import Batch
+from e3pruner.text.given import check_rows
+from e3pruner.text.sequences import Sequences
 
 
 class Teacher(Protocol):
@@ -72,9 +73,8 @@ class LiveTeacher:
         return model_identity(self.model)
 
     def check(self, data: Sequences, temperature: float) -> None:
-        """A model can teach any text, if it keeps packed documents apart."""
-        if isinstance(data, Packed):
-            check_packing("teacher", self.model)
+        """A model can teach any text that it can run on."""
+        check_rows("data", [data], teacher=self.model)
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Tensor:

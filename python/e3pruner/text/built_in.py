@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.storage import cache_home, fingerprint, write_tensors
+from e3pruner.text.documents import ending
+from e3pruner.text.opening import cut_stream, encode, opening, without_opening
 from e3pruner.text.writer import write_documents
 
 SHARES = {"training": 0.7, "calibration": 0.1, "held_out": 0.2}
@@ -119,7 +121,11 @@ def written_documents(
     `cache_home()`, by the hash of the weights, the prompts, the length and the seed.
     """
     prompts = _prompts(tokenizer, subjects)
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts.values()]
+    encoded = [
+        # How a conversation begins, the chat template alone says.
+        tokenizer(text, add_special_tokens=False)["input_ids"] if kind == "chat" else encode(tokenizer, text)
+        for kind, text in ((source.partition("/")[0], text) for source, text in prompts.items())
+    ]
     key = fingerprint(dict(teacher.named_parameters()), encoded, length, seed)
     file = cache_home() / f"written-{key[:16]}.safetensors"
     if not file.exists():
@@ -133,16 +139,21 @@ def written_documents(
     return written
 
 
-def pack(documents: Sequence[Document], length: int, *, seed: int | None = None) -> Tensor:
-    """Documents end to end, in the order of `seed` if given, cut into sequences: (sequences, length); the rest goes."""
+def pack(documents: Sequence[Document], length: int, *, begin: Sequence[int] = (), seed: int | None = None) -> Tensor:
+    """Documents end to end, in the order of `seed` if given, cut into sequences: (sequences, length); the rest goes.
+
+    Each sequence begins with `begin`, the tokenizer's `opening`; the documents within it do not, since their first
+    tokens are predicted from what stands before them, and no model has learnt to predict an opening.
+    """
     if seed is not None:
         order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
         documents = [documents[i] for i in order]
-    stream = torch.tensor(list(chain.from_iterable(d.tokens for d in documents)), dtype=torch.int64)
-    whole = len(stream) // length
-    if whole == 0:
+    text = (without_opening(document.tokens, list(begin)) for document in documents)
+    stream = torch.tensor(list(chain.from_iterable(text)), dtype=torch.int64)
+    rows = cut_stream(stream, length, list(begin))
+    if len(rows) == 0:
         raise ValueError(f"length={length} is more than the {len(stream)} tokens of the {len(documents)} documents")
-    return stream[: whole * length].view(whole, length)
+    return rows
 
 
 def demo_tokens(
@@ -165,7 +176,7 @@ def demo_tokens(
     for split, names in deal({name: len(text) for name, text in manual.items()}).items():
         encoded = tokenizer([manual[name] for name in names], add_special_tokens=False)["input_ids"]
         splits[split] = [
-            Document(f"manual/{name}", "manual", [*row, tokenizer.eos_token_id])
+            Document(f"manual/{name}", "manual", [*row, *ending(tokenizer)])
             for name, row in zip(names, encoded, strict=True)
         ]
     if teacher is not None:
@@ -173,9 +184,10 @@ def demo_tokens(
         for split, names in deal(dict.fromkeys(written, 1)).items():
             splits[split] += [document for name in names for document in written[name]]
     kinds = dict.fromkeys(document.kind for document in splits["held_out"])
+    begin = opening(tokenizer)
     return DemoText(
-        calibration=pack(splits["calibration"], length, seed=seed),
-        training=pack(splits["training"], length, seed=seed),
-        held_out={kind: pack([d for d in splits["held_out"] if d.kind == kind], length) for kind in kinds},
+        calibration=pack(splits["calibration"], length, begin=begin, seed=seed),
+        training=pack(splits["training"], length, begin=begin, seed=seed),
+        held_out={kind: pack([d for d in splits["held_out"] if d.kind == kind], length, begin=begin) for kind in kinds},
         sources={split: frozenset(d.source for d in documents) for split, documents in splits.items()},
     )

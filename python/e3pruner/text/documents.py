@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from e3pruner.text.batches import IGNORED, Packed
+from e3pruner.text.opening import encode, opening
+from e3pruner.text.sequences import IGNORED, Packed
 
 
 class Marked(NamedTuple):
@@ -29,7 +30,10 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Marke
     """The documents of a .jsonl file, or of a folder that `datasets.Dataset.save_to_disk` wrote (needs `datasets`).
 
     A record holds "text", all of which is learnt, or "messages", [{"role", "content"}, ...], of which the assistant's
-    are. Raises ValueError naming the record that holds neither, and for messages without a chat template.
+    are. A text begins as the tokenizer's own convention says (see `opening`) and ends with its end-of-sequence token,
+    if it has one; how a conversation begins and ends, the chat template alone says.
+
+    Raises ValueError naming the record that holds neither, and for messages without a chat template.
     """
     documents = []
     for number, record in enumerate(_folder_records(path) if path.is_dir() else _line_records(path), start=1):
@@ -61,11 +65,16 @@ def _folder_records(path: Path) -> Iterable[Any]:
 
 def _document(record: Any, tokenizer: PreTrainedTokenizerBase) -> Marked:
     if isinstance(record, Mapping) and isinstance(record.get("text"), str):
-        tokens = tokenizer(record["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        return Marked([*tokens, tokenizer.eos_token_id], [True] * (len(tokens) + 1))
+        begin, tokens = len(opening(tokenizer)), [*encode(tokenizer, record["text"]), *ending(tokenizer)]
+        return Marked(tokens, [place >= begin for place in range(len(tokens))])
     if isinstance(record, Mapping) and isinstance(record.get("messages"), list):
         return mark_assistant(record["messages"], tokenizer)
     raise ValueError('it must hold "text", a string, or "messages", a list')
+
+
+def ending(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands behind a document: the end-of-sequence token, if the tokenizer has one."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def mark_assistant(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Marked:
@@ -98,14 +107,19 @@ def mark_assistant(messages: list[dict[str, str]], tokenizer: PreTrainedTokenize
     return Marked(encoded["input_ids"], [any(start in span for span in spans) for start in starts])
 
 
-def pack_documents(documents: Sequence[Marked], length: int) -> Packed:
+def pack_documents(documents: Sequence[Marked], length: int, begin: Sequence[int] = ()) -> Packed:
     """Documents end to end, cut into rows of `length`; a rest shorter than a row goes, and so do rows with nothing to
-    predict. No token is predicted from, or attends to, another document. Raises ValueError if no row is left.
+    predict. No token is predicted from, or attends to, another document.
+
+    `begin`: the tokenizer's `opening`. Of a document that begins with it each piece does, as it is read by itself.
+
+    Raises ValueError if no row is left, or `begin` leaves no room in one.
     """
-    tokens = torch.tensor([token for document in documents for token in document.tokens], dtype=torch.int64)
-    learnt = torch.tensor([mark for document in documents for mark in document.learnt], dtype=torch.bool)
-    sizes = torch.tensor([len(document.tokens) for document in documents], dtype=torch.int64)
-    owner = torch.arange(len(documents)).repeat_interleave(sizes)
+    pieces = list(_pieces(documents, length, list(begin)))
+    tokens = torch.tensor([token for piece in pieces for token in piece.tokens], dtype=torch.int64)
+    learnt = torch.tensor([mark for piece in pieces for mark in piece.learnt], dtype=torch.bool)
+    sizes = torch.tensor([len(piece.tokens) for piece in pieces], dtype=torch.int64)
+    owner = torch.arange(len(pieces)).repeat_interleave(sizes)
     rows = len(tokens) // length
     ids, learnt, owner = (stream[: rows * length].view(rows, length) for stream in (tokens, learnt, owner))
     first = torch.ones_like(owner, dtype=torch.bool)
@@ -119,3 +133,23 @@ def pack_documents(documents: Sequence[Marked], length: int) -> Packed:
             f"length={length}: the {len(tokens)} tokens of {len(documents)} documents make no row with any to predict"
         )
     return Packed(ids[some], positions[some], labels[some])
+
+
+def _pieces(documents: Iterable[Marked], length: int, begin: list[int]) -> Iterator[Marked]:
+    """The documents, cut where rows of `length` end."""
+    if len(begin) >= length:
+        raise ValueError(
+            f"length={length} leaves no room for text behind the {len(begin)} tokens that each row begins with"
+        )
+    room = length
+    for tokens, learnt in documents:
+        again = begin if tokens[: len(begin)] == begin else []
+        start = 0
+        while start < len(tokens):
+            head: list[int] = []
+            if start:  # a row ended within the document
+                head, start = again, max(start, len(again))
+            stop = start + room - len(head)
+            yield Marked(head + tokens[start:stop], [False] * len(head) + learnt[start:stop])
+            room -= len(head) + len(tokens[start:stop])
+            room, start = room or length, stop

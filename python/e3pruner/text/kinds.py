@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from e3pruner.text.built_in import Document, deal, manual_documents, pack
-from e3pruner.text.splits import chunk, split_text, take
+from e3pruner.text.documents import ending, holds_documents
+from e3pruner.text.opening import opening
+from e3pruner.text.splits import cut, split_text, take
 
 WINDOW = 32  # tokens: what two texts share of this length is the same passage, not the same language
 _MODULE_BYTES = 8_000, 24_000  # of a standard-library module: long enough to be text, no one too large for its split
@@ -97,14 +99,18 @@ def _splits(tokenizer: PreTrainedTokenizerBase, kind: str, length: int) -> dict[
         path = Path(kind)
         if not path.is_file():
             raise FileNotFoundError(f"text: {kind!r} is neither a file nor one of {', '.join(_BUILT_IN)}")
+        if holds_documents(path):
+            raise ValueError(f"text: {kind!r} holds documents; a comparison reads plain text, which this is not")
         parts = split_text(path.read_text(encoding="utf-8"))
-        return {name: chunk(tokenizer, part, length, f"{kind}, split {name}") for name, part in parts.items()}
-    documents = _BUILT_IN[kind]()
+        return {name: cut(tokenizer, part, length, f"{kind}, split {name}") for name, part in parts.items()}
+    documents, begin = _BUILT_IN[kind](), opening(tokenizer)
     splits = {}
     for split, names in deal({name: len(text) for name, text in documents.items()}).items():
         encoded = tokenizer([documents[name] for name in names], add_special_tokens=False, verbose=False)["input_ids"]
         rows = zip(names, encoded, strict=True)
-        splits[split] = pack([Document(name, kind, [*row, tokenizer.eos_token_id]) for name, row in rows], length)
+        splits[split] = pack(
+            [Document(name, kind, [*row, *ending(tokenizer)]) for name, row in rows], length, begin=begin
+        )
     return splits
 
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import re
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from e3pruner.text.batches import Sequences
 from e3pruner.text.built_in import SHARES, deal, demo_tokens
 from e3pruner.text.documents import holds_documents, pack_documents, read_documents
+from e3pruner.text.opening import cut_stream, opening, without_opening
+from e3pruner.text.sequences import Rows, Sequences
+
+Taken = TypeVar("Taken", Tensor, Sequences, Rows)
 
 
 class Tokens(NamedTuple):
-    """Packed token sequences, each (sequences, length) int64; training may tell documents and learnt tokens apart."""
+    """Token sequences, each (sequences, length) int64; of documents they are told apart, and so is what is learnt."""
 
-    training: Sequences
-    calibration: Tensor
-    held_out: Tensor
+    training: Rows
+    calibration: Rows
+    held_out: Rows
 
 
 def token_splits(
@@ -35,7 +38,8 @@ def token_splits(
     """Training, calibration and held-out sequences of `length` tokens from the file `text`, or from the built-in text
     and, with a `teacher`, what it writes itself. Held-out sequences of the kinds of text take turns.
 
-    Of JSON lines and data sets the documents are dealt out to the splits whole; see `e3pruner.text.documents`.
+    Of JSON lines and data sets the documents are dealt out to the splits whole; see `e3pruner.text.documents`. Each
+    sequence begins as the tokenizer's own convention says (see `e3pruner.text.opening`).
 
     Raises ValueError when a split has not one whole sequence, and for a file that is not UTF-8.
     """
@@ -47,13 +51,14 @@ def token_splits(
     if holds_documents(text):
         documents = read_documents(text, tokenizer)
         names = deal({str(number): len(document.tokens) for number, document in enumerate(documents)})
+        begin = opening(tokenizer)
         packed = {
-            split: pack_documents([documents[number] for number in sorted(map(int, numbers))], length)
+            split: pack_documents([documents[number] for number in sorted(map(int, numbers))], length, begin)
             for split, numbers in names.items()
         }
-        return Tokens(packed["training"], packed["calibration"].input_ids, packed["held_out"].input_ids)
+        return Tokens(packed["training"], packed["calibration"], packed["held_out"])
     parts = split_text(text.read_text(encoding="utf-8"))
-    return Tokens(*(chunk(tokenizer, part, length, f"{text}, split {name}") for name, part in parts.items()))
+    return Tokens(*(cut(tokenizer, part, length, f"{text}, split {name}") for name, part in parts.items()))
 
 
 def split_text(text: str) -> dict[str, str]:
@@ -71,17 +76,21 @@ def split_text(text: str) -> dict[str, str]:
     return parts
 
 
-def chunk(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str) -> Tensor:
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    whole = len(ids) // length
-    if whole == 0:
+def cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str = "text") -> Tensor:
+    """`text` as sequences (N, `length`) int64, each of which begins as the tokenizer's own convention says, since it is
+    read by itself; what makes no whole sequence goes. Raises ValueError naming `name` if there is not one.
+    """
+    begin = opening(tokenizer)
+    ids = without_opening(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], begin)
+    rows = cut_stream(torch.tensor(ids, dtype=torch.int64), length, begin)
+    if len(rows) == 0:
         raise ValueError(
             f"{name}: {len(ids)} tokens make no sequence of --length {length}; give more text or a shorter one"
         )
-    return ids[: whole * length].view(whole, length)
+    return rows
 
 
-def take(sequences: Tensor, count: int, option: str) -> Tensor:
+def take(sequences: Taken, count: int, option: str) -> Taken:
     """The first `count` sequences. Raises ValueError naming the option that asks for more than there are."""
     if count > len(sequences):
         have, length = sequences.shape
@@ -89,6 +98,6 @@ def take(sequences: Tensor, count: int, option: str) -> Tensor:
     return sequences[:count]
 
 
-def batches(sequences: Tensor, size: int) -> list[Tensor]:
+def batches(sequences: Taken, size: int) -> list[Taken]:
     """The sequences in batches of `size`, the last one perhaps smaller."""
     return list(sequences.split(size))

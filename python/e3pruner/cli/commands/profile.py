@@ -23,7 +23,7 @@ from e3pruner.profiling.page import Page, write_page
 from e3pruner.profiling.step.page import step_page
 from e3pruner.profiling.step.profile import profile_steps
 from e3pruner.report import describe_environment
-from e3pruner.text.batches import tokens_of
+from e3pruner.text.sequences import as_sequences
 from e3pruner.text.splits import take, token_splits
 
 app = typer.Typer(name="profile", no_args_is_help=True, help="See where the time and the bytes go.")
@@ -106,7 +106,7 @@ def step(
     Example: `e3 profile step smollm2 --drop 8 --out profiled`
     """
     splits = token_splits(load_tokenizer(model), text, length=length, seed=seed)
-    sequences = take(tokens_of(splits.training), batch * (rounds + 3), "--batch")
+    sequences = take(as_sequences(splits.training).input_ids, batch * (rounds + 3), "--batch")
     network = load_model(model, device, dtype)
     with output_folder(ctx, out, force) as folder:
         profile = profile_steps(network, sequences, drop=drop, batch=batch, rounds=rounds, seed=seed, folder=folder)

@@ -116,7 +116,7 @@ def _start_batches(problem: SearchProblem) -> range:
     """The first batches, until they hold enough tokens."""
     tokens = 0
     for number, batch in enumerate(problem.batches, start=1):
-        tokens += batch.numel()
+        tokens += batch.input_ids.numel()
         if tokens >= _START_TOKENS:
             return range(number)
     return range(len(problem.batches))

@@ -27,20 +27,20 @@ def taylor(problem: SearchProblem) -> Search:
         return _saliency(problem, batch)
 
     # The dense pass is paid for as such: what comes on top are the head, and a backward pass that reaches the weights.
-    table = [problem.measure(f"taylor {b}", b, saliency, layer_passes=2, heads=2) for b in numbers]
-    importance = problem.mean(table, numbers)
+    table = [problem.measure(f"taylor {b}", b, saliency, over="predicted", layer_passes=2, heads=2) for b in numbers]
+    importance = problem.mean(table, numbers, "predicted")
     removed = lowest(problem, importance)
     yield {"importance": importance, "removed": removed}
     return removed
 
 
 def _saliency(problem: SearchProblem, batch: int) -> list[float]:
-    ids = problem.input_ids(batch)
+    rows = problem.rows(batch)
     weights = [list(layer.parameters()) for layer in problem.forward.layers]
     flat = [weight for own in weights for weight in own]
     with torch.enable_grad(), _requiring_grad(flat):
-        hidden = problem.forward.dense(ids)[:, :-1].flatten(0, 1)
-        loss = F.cross_entropy(problem.head.logits(hidden).float(), ids[:, 1:].flatten())
+        hidden = rows.at_predicted(problem.forward.dense(**rows.inputs))
+        loss = F.cross_entropy(problem.head.logits(hidden).float(), rows.predicted)
         slopes = iter(torch.autograd.grad(loss, flat, materialize_grads=True, allow_unused=True))
     return [sum((w.float() * next(slopes).float()).abs().sum().item() for w in own) for own in weights]
 

@@ -15,7 +15,8 @@ from e3pruner.models.head import check_packing, decoder_of, position_arguments
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
-from e3pruner.text.batches import IGNORED, Batch
+from e3pruner.text.batches import Batch
+from e3pruner.text.sequences import IGNORED, beside_padding
 
 
 def batch_of(inputs: Mapping[str, Any]) -> Batch:
@@ -37,7 +38,7 @@ def batch_of(inputs: Mapping[str, Any]) -> Batch:
             raise ValueError("attention_mask holds padding beside position_ids; pack without padding, or leave one out")
         mask, labels = None, labels.masked_fill(positions[:, 1:] == 0, IGNORED)
     if mask is not None:
-        labels = labels.masked_fill(mask[:, :-1] == 0, IGNORED)
+        labels = labels.masked_fill(beside_padding(mask), IGNORED)
     return Batch(input_ids, labels, inputs.get("rows"), mask, positions)
 
 
