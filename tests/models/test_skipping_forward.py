@@ -23,8 +23,8 @@ def plain(model, ids, mask):
 
 def assert_shared_equals_plain(model, ids, masks):
     with SkippingForward(model) as forward:
-        dense = forward.dense(ids)
-        shared = dict(forward.last_hiddens(ids, masks))
+        dense = forward.dense({"input_ids": ids})
+        shared = dict(forward.last_hiddens({"input_ids": ids}, masks))
     assert shared.keys() == set(masks)
     assert torch.equal(dense, last_hidden(model, ids))
     for mask, hidden in shared.items():
@@ -51,9 +51,9 @@ def test_shared_layers_run_once():
     for index, layer in enumerate(find_layers(model)):
         layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
     with SkippingForward(model) as forward:
-        forward.dense(ids)
+        forward.dense({"input_ids": ids})
         calls.clear()
-        assert len(list(forward.last_hiddens(ids, MASKS))) == len(MASKS)
+        assert len(list(forward.last_hiddens({"input_ids": ids}, MASKS))) == len(MASKS)
     assert len(calls) == sum(sum(mask[shared:]) for mask, shared in shared_prefixes(MASKS)) < sum(map(sum, MASKS))
     assert calls.count(0) == 1
 
@@ -63,7 +63,7 @@ def test_states_are_the_inputs_of_the_layers():
     model, ids = tiny_model("gpt2"), tiny_tokens()
     expected = model(ids, use_cache=False, output_hidden_states=True).hidden_states
     with SkippingForward(model) as forward:
-        states, last = forward.states(ids)
+        states, last = forward.states({"input_ids": ids})
     assert len(states) == NUM_LAYERS + 1
     for state, hidden in zip(states[:-1], expected[:-1], strict=True):
         assert torch.equal(state, hidden)

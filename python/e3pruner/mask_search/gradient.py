@@ -26,7 +26,7 @@ def gate_gradient(problem: SearchProblem, gates: Sequence[float], batch: int) ->
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         with torch.enable_grad(), gated(problem.model, m):
             loss: Any = e3k.linear_entropy_kl(
-                rows.at_counted(problem.forward.dense(**rows.inputs).flatten(0, 1)),
+                rows.at_counted(problem.forward.dense(rows.inputs).flatten(0, 1)),
                 weight,
                 teacher,
                 weight,

@@ -191,7 +191,7 @@ class SearchProblem:
     def _dense(self, batch: int) -> list[Tensor]:
         """The input of every layer and the output of the last; the last hidden state stays as the teacher's."""
         began = time.perf_counter()
-        states, last = self.forward.states(**self.rows(batch).inputs)
+        states, last = self.forward.states(self.rows(batch).inputs)
         self.teacher[batch] = last.flatten(0, 1)
         self.seconds.setdefault(f"dense {batch}", time.perf_counter() - began)
         return states
@@ -217,7 +217,7 @@ class SearchProblem:
     def _measure(self, measure: str, masks: Sequence[Mask], batch: int) -> dict[Mask, float]:
         self.ranks.check_equal("the masks", [measure, batch, [list(mask) for mask in masks]])
         students: dict[Mask, Tensor] = {}
-        for mask, hidden in self.forward.last_hiddens(masks=masks, **self.rows(batch).inputs):
+        for mask, hidden in self.forward.last_hiddens(self.rows(batch).inputs, masks):
             students[mask] = hidden
             self.advance()
         with named_range("loss"):

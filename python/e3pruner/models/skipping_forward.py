@@ -65,38 +65,34 @@ class SkippingForward:
         self._own.clear()
         self._states.clear()
 
-    def dense(self, input_ids: Tensor, **context: Tensor) -> Tensor:
-        """The last hidden state (B, T, H) with every layer. `context`: further arguments of `last_hidden`."""
-        return self._run(input_ids, context, self._whole, 0, frozenset())
+    def dense(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The last hidden state (B, T, H) with every layer. `inputs`: the arguments of `last_hidden`."""
+        return self._run(inputs, self._whole, 0, frozenset())
 
-    def states(self, input_ids: Tensor, **context: Tensor) -> tuple[list[Tensor], Tensor]:
+    def states(self, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         """The input of every layer and the output of the last one, before the final norm: L + 1 times (B, T, H); and
         the last hidden state (B, T, H)."""
-        last = self._run(input_ids, context, self._whole, 0, frozenset(range(len(self.layers) + 1)))
+        last = self._run(inputs, self._whole, 0, frozenset(range(len(self.layers) + 1)))
         return [self._states[index] for index in range(len(self.layers) + 1)], last
 
-    def last_hiddens(
-        self, input_ids: Tensor, masks: Sequence[Mask], **context: Tensor
-    ) -> Iterator[tuple[Mask, Tensor]]:
+    def last_hiddens(self, inputs: Mapping[str, Tensor], masks: Sequence[Mask]) -> Iterator[tuple[Mask, Tensor]]:
         """Yields (mask, last hidden state (B, T, H) under it), in the order of `shared_prefixes`.
 
-        `input_ids`: (B, T) integers. `masks`: distinct. `context`: further arguments of `last_hidden`.
+        `inputs`: the arguments of `last_hidden`. `masks`: distinct.
         """
         ordered = [(mask, shared // self._units_a_layer) for mask, shared in shared_prefixes(masks)]
         stored = frozenset(start for _, start in ordered)
         for mask, start in ordered:
             with named_range("student forward"):
-                hidden = self._run(input_ids, context, mask, start, stored)
+                hidden = self._run(inputs, mask, start, stored)
             yield mask, hidden
 
-    def _run(
-        self, input_ids: Tensor, context: Mapping[str, Tensor], mask: Mask, start: int, stored: frozenset[int]
-    ) -> Tensor:
+    def _run(self, inputs: Mapping[str, Tensor], mask: Mask, start: int, stored: frozenset[int]) -> Tensor:
         """One pass, from what an earlier one stored at layer `start`; it stores the inputs of the layers `stored`."""
         self._mask, self._start, self._stored = mask, start, stored
         if start == 0:
             self._states.clear()
-        return last_hidden(self.model, input_ids, **context)
+        return last_hidden(self.model, **inputs)
 
     def _skippable(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def skippable(*args: Any, **kwargs: Any) -> Any:

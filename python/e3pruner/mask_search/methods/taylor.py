@@ -39,7 +39,7 @@ def _saliency(problem: SearchProblem, batch: int) -> list[float]:
     weights = [list(layer.parameters()) for layer in problem.forward.layers]
     flat = [weight for own in weights for weight in own]
     with torch.enable_grad(), _requiring_grad(flat):
-        hidden = rows.at_predicted(problem.forward.dense(**rows.inputs))
+        hidden = rows.at_predicted(problem.forward.dense(rows.inputs))
         loss = F.cross_entropy(problem.head.logits(hidden).float(), rows.predicted)
         slopes = iter(torch.autograd.grad(loss, flat, materialize_grads=True, allow_unused=True))
     return [sum((w.float() * next(slopes).float()).abs().sum().item() for w in own) for own in weights]
