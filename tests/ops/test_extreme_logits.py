@@ -77,9 +77,7 @@ def test_finite_logits_have_a_finite_loss(backend, dtype, with_gradients, kind, 
     for options in OPTIONS:
         options = {"divergence": divergence, "beta": 0.3, "reduction": "none", "weighting": "none"} | options
         ours = with_gradients(lambda z, o=options: e3k.entropy_kl(z, teacher, labels, **o), [student], 1)
-        exact = oracle(
-            lambda z, o=options: e3k.entropy_kl(z, teacher.double(), labels, **o), student, with_gradients
-        )
+        exact = oracle(lambda z, o=options: e3k.entropy_kl(z, teacher.double(), labels, **o), student, with_gradients)
         assert_equal_to(exact, ours, dtype)
 
 

@@ -185,6 +185,22 @@ def test_no_valid_token_gives_zero_attached_to_the_graph(backend, reduction, wit
     assert all(result.eq(0).all() for result in results)
 
 
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hidden_states_of_a_masked_token_may_hold_anything(backend, dtype, reduction, garbage, with_gradients):
+    student, teacher, labels = make(6, (12, 4, 3), 9, dtype)
+    labels = torch.arange(6)
+    labels[2] = labels[4] = -100
+    call = {"reduction": reduction, "kd_ratio": 0.5}
+    clean = with_gradients(fused(teacher, labels, **call), student, 3)
+    dirty = [student[0].clone(), *student[1:]], [teacher[0].clone(), *teacher[1:]]
+    for hidden, *_ in dirty:
+        hidden[2], hidden[4, 1] = garbage, -garbage
+    ours = with_gradients(fused(dirty[1], labels, **call), dirty[0], 3)
+    for mine, expected in zip(ours, clean, strict=True):
+        assert torch.equal(mine, expected)
+
+
 def test_no_rows(backend, with_gradients):
     student, teacher, _ = make(1, (12, 4, 3), 10, torch.float32)
     empty = [student[0][:0], *student[1:]]
