@@ -49,8 +49,8 @@ def topk_kl(
 ) -> LossResult:
     """`entropy_kl` against a teacher of whom the k most likely tokens are stored, from a cache or a server.
 
-    p are the stored probabilities, q the student's; H is the entropy of p renormalised over what a row holds, S ids, and
-    r = H/log S, 0 for S <= 1.
+    p are the stored probabilities, q the student's; H is the entropy of p renormalised over the S ids that the row
+    holds, and r = H/log S, 0 for S <= 1.
 
     Args:
         student_logits: (..., V), float32, bfloat16, float16 or float64. A gradient flows to the student only.

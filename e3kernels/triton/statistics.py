@@ -13,8 +13,9 @@ The student's maximum is kept at T = 1 as T·ms = max y, so that the cross-entro
 
 Each lane keeps its own maxima and sums and no lane waits for another inside the sweep; `merge` joins lanes, splits of a
 row and ranks of a vocabulary-parallel head by the same rule, always in the same order, so results are deterministic.
-`gap` is max(zt − zs): +∞ exactly where the second model has no mass under the first, which makes the divergence +∞.
-A lane that has seen nothing holds the smallest finite maximum and zero sums, which no rescaling turns into a NaN.
+B is counted in units of 2^24 nats, in which no sum of finite differences overflows. `gap` is the largest zt where zs is
+−∞: if the first model has mass there, the divergence is +∞. A lane that has seen nothing holds the smallest finite
+maximum and zero sums, which no rescaling turns into a NaN.
 """
 
 import triton
@@ -24,6 +25,8 @@ FORWARD: tl.constexpr = tl.constexpr(0)
 REVERSE: tl.constexpr = tl.constexpr(1)
 JSD: tl.constexpr = tl.constexpr(2)
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # the smallest finite float32
+UNIT: tl.constexpr = tl.constexpr(2.0**-24)  # of B, so many to a nat
+NO_MASS: tl.constexpr = tl.constexpr(-745.0)  # e to it is 0 even in float64
 STUDENT_FIELDS: tl.constexpr = tl.constexpr(4)  # max y, S_s, C, label logit
 PAIR_FIELDS: tl.constexpr = tl.constexpr(9)  # the student's, then mt, S_t, A, B, gap
 
@@ -63,6 +66,12 @@ def tempered(y, inverse_temperature):
 
 
 @triton.jit
+def below(m, top):
+    """m − top <= 0 of two maxima, finite: no 0·∞ arises where the difference overflows."""
+    return tl.maximum(m - top, LOWEST)
+
+
+@triton.jit
 def fold_student(my, ss, cs, ys, inverse_temperature, HAS_LABELS: tl.constexpr):
     """Take one tile (lanes, columns) of logits at T = 1 into the student's running statistics."""
     my_new = tl.maximum(my, tl.max(ys, axis=1))
@@ -82,28 +91,24 @@ def fold_pair(
     my_new = tl.maximum(my, tl.max(ys, axis=1))
     ms_new = tempered(my_new, inverse_temperature)
     mt_new = tl.maximum(mt, tl.max(zt, axis=1))
-    ds = tempered(my, inverse_temperature) - ms_new
-    dt = mt - mt_new
+    ds = below(tempered(my, inverse_temperature), ms_new)
+    dt = below(mt, mt_new)
     rs = tl.exp(ds)
     rt = tl.exp(dt)
     zs = ys * inverse_temperature
+    us = zs - ms_new[:, None]
     ut = zt - mt_new[:, None]
-    es = tl.exp(zs - ms_new[:, None])
+    es = tl.exp(us)  # of NaN still NaN, which the maxima below are not
     et = tl.exp(ut)
-    if DIVERGENCE != JSD:
-        # 0·∞ never arises: an infinite difference is cut to the largest finite one and kept in `gap`.
-        if DIVERGENCE == FORWARD:
-            raw = zt - zs
-        else:
-            raw = zs - zt
-        gap = tl.maximum(gap, tl.max(raw, axis=1))
-        d = tl.minimum(tl.maximum(raw, LOWEST), -LOWEST)
-        center = tl.where((my_new == LOWEST) | (mt_new == LOWEST), 0.0, mt_new - ms_new)[:, None]
-        if DIVERGENCE == FORWARD:
-            b = rt * (b + st * (dt - ds)) + tl.sum(et * (d - center), axis=1)
-        else:
-            b = rs * (b + ss * (ds - dt)) + tl.sum(es * (d + center), axis=1)
-    a = rt * (a + st * dt) + tl.sum(et * tl.maximum(ut, LOWEST), axis=1)
+    us = tl.maximum(us, LOWEST)
+    ut = tl.maximum(ut, LOWEST)
+    if DIVERGENCE == FORWARD:
+        gap = tl.maximum(gap, tl.max(tl.where(zs == float("-inf"), zt, LOWEST), axis=1))
+        b = rt * (b + st * (dt * UNIT - ds * UNIT)) + tl.sum(et * (ut * UNIT - us * UNIT), axis=1)
+    elif DIVERGENCE == REVERSE:
+        gap = tl.maximum(gap, tl.max(tl.where(zt == float("-inf"), zs, LOWEST), axis=1))
+        b = rs * (b + ss * (ds * UNIT - dt * UNIT)) + tl.sum(es * (us * UNIT - ut * UNIT), axis=1)
+    a = rt * (a + st * tl.maximum(dt, NO_MASS)) + tl.sum(et * ut, axis=1)
     st = st * rt + tl.sum(et, axis=1)
     ss = ss * rs + tl.sum(es, axis=1)
     if HAS_LABELS:
@@ -125,12 +130,12 @@ def merge_pair(my, ss, cs, mt, st, a, b, gap, inverse_temperature, DIVERGENCE: t
     """Join the statistics of both models along AXIS."""
     m, s, c = merge_student(my, ss, cs, inverse_temperature, AXIS)
     mt_new = tl.max(mt, axis=AXIS)
-    ds = tempered(my, inverse_temperature) - tl.expand_dims(tempered(m, inverse_temperature), AXIS)
-    dt = mt - tl.expand_dims(mt_new, AXIS)
+    ds = below(tempered(my, inverse_temperature), tl.expand_dims(tempered(m, inverse_temperature), AXIS))
+    dt = below(mt, tl.expand_dims(mt_new, AXIS))
     rt = tl.exp(dt)
     if DIVERGENCE == REVERSE:
-        b = tl.exp(ds) * (b + ss * (ds - dt))
+        b = tl.exp(ds) * (b + ss * (ds * UNIT - dt * UNIT))
     else:
-        b = rt * (b + st * (dt - ds))
-    a = tl.sum(rt * (a + st * dt), axis=AXIS)
+        b = rt * (b + st * (dt * UNIT - ds * UNIT))
+    a = tl.sum(rt * (a + st * tl.maximum(dt, NO_MASS)), axis=AXIS)
     return m, s, c, mt_new, tl.sum(st * rt, axis=AXIS), a, tl.sum(b, axis=AXIS), tl.max(gap, axis=AXIS)

@@ -1,4 +1,4 @@
-"""Logits at the ends of their dtype: while they are finite, so are loss and gradient, and those of the oracle in fp64."""
+"""Logits at the ends of their dtype: while they are finite, so are loss and gradient, those of the oracle in fp64."""
 
 import math
 from functools import partial

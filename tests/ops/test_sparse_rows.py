@@ -1,4 +1,4 @@
-"""What a row of stored log-probabilities holds: padding anywhere, ids twice, ids that no vocabulary has, extreme logits."""
+"""What a row of stored log-probabilities holds: padding, ids twice, ids that no vocabulary has; and extreme logits."""
 
 import itertools
 import math
@@ -97,13 +97,8 @@ def operator(backend, student, logprobs, ids, labels, tail, divergence):
     """(loss, statistics, gradients of sum and of single tokens) below the public function's checks."""
     scalars = torch.tensor([1.3, 1.0, 0.7, 0.4, 0.0, 1.0], dtype=torch.float64)
     codes = (1, ("forward", "reverse", "jsd").index(divergence), -100, TAILS.index(tail))
-    inputs = (
-        student,
-        logprobs.to(scalars.dtype if student.dtype == torch.float64 else torch.float32),
-        ids,
-        labels,
-        None,
-    )
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    inputs = (student, logprobs.to(wide), ids, labels, None)
     kernel = getattr(torch.ops.e3.topk_kl, backend)
     loss, stats, gradient = kernel(*inputs, scalars, *codes, 2, None, True)
     incoming = torch.linspace(-1, 1, len(ids), dtype=loss.dtype)
