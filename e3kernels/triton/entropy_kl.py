@@ -36,7 +36,7 @@ from e3kernels.triton.scalars import (
     student_transform,
     teacher_transform,
 )
-from e3kernels.triton.statistics import FORWARD, JSD, NO_MASS, PAIR_FIELDS, UNIT, merge_pair, tempered
+from e3kernels.triton.statistics import FORWARD, JSD, NO_MASS, PAIR_FIELDS, UNIT, merge_pair
 from e3kernels.triton.sweeps import (
     label_logit,
     load_pair,
@@ -53,13 +53,17 @@ ROW_FIELDS: tl.constexpr = tl.constexpr(8)  # my, log S_s, log C, mt, log S_t, t
 
 
 @triton.jit
-def _closed_divergence(ms, ss, mt, st, b, gap, DIVERGENCE: tl.constexpr):
-    """KL(p‖q) or KL(q‖p) from the joined statistics; `ms` is tempered."""
+def _closed_divergence(my, ss, mt, st, b, gap, inverse_temperature, DIVERGENCE: tl.constexpr):
+    """KL(p‖q) or KL(q‖p) from the joined statistics."""
     log_ss = tl.log(ss)
     log_st = tl.log(st)
     if DIVERGENCE == FORWARD:
-        return tl.where(gap - mt - log_st > NO_MASS, float("inf"), b / st / UNIT + (log_ss - log_st))
-    return tl.where(gap - ms - log_ss > NO_MASS, float("inf"), b / ss / UNIT + (log_st - log_ss))
+        unmatched = (gap - mt) * inverse_temperature - log_st
+        value = b / st / UNIT + (log_ss - log_st)
+    else:
+        unmatched = (gap - my) * inverse_temperature - log_ss
+        value = b / ss / UNIT + (log_st - log_ss)
+    return tl.where(unmatched > NO_MASS, float("inf"), value)
 
 
 @triton.jit
@@ -116,8 +120,7 @@ def entropy_kl_mixture(
     from_student, from_teacher = sweep_mixture(
         student_ptr + row * student_stride, teacher_ptr + row * teacher_stride,
         first, tl.minimum(first + split_size, V), V,
-        tempered(my, inverse_temperature), tl.log(ss), mt, tl.log(st),
-        inverse_temperature, beta, rest, scale_s, scale_t, softcap_s, softcap_t,
+        my, tl.log(ss), mt, tl.log(st), inverse_temperature, beta, rest, scale_s, scale_t, softcap_s, softcap_t,
         CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
     out = mixture_ptr + (row * splits + split) * 2
@@ -149,7 +152,7 @@ def entropy_kl_tokens(
         beta, rest = mixing(scalars_ptr)
         divergence = beta * from_teacher + rest * term
     else:
-        term = _closed_divergence(tempered(my, inverse_temperature), ss, mt, st, b, gap, DIVERGENCE)
+        term = _closed_divergence(my, ss, mt, st, b, gap, inverse_temperature, DIVERGENCE)
         divergence = term
     log_st = tl.log(st)
     log_cs = tl.log(cs)
@@ -228,18 +231,17 @@ def entropy_kl_row(
         student_row, teacher_row, 0, V, V, inverse_temperature, scale_s, scale_t, softcap_s, softcap_t,
         DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
-    ms = tempered(my, inverse_temperature)
     log_ss = tl.log(ss)
     log_st = tl.log(st)
     log_cs = tl.log(cs)
     if DIVERGENCE == JSD:
         term, from_teacher = sweep_mixture(
-            student_row, teacher_row, 0, V, V, ms, log_ss, mt, log_st, inverse_temperature, beta, rest, scale_s,
+            student_row, teacher_row, 0, V, V, my, log_ss, mt, log_st, inverse_temperature, beta, rest, scale_s,
             scale_t, softcap_s, softcap_t, CAP_S, CAP_T, LANES, VEC, UNROLL,
         )  # fmt: skip
         divergence = beta * from_teacher + rest * term
     else:
-        term = _closed_divergence(ms, ss, mt, st, b, gap, DIVERGENCE)
+        term = _closed_divergence(my, ss, mt, st, b, gap, inverse_temperature, DIVERGENCE)
         divergence = term
     entropy = log_st - a / st
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0

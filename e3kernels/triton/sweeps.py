@@ -20,7 +20,6 @@ from e3kernels.triton.statistics import (
     merge_pair,
     merge_student,
     scaled_logits,
-    tempered,
 )
 
 
@@ -67,7 +66,7 @@ def sweep_pair(
     """(my, S_s, C, mt, S_t, A, B, gap) of the columns [first, last)."""
     my = tl.full([LANES], LOWEST, tl.float32)
     mt = tl.full([LANES], LOWEST, tl.float32)
-    gap = tl.full([LANES], LOWEST, tl.float32)
+    gap = tl.full([LANES], float("-inf"), tl.float32)
     ss = tl.zeros([LANES], tl.float32)
     cs = tl.zeros([LANES], tl.float32)
     st = tl.zeros([LANES], tl.float32)
@@ -77,9 +76,9 @@ def sweep_pair(
         for part in tl.static_range(UNROLL):
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
             ys = logits_tile(student_row, columns, columns < V, scale_s, softcap_s, CAP_S)
-            zt = logits_tile(teacher_row, columns, columns < V, scale_t, softcap_t, CAP_T) * inverse_temperature
+            yt = logits_tile(teacher_row, columns, columns < V, scale_t, softcap_t, CAP_T)
             my, ss, cs, mt, st, a, b, gap = fold_pair(
-                my, ss, cs, mt, st, a, b, gap, ys, zt, inverse_temperature, DIVERGENCE, HAS_LABELS
+                my, ss, cs, mt, st, a, b, gap, ys, yt, inverse_temperature, DIVERGENCE, HAS_LABELS
             )
     return merge_pair(my, ss, cs, mt, st, a, b, gap, inverse_temperature, DIVERGENCE, 0)
 
@@ -95,20 +94,20 @@ def mixture_gaps(log_q, log_p, beta, rest):
 
 @triton.jit
 def sweep_mixture(
-    student_row, teacher_row, first, last, V, ms, log_ss, mt, log_st, inverse_temperature, beta, rest,
+    student_row, teacher_row, first, last, V, my, log_ss, mt, log_st, inverse_temperature, beta, rest,
     scale_s, scale_t, softcap_s, softcap_t,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """(Σ q(log q − log r), Σ p(log p − log r)) of the columns [first, last); log Z is m + log S, for both models."""
+    """(Σ q(log q − log r), Σ p(log p − log r)) of the columns [first, last); log Z is m/T + log S of both models."""
     from_student = tl.zeros([LANES], tl.float32)
     from_teacher = tl.zeros([LANES], tl.float32)
     for start in range(first, last, LANES * VEC * UNROLL):
         for part in tl.static_range(UNROLL):
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
             ys = logits_tile(student_row, columns, columns < V, scale_s, softcap_s, CAP_S)
-            zt = logits_tile(teacher_row, columns, columns < V, scale_t, softcap_t, CAP_T) * inverse_temperature
-            log_q = (ys * inverse_temperature - ms) - log_ss
-            log_p = (zt - mt) - log_st
+            yt = logits_tile(teacher_row, columns, columns < V, scale_t, softcap_t, CAP_T)
+            log_q = (ys - my) * inverse_temperature - log_ss
+            log_p = (yt - mt) * inverse_temperature - log_st
             gap_q, gap_p = mixture_gaps(log_q, log_p, beta, rest)
             from_student += tl.sum(tl.exp(log_q) * gap_q, axis=1)
             from_teacher += tl.sum(tl.exp(log_p) * gap_p, axis=1)
@@ -124,23 +123,22 @@ def sweep_gradient(
 ):  # fmt: skip
     """Write incoming·(kd·∂divergence/∂x + ce·∂CE/∂x) on the columns [first, last); `term` is KL(q‖p) or KL(q‖r).
 
-    log Z_s = my/T + log S_s, log Z_s(T=1) = my + log C, log Z_t = mt + log S_t: added up, a maximum of 1e38 would
+    log Z_s = my/T + log S_s, log Z_s(T=1) = my + log C, log Z_t = mt/T + log S_t: added up, a maximum of 1e38 would
     swallow the rest.
 
     A zero coefficient removes its term; a zero incoming gradient leaves NaN what it is.
     """
     divergence_slope = kd * incoming * inverse_temperature
     hard_slope = ce * incoming
-    ms = tempered(my, inverse_temperature)
     for start in range(first, last, LANES * VEC * UNROLL):
         for part in tl.static_range(UNROLL):
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
             mask = columns < V
             x = tl.load(student_row + columns, mask=mask, other=0.0)
             y, slope = scaled_logits(x, scale_s, softcap_s, CAP_S)
-            log_q = (y * inverse_temperature - ms) - log_ss
-            zt = logits_tile(teacher_row, columns, mask, scale_t, softcap_t, CAP_T) * inverse_temperature
-            log_p = (zt - mt) - log_st
+            log_q = (y - my) * inverse_temperature - log_ss
+            yt = logits_tile(teacher_row, columns, mask, scale_t, softcap_t, CAP_T)
+            log_p = (yt - mt) * inverse_temperature - log_st
             q = tl.exp(log_q)
             if DIVERGENCE == FORWARD:
                 g = q - tl.exp(log_p)
@@ -177,7 +175,7 @@ def load_pair(partial_ptr, index, mask):
     st = tl.load(p + 5, mask=mask, other=0.0)
     a = tl.load(p + 6, mask=mask, other=0.0)
     b = tl.load(p + 7, mask=mask, other=0.0)
-    gap = tl.load(p + 8, mask=mask, other=LOWEST)
+    gap = tl.load(p + 8, mask=mask, other=float("-inf"))
     return my, ss, cs, y_label, mt, st, a, b, gap
 
 

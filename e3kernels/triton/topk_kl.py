@@ -33,14 +33,14 @@ from e3kernels.triton.scalars import (
     scalar,
     student_transform,
 )
-from e3kernels.triton.statistics import FORWARD, LOWEST, REVERSE, STUDENT_FIELDS, merge_student, scaled_logits, tempered
+from e3kernels.triton.statistics import FORWARD, LOWEST, REVERSE, STUDENT_FIELDS, merge_student, scaled_logits
 from e3kernels.triton.sweeps import label_logit, lane_columns, sweep_unstored, sweep_zero
 from e3kernels.triton.tokens import coefficients, is_valid, store_tokens, token_loss
 
 BUCKET: tl.constexpr = tl.constexpr(0)
 RENORM: tl.constexpr = tl.constexpr(1)
 NONE = REDUCTIONS.index("none")
-ROW_FIELDS: tl.constexpr = tl.constexpr(7)  # my and log S_s of the rest, maximum and log-sum at T = 1 of all, G, kd, ce
+ROW_FIELDS: tl.constexpr = tl.constexpr(7)  # my and log S_s of the rest, maximum and log-sum of all at T = 1, G, kd, ce
 ROWS = 1  # tokens of one program of the tokens and stored kernels: k² comparisons in fp64 fill its registers
 
 
@@ -98,11 +98,11 @@ def _log_sum(x, axis: tl.constexpr):
 
 
 @triton.jit
-def _log_softmax(x):
-    """The logarithm of the softmax of each row in fp64; −∞ where x is."""
-    top = tl.max(x, axis=1, keep_dims=True)
-    x -= tl.where(top == float("-inf"), 0.0, top)
-    return tl.where(x == float("-inf"), x, x - tl.log(tl.sum(tl.exp(x), axis=1, keep_dims=True)))
+def _log_softmax(y, inverse_temperature):
+    """log softmax(y/T) of each row in fp64; −∞ where y is."""
+    top = tl.max(y, axis=1, keep_dims=True)
+    u = (y - tl.where(top == float("-inf"), 0.0, top)).to(tl.float64) * inverse_temperature
+    return tl.where(y == float("-inf"), float("-inf"), u - _log_sum(u, 1))
 
 
 @triton.jit
@@ -157,6 +157,7 @@ def topk_kl_tokens(
     GATHERED: student_ptr holds the stored ids' logits at T = 1, (N, k), not rows of inputs.
     """
     temperature = scalar(scalars_ptr, TEMPERATURE)
+    inverse_temperature = 1.0 / temperature
     beta = tl.load(scalars_ptr + BETA)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < N
@@ -168,7 +169,7 @@ def topk_kl_tokens(
     ss = tl.load(p + 1, mask=present, other=0.0)
     cs = tl.load(p + 2, mask=present, other=0.0)
     y_label = tl.sum(tl.load(p + 3, mask=present, other=0.0), axis=1)
-    my, ss, cs = merge_student(my, ss, cs, 1.0 / temperature, 1)
+    my, ss, cs = merge_student(my, ss, cs, inverse_temperature, 1)
 
     log_p, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, V, K)
     if GATHERED:
@@ -181,31 +182,29 @@ def topk_kl_tokens(
     first = kept & (tl.max(earlier.to(tl.int32), axis=2) == 0)
     log_p = tl.where(first, log_p.to(tl.float64), float("-inf"))
     y = tl.where(first, y, float("-inf"))
-    u = (y * (1.0 / temperature)).to(tl.float64)
     # Everything relative to the largest logit of the row, at T and at T = 1.
-    ms = tempered(my, 1.0 / temperature).to(tl.float64)[:, None]
-    top = tl.maximum(tl.where(ss[:, None] == 0.0, float("-inf"), ms), tl.max(u, axis=1, keep_dims=True))
-    top = tl.where(top == float("-inf"), 0.0, top)
-    log_rest = (ms - top) + tl.log(ss.to(tl.float64))[:, None]
-    log_z = _log_add(log_rest, _log_sum(u - top, 1))
-    top1 = tl.maximum(tl.where(cs == 0.0, LOWEST, my), tl.max(y, axis=1))
-    stored1 = tl.sum(tl.exp((y - top1[:, None]).to(tl.float64)), axis=1)
-    log_sum1 = tl.log(cs.to(tl.float64) * tl.exp((my - top1).to(tl.float64)) + stored1).to(tl.float32)
+    top = tl.maximum(tl.where(ss == 0.0, LOWEST, my), tl.max(y, axis=1))
+    above = (my - top).to(tl.float64)
+    y_stored = (y - top[:, None]).to(tl.float64)
+    log_rest = (above * inverse_temperature + tl.log(ss.to(tl.float64)))[:, None]
+    log_z = _log_add(log_rest, _log_sum(y_stored * inverse_temperature, 1))
+    log_sum1 = tl.log(cs.to(tl.float64) * tl.exp(above) + tl.sum(tl.exp(y_stored), axis=1)).to(tl.float32)
 
     log_total = _log_sum(log_p, 1)
     renormalised = tl.where(first, log_p - log_total, float("-inf"))
     entropy = -tl.sum(_expected(tl.exp(renormalised), renormalised), axis=1)
     if TAIL == RENORM:
-        log_q = _log_softmax(u)
+        log_q = _log_softmax(y, inverse_temperature)
         shares, g = _event_terms(renormalised, log_q, beta, DIVERGENCE)
     else:
-        log_q = tl.where(first, (u - top) - log_z, float("-inf"))
+        log_q = tl.where(first, y_stored * inverse_temperature - log_z, float("-inf"))
         shares, g = _event_terms(log_p, log_q, beta, DIVERGENCE)
     divergence = tl.sum(shares, axis=1)
     total = tl.sum(g, axis=1)
     dense = tl.zeros([ROWS], tl.float64)
+    support = tl.sum(first.to(tl.int32), axis=1)
     if TAIL == BUCKET:
-        mass = tl.where(log_rest == float("-inf"), 0.0, tl.maximum(1.0 - tl.exp(log_total), 0.0))
+        mass = tl.where(support[:, None] == V, 0.0, tl.maximum(1.0 - tl.exp(log_total), 0.0))
         share, dense_g = _event_terms(tl.log(mass), log_rest - log_z, beta, DIVERGENCE)
         divergence += tl.sum(share, axis=1)
         dense = tl.sum(dense_g, axis=1)
@@ -216,10 +215,9 @@ def topk_kl_tokens(
     terms = tl.sum(tl.where(same, slopes[:, None, :], 0.0), axis=2)  # which all places of an id write
     entropy = entropy.to(tl.float32)
     divergence = divergence.to(tl.float32)
-    cross_entropy = (top1 - y_label) + log_sum1 if HAS_LABELS else tl.zeros_like(entropy)
-    support = tl.sum(first.to(tl.int32), axis=1).to(tl.float32)
+    cross_entropy = (top - y_label) + log_sum1 if HAS_LABELS else tl.zeros_like(entropy)
     weight, kd, ce = coefficients(
-        entropy, tl.log(support), temperature,
+        entropy, tl.log(support.to(tl.float32)), temperature,
         scalar(scalars_ptr, GAMMA), scalar(scalars_ptr, KD_RATIO), WEIGHTING,
     )  # fmt: skip
     loss = token_loss(divergence, cross_entropy, kd, ce, HAS_LABELS)
@@ -227,7 +225,7 @@ def topk_kl_tokens(
     out = rows_ptr + row * ROW_FIELDS
     tl.store(out, my, mask=valid)
     tl.store(out + 1, tl.log(ss), mask=valid)
-    tl.store(out + 2, top1, mask=valid)
+    tl.store(out + 2, top, mask=valid)
     tl.store(out + 3, log_sum1, mask=valid)
     tl.store(out + 4, dense.to(tl.float32), mask=valid)
     tl.store(out + 5, kd, mask=valid)
@@ -252,9 +250,9 @@ def topk_kl_gradient(
     inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
     scale, softcap = student_transform(scalars_ptr)
     fields = rows_ptr + row * ROW_FIELDS
-    ms = tempered(tl.load(fields), inverse_temperature)
+    my = tl.load(fields)
     log_ss = tl.load(fields + 1)
-    top1 = tl.load(fields + 2)
+    top = tl.load(fields + 2)
     log_sum1 = tl.load(fields + 3)
     dense = tl.load(fields + 4)
     incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
@@ -270,10 +268,10 @@ def topk_kl_gradient(
             y, slope = scaled_logits(x, scale, softcap, CAP)
             g = tl.zeros_like(y)
             if TAIL != RENORM:
-                g = dense * tl.exp(tl.minimum((y * inverse_temperature - ms) - log_ss, 0.0))
+                g = dense * tl.exp(tl.minimum((y - my) * inverse_temperature - log_ss, 0.0))
                 g = tl.where(kd == 0.0, 0.0, g * divergence_slope)
             if HAS_LABELS:
-                hard = tl.exp((y - top1) - log_sum1) - tl.where(columns == label, 1.0, 0.0)
+                hard = tl.exp((y - top) - log_sum1) - tl.where(columns == label, 1.0, 0.0)
                 g += tl.where(ce == 0.0, 0.0, hard_slope * hard)
             tl.store(grad_row + columns, (g * slope).to(grad_ptr.dtype.element_ty), mask=mask)
 
@@ -292,7 +290,7 @@ def topk_kl_stored(
     _, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, V, K)
     y, slope = _stored_logits(student_ptr, row, student_stride, ids, kept, scalars_ptr, CAP)
     fields = rows_ptr + row * ROW_FIELDS
-    top1 = tl.load(fields + 2, mask=valid, other=0.0)[:, None]
+    top = tl.load(fields + 2, mask=valid, other=0.0)[:, None]
     log_sum1 = tl.load(fields + 3, mask=valid, other=0.0)[:, None]
     incoming = tl.load(incoming_ptr + row * incoming_stride, mask=inside, other=0.0).to(tl.float32)[:, None]
     kd = tl.load(fields + 5, mask=valid, other=0.0)[:, None]
@@ -301,7 +299,7 @@ def topk_kl_stored(
     g = tl.where(kd == 0.0, 0.0, kd * incoming / temperature * g)
     if HAS_LABELS:
         label = tl.load(labels_ptr + row, mask=valid, other=0)[:, None]
-        hard = tl.exp((y - top1) - log_sum1) - tl.where(ids == label, 1.0, 0.0)
+        hard = tl.exp((y - top) - log_sum1) - tl.where(ids == label, 1.0, 0.0)
         g += tl.where(ce == 0.0, 0.0, ce * incoming * hard)
     tl.store(grad_ptr + row[:, None] * V + ids, (g * slope).to(grad_ptr.dtype.element_ty), mask=kept)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -192,6 +193,17 @@ def test_finite_logits_have_a_finite_loss(backend, kind, tail, divergence, with_
         torch.testing.assert_close(ours[0].double(), exact[0], rtol=2e-5, atol=2e-5)
         error = (ours[1].double() - exact[1]).abs().max()
         assert error <= 1e-4 * max(1.0, exact[1].abs().max())
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_all_others_excluded(backend, divergence):
+    """The tail has mass under the teacher and none under the student; there is none if all ids are stored."""
+    student, logprobs, ids, _ = make(1, 9, 4, 10)
+    call = partial(e3k.topk_kl, divergence=divergence, weighting="none")
+    excluded = torch.full_like(student, -INF).scatter(1, ids, student.gather(1, ids))
+    loss = call(excluded, logprobs, ids)
+    assert loss == INF if divergence == "forward" else 0 < loss < INF
+    assert call(student.gather(1, ids), logprobs, torch.arange(4)[None]).isfinite()
 
 
 def events(student, logprobs, ids, tail):
