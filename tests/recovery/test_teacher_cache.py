@@ -58,7 +58,7 @@ def test_what_is_stored_is_what_the_teacher_predicts(teacher, tmp_path):
 
 
 def test_an_improbable_id_is_stored_too(tmp_path):
-    """A log-probability below fp16's range is no padding: k ids stay k ids, and the share of the entropy what it was."""
+    """A log-probability below fp16's range is no padding: k ids stay k ids."""
     teacher = tiny_model("llama")
     with torch.no_grad():
         teacher.lm_head.weight.mul_(1e7)
