@@ -16,7 +16,9 @@ namespace {
 
 using namespace e3;
 
-constexpr float kSpecial[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 1e38f, -3.4e38f, 1e-40f, 88.7f, -104.0f};
+constexpr float kSpecial[] = {0.0f, -0.0f, 1.0f, INFINITY, -INFINITY, NAN, 1e38f, -3.4e38f, 1e-40f, 88.7f, -104.0f};
+// Finite, and as far apart as they get without their differences being infinite.
+constexpr float kExtreme[] = {1e38f, -1e38f, 0.0f, 2e9f, -2e9f, 1100.0f, -1100.0f, 1e30f, -1e30f, 200.0f};
 
 // Bytes of the input, then zeros.
 class Source {
@@ -32,6 +34,7 @@ class Source {
     if (kind < 250) return (kind - 125) * 0.1f;
     return kSpecial[byte() % std::size(kSpecial)];
   }
+  float extreme() { return kExtreme[byte() % std::size(kExtreme)]; }
 
  private:
   const uint8_t* data_;
@@ -50,7 +53,9 @@ class Buffer {
   Buffer(DType dtype, int64_t count) : dtype_(dtype), bytes_(count * size_of(dtype)), data_(new uint8_t[bytes_]) {}
   Buffer(Source& source, DType dtype, int64_t count) : Buffer(dtype, count) {
     float values[13];
-    for (float& value : values) value = source.logit();
+    const bool extreme = source.byte() < 40;
+    for (float& value : values) value = extreme ? source.extreme() : source.logit();
+    for (const float value : values) finite_ &= std::isfinite(value) && dtype != DType::float16;
     for (int64_t i = 0; i < count; ++i) {
       const float value = values[i % 13];
       if (dtype == DType::float32) {
@@ -62,10 +67,12 @@ class Buffer {
     }
   }
   uint8_t* get() { return data_.get(); }
+  bool finite() const { return finite_; }
 
  private:
   DType dtype_;
   int64_t bytes_;
+  bool finite_ = true;
   std::unique_ptr<uint8_t[]> data_;
 };
 
@@ -119,9 +126,19 @@ struct LossCase {
   }
 };
 
-// `student` is where the gradient may replace the logits, null where their rows have gaps.
+// Aborts on NaN.
+void check_numbers(const std::vector<float>& values, const char* what) {
+  for (const float value : values) {
+    if (!std::isnan(value)) continue;
+    std::fprintf(stderr, "finite inputs, and NaN among the %s\n", what);
+    std::abort();
+  }
+}
+
+// `student` is where the gradient may replace the logits, null where their rows have gaps. Of finite logits, which neither
+// scale nor temperature makes infinite, no loss and no statistic is NaN.
 template <class Problem>
-void run_loss(Source& source, LossCase& c, const Problem& problem, DType dtype, void* student,
+void run_loss(Source& source, LossCase& c, const Problem& problem, DType dtype, void* student, bool finite,
               void (*forward)(const Problem&, const Parallel&, const LossOutput&),
               void (*backward)(const Problem&, const Parallel&, const float*, bool, void*)) {
   Buffer fresh(dtype, c.rows * c.vocabulary);
@@ -129,6 +146,10 @@ void run_loss(Source& source, LossCase& c, const Problem& problem, DType dtype, 
   const Parallel pool = pool_of(source);
   const bool need_grad = c.objective.reduction != Reduction::none && source.coin();
   forward(problem, pool, {c.loss.data(), c.stats.data(), need_grad ? grad : nullptr, source.coin()});
+  if (finite && c.transform.scale == 1.0f && c.transform.temperature == 1.0f) {
+    check_numbers(c.loss, "losses");
+    check_numbers(c.stats, "statistics");
+  }
   backward(problem, pool, c.incoming.data(), source.coin(), grad);
 }
 
@@ -147,25 +168,34 @@ void run_entropy_kl(Source& source, const OpsTable& table) {
                           static_cast<Divergence>(source.byte() % 3),
                           0.3,
                           c.objective};
-  run_loss(source, c, problem, student_type, gap == 0 ? student.get() : nullptr, table.entropy_kl,
-           table.entropy_kl_backward);
+  run_loss(source, c, problem, student_type, gap == 0 ? student.get() : nullptr, student.finite() && teacher.finite(),
+           table.entropy_kl, table.entropy_kl_backward);
 }
 
 void run_topk_kl(Source& source, const OpsTable& table) {
   LossCase c(source);
   const DType dtype = dtype_of(source);
-  const int64_t k = 1 + source.below(c.vocabulary < 12 ? c.vocabulary : 12);
-  Buffer student(source, dtype, c.rows * c.vocabulary);
+  const int64_t k = 1 + source.below(c.vocabulary < 12 ? c.vocabulary : 12), gap = source.byte() % 4;
+  Buffer student(source, dtype, c.rows == 0 ? 0 : (c.rows - 1) * (c.vocabulary + gap) + c.vocabulary);
   std::vector<float> logprobs(c.rows * k);
   std::vector<int64_t> ids(c.rows * k);
+  bool finite = student.finite();
   for (int64_t i = 0; i < c.rows * k; ++i) {
-    logprobs[i] = source.byte() < 20 ? -INFINITY : -std::fabs(source.logit());
-    ids[i] = source.below(c.vocabulary);
+    const bool empty = i % k == 0 ? source.byte() < 20 : logprobs[i - 1] == -INFINITY && source.byte() < 100;
+    const bool padding = empty || source.byte() < 20;
+    logprobs[i] = padding ? -INFINITY : -std::fabs(source.logit());
+    finite &= padding || std::isfinite(logprobs[i]);
+    // An id now and then again; of padding, and of tokens that do not count, what no vocabulary has.
+    ids[i] = i % k > 0 && source.byte() < 60 ? ids[i - 1 - source.below(i % k)] : source.below(c.vocabulary);
+    const bool kept = !padding && c.tokens.valid(i / k);
+    if (kept ? ids[i] < 0 : source.byte() < 60) ids[i] = kept ? 0 : int64_t{1} << (source.byte() % 63);
+    if (!kept && source.coin()) ids[i] = -ids[i];
+    if (kept && ids[i] >= c.vocabulary) ids[i] %= c.vocabulary;
   }
   const TopkKl problem{c.vocabulary,
                        k,
                        c.tokens,
-                       {dtype, student.get(), c.vocabulary},
+                       {dtype, student.get(), c.vocabulary + gap},
                        logprobs.data(),
                        ids.data(),
                        c.transform,
@@ -173,7 +203,8 @@ void run_topk_kl(Source& source, const OpsTable& table) {
                        static_cast<Divergence>(source.byte() % 3),
                        0.3,
                        c.objective};
-  run_loss(source, c, problem, dtype, student.get(), table.topk_kl, table.topk_kl_backward);
+  run_loss(source, c, problem, dtype, gap == 0 ? student.get() : nullptr, finite, table.topk_kl,
+           table.topk_kl_backward);
 }
 
 void run_gumbel_topk(Source& source, const OpsTable& table) {

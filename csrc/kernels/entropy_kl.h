@@ -15,7 +15,8 @@
 //
 // Terms are centred: the raw Σp·z would cancel. The reference m of a row is the maximum of its first values, so that the sums
 // of all blocks add up as they are; a block for which that reference is too low (overflow), or that holds −∞, is summed anew
-// relative to its own maximum. Blocks are summed in fp32 and joined in fp64, in their order.
+// relative to its own maximum, and so are all blocks where the reference is too large to be exact. Blocks are summed in fp32
+// and joined in fp64, in their order. A normaliser travels as (m, log Z): beside an m of 1e38 their sum has no room for log Z.
 //
 // The plain sums have their exponents in bits, y = (x − m)·log2 e, so that A and B come out as multiples of log2 e.
 //
@@ -37,7 +38,8 @@ struct KlSums {
   double teacher_energy = 0;  // A
   double cross = 0;
   double label_sum = 0;  // Σ e^{T·(x^s−m_s)}
-  bool plain = true;     // no block needed a reference of its own
+  double exposed = -INFINITY;  // the largest logit of the first distribution where the second has −∞
+  bool plain = true;           // no block needed a reference of its own
 };
 
 struct JsdSums {
@@ -60,16 +62,14 @@ inline Shift shift(double sum, double from, double to) {
   return sum == 0 || from == to ? Shift{0.0, 1.0} : Shift{from - to, std::exp(from - to)};
 }
 
-// Moves the sums to other references; an infinite divergence stays infinite.
+// Moves the sums to other references.
 template <Divergence D>
 void rebase(KlSums& sums, double student_reference, double teacher_reference, double temperature) {
   const Shift student = shift(sums.student_sum, sums.student_reference, student_reference);
   const Shift teacher = shift(sums.teacher_sum, sums.teacher_reference, teacher_reference);
-  if (std::isfinite(sums.cross)) {
-    sums.cross = D == Divergence::reverse
-                     ? student.factor * (sums.cross + sums.student_sum * (student.by - teacher.by))
-                     : teacher.factor * (sums.cross + sums.teacher_sum * (teacher.by - student.by));
-  }
+  sums.cross = D == Divergence::reverse
+                   ? student.factor * (sums.cross + sums.student_sum * (student.by - teacher.by))
+                   : teacher.factor * (sums.cross + sums.teacher_sum * (teacher.by - student.by));
   sums.teacher_energy = teacher.factor * (sums.teacher_energy + sums.teacher_sum * teacher.by);
   sums.teacher_sum *= teacher.factor;
   sums.student_sum *= student.factor;
@@ -91,6 +91,7 @@ void join(KlSums& total, KlSums part, double temperature) {
   total.teacher_energy += part.teacher_energy;
   total.cross += part.cross;
   total.label_sum += part.label_sum;
+  total.exposed = std::fmax(total.exposed, part.exposed);
   total.plain &= part.plain;
 }
 
@@ -98,12 +99,6 @@ void join(KlSums& total, KlSums part, double temperature) {
 struct Lanes {
   Vf student{}, teacher{}, energy{}, cross{};
 };
-
-// One term of `cross` where logits may be −∞: 0 where the first distribution has no mass, +∞ where only the second has none.
-inline Vf limit_term(Vf first, Vf second, Vf term) {
-  const Vf reachable = select(Vi(second == -kInfinity), broadcast(kInfinity), term);
-  return select(Vi(first == -kInfinity), Vf{}, reachable);
-}
 
 // Lanes whose exponents are in units of which `unit` make a nat.
 inline KlSums folded(const Lanes (&lanes)[2], double student_reference, double teacher_reference, double unit) {
@@ -169,37 +164,66 @@ KlSums sum_block(const T* student, const T* teacher, int count, References first
   return folded(lanes, ms.value(), mt.value(), kBitsPerNat);
 }
 
-// The same where logits may be −∞ or far apart, relative to the block's own maxima.
+// The same where logits may be −∞ or far apart, relative to the block's own maxima. Exponents are in units of 2^16 nats here,
+// in which neither a difference of two logits nor a block's sum of them overflows.
 template <Divergence D>
 KlSums sum_limits(const float* xs, const float* xt, int count, float student_reference, float teacher_reference) {
+  constexpr float kNats = 65536.0f, kUnits = 1.0f / kNats;
+  const float ms = student_reference * kUnits, mt = teacher_reference * kUnits;
   Lanes lanes[2];
+  Vf exposed = broadcast(-kInfinity);
+  // `first` is the distribution that the expectation is over: a word that either excludes adds nothing to it.
+  const auto cross = [&](Vf first, Vf second, Vf probability, Vf difference) {
+    const Vi open = Vi(second == -kInfinity);
+    exposed = max(exposed, select(open, first, broadcast(-kInfinity)));
+    lanes[0].cross += select(Vi(first == -kInfinity) | open, Vf{}, Vf(probability * difference));
+  };
   for (int i = 0; i < count; i += kLanes) {
-    const Vf s = load(xs + i), t = load(xt + i), ds = s - student_reference, dt = t - teacher_reference;
-    const Vf es = exp(ds), et = exp(dt);
+    const Vf s = load(xs + i), t = load(xt + i), ds = s * kUnits - ms, dt = t * kUnits - mt;
+    const Vf es = exp(ds * kNats), et = exp(dt * kNats);
     lanes[0].student += es;
     lanes[0].teacher += et;
-    lanes[0].energy = fma(et, max(broadcast(kPadding), dt), lanes[0].energy);
-    if constexpr (D == Divergence::forward) lanes[0].cross += limit_term(t, s, et * (dt - ds));
-    if constexpr (D == Divergence::reverse) lanes[0].cross += limit_term(s, t, es * (ds - dt));
+    lanes[0].energy = fma(et, max(broadcast(kLowest), dt), lanes[0].energy);
+    if constexpr (D == Divergence::forward) cross(t, s, et, dt - ds);
+    if constexpr (D == Divergence::reverse) cross(s, t, es, ds - dt);
   }
-  return folded(lanes, student_reference, teacher_reference, 1.0);
+  KlSums sums = folded(lanes, student_reference, teacher_reference, kUnits);
+  sums.exposed = horizontal_max(exposed);
+  return sums;
 }
+
+// The logarithm of Σ e^x: m + log_sum.
+struct LogNorm {
+  float m;
+  float log_sum;
+};
+
+inline LogNorm log_norm(double reference, double sum) {
+  const float m = static_cast<float>(reference);
+  return {m, static_cast<float>(reference - m + std::log(sum))};
+}
+
+// Where the two models stand in the mixture: the normalisers of both, and β and 1 − β, each rounded once.
+struct Mixing {
+  LogNorm student, teacher;
+  float beta, rest;
+};
 
 // log p, log q and log μ of one vector; −∞ is held finite so that 0·log 0 = 0.
 struct Mixture {
   Vf log_p, log_q, p, q, log_mu;
-  Mixture(Vf xs, Vf xt, float student_log_norm, float teacher_log_norm, float beta)
-      : log_p(max(broadcast(kPadding), xt - teacher_log_norm)),
-        log_q(max(broadcast(kPadding), xs - student_log_norm)),
+  Mixture(Vf xs, Vf xt, const Mixing& by)
+      : log_p(max(broadcast(kLowest), (xt - by.teacher.m) - by.teacher.log_sum)),
+        log_q(max(broadcast(kLowest), (xs - by.student.m) - by.student.log_sum)),
         p(exp(log_p)),
         q(exp(log_q)),
-        log_mu(log(fma(broadcast(beta), p, (1.0f - beta) * q))) {}
+        log_mu(log(fma(broadcast(by.beta), p, by.rest * q))) {}
 };
 
-inline JsdSums sum_mixture(const float* xs, const float* xt, int count, float ls, float lt, float beta) {
+inline JsdSums sum_mixture(const float* xs, const float* xt, int count, const Mixing& by) {
   Vf teacher{}, student{};
   for (int i = 0; i < count; i += kLanes) {
-    const Mixture m(load(xs + i), load(xt + i), ls, lt, beta);
+    const Mixture m(load(xs + i), load(xt + i), by);
     teacher = fma(m.p, m.log_p - m.log_mu, teacher);
     student = fma(m.q, m.log_q - m.log_mu, student);
   }
@@ -228,8 +252,6 @@ class EntropyKlRows {
     KlSums sums;
     JsdSums mixture;
     bool kept;  // the exponentials of the row are in the scratch
-    float student_log_norm() const { return static_cast<float>(sums.student_reference + std::log(sums.student_sum)); }
-    float teacher_log_norm() const { return static_cast<float>(sums.teacher_reference + std::log(sums.teacher_sum)); }
   };
 
   explicit EntropyKlRows(const EntropyKl& problem)
@@ -237,7 +259,6 @@ class EntropyKlRows {
         temperature_(problem.student_transform.temperature),
         untempered_(problem.tokens.labels != nullptr && temperature_ != 1.0f) {}
 
-  int64_t support() const { return problem_.vocabulary; }
   int64_t columns() const { return problem_.vocabulary; }
   int64_t row_bytes() const { return problem_.vocabulary * size_of(problem_.student.dtype); }
 
@@ -247,12 +268,12 @@ class EntropyKlRows {
     return need_grad && linear && problem_.vocabulary <= kKeptColumns ? 2 * padded_row() + kLanes : 0;
   }
 
-  double teacher_entropy(int64_t row, const RowContext& context) const {
+  TeacherEntropy teacher_entropy(int64_t row, const RowContext& context) const {
     const float first = first_max(problem_.teacher, row, problem_.vocabulary, problem_.teacher_transform);
     return entropy(fold(context.pool, [&](int64_t begin, int count) {
       alignas(64) float scratch[kRoom];
       const Transform& transform = problem_.teacher_transform;
-      if (std::isfinite(first)) {
+      if (serves_plain(first)) {
         const Prefetch ahead = prefetch_ahead(problem_.teacher, row, row + 1, begin, problem_.vocabulary);
         const KlSums sums =
             with_values(block_values(problem_.teacher, row, begin, count, transform, scratch),
@@ -290,7 +311,11 @@ class EntropyKlRows {
       const Transform& transform = problem_.student_transform;
       const float* xs = load_block(problem_.student, row, begin, count, transform, student);
       const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
-      divergence_gradient(xs, xt, padded(count), s, c, g);
+      if (c.divergent) {
+        divergence_gradient(xs, xt, padded(count), s, c, g);
+      } else {
+        std::memset(g, 0, sizeof g);
+      }
       label_gradient(xs, row, begin, count, s, c, g);
       transform_gradient(xs, count, transform, g);
       store_block(g, count, problem_.student.dtype, stream_out, target, begin);
@@ -302,8 +327,8 @@ class EntropyKlRows {
 
   int64_t padded_row() const { return (problem_.vocabulary + kStep - 1) / kStep * kStep; }
 
-  static double entropy(const KlSums& sums) {
-    return std::log(sums.teacher_sum) - sums.teacher_energy / sums.teacher_sum;
+  TeacherEntropy entropy(const KlSums& sums) const {
+    return {std::log(sums.teacher_sum) - sums.teacher_energy / sums.teacher_sum, problem_.vocabulary};
   }
 
   template <class Part>
@@ -315,7 +340,7 @@ class EntropyKlRows {
 
   KlSums block_sums(int64_t row, int64_t begin, int count, References first, const RowContext& context) const {
     alignas(64) float student[kRoom], teacher[kRoom];
-    if (std::isfinite(first.student) && std::isfinite(first.teacher)) {
+    if (serves_plain(first.student) && serves_plain(first.teacher)) {
       const KlSums sums = plain_sums(row, begin, count, first, context, student, teacher);
       if (is_finite(sums)) return sums;
     }
@@ -360,24 +385,37 @@ class EntropyKlRows {
     return sums;
   }
 
+  // +∞ where the first distribution has mass and the second none. Of a logit it has none where e^{x−m} is 0 even in fp64.
   double divergence(int64_t row, const Parallel& pool, Statistics& s) const {
-    const double log_ratio = std::log(s.sums.student_sum) - std::log(s.sums.teacher_sum);
-    if constexpr (D == Divergence::forward) return s.sums.cross / s.sums.teacher_sum + log_ratio;
-    if constexpr (D == Divergence::reverse) return s.sums.cross / s.sums.student_sum - log_ratio;
-    const float beta = static_cast<float>(problem_.beta), ls = s.student_log_norm(), lt = s.teacher_log_norm();
+    constexpr double kNoMass = -745.0;
+    const double log_student = std::log(s.sums.student_sum), log_teacher = std::log(s.sums.teacher_sum);
+    if constexpr (D == Divergence::forward) {
+      if (s.sums.exposed - s.sums.teacher_reference - log_teacher > kNoMass) return INFINITY;
+      return s.sums.cross / s.sums.teacher_sum + log_student - log_teacher;
+    }
+    if constexpr (D == Divergence::reverse) {
+      if (s.sums.exposed - s.sums.student_reference - log_student > kNoMass) return INFINITY;
+      return s.sums.cross / s.sums.student_sum + log_teacher - log_student;
+    }
+    const Mixing by = mixing(s);
     s.mixture = fold_blocks<JsdSums>(
         pool, problem_.vocabulary,
         [&](int64_t begin, int count) {
           alignas(64) float student[kRoom], teacher[kRoom];
           const float* xs = load_block(problem_.student, row, begin, count, problem_.student_transform, student);
           const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
-          return sum_mixture(xs, xt, padded(count), ls, lt, beta);
+          return sum_mixture(xs, xt, padded(count), by);
         },
         [](JsdSums& total, const JsdSums& part) {
           total.teacher += part.teacher;
           total.student += part.student;
         });
     return problem_.beta * s.mixture.teacher + (1.0 - problem_.beta) * s.mixture.student;
+  }
+
+  Mixing mixing(const Statistics& s) const {
+    return {log_norm(s.sums.student_reference, s.sums.student_sum), log_norm(s.sums.teacher_reference, s.sums.teacher_sum),
+            static_cast<float>(problem_.beta), static_cast<float>(1.0 - problem_.beta)};
   }
 
   double cross_entropy(int64_t row, const Statistics& s) const {
@@ -426,14 +464,14 @@ class EntropyKlRows {
         store(g + i, fma(es, broadcast(student), et * teacher));
       }
     } else {
-      const float beta = static_cast<float>(problem_.beta), ls = s.student_log_norm(), lt = s.teacher_log_norm();
+      const Mixing by = mixing(s);
       const double a = c.divergence / temperature_ * (D == Divergence::reverse ? 1.0 : 1.0 - problem_.beta);
       const float slope = static_cast<float>(a);
       const float mean = static_cast<float>(D == Divergence::reverse ? s.values.divergence : s.mixture.student);
       for (int i = 0; i < count; i += kLanes) {
-        const Mixture m(load(xs + i), load(xt + i), ls, lt, beta);
+        const Mixture m(load(xs + i), load(xt + i), by);
         const Vf other = D == Divergence::reverse ? m.log_p : m.log_mu;
-        store(g + i, slope * m.q * (m.log_q - other - mean));
+        store(g + i, select(Vi(m.q == 0.0f), Vf{}, Vf(slope * m.q * (m.log_q - other - mean))));
       }
     }
   }
@@ -442,7 +480,7 @@ class EntropyKlRows {
   void label_gradient(const float* xs, int64_t row, int64_t begin, int count, const Statistics& s,
                       const Coefficients& c, float* g) const {
     if (problem_.tokens.labels == nullptr || c.cross_entropy == 0.0) return;
-    if (untempered_ || D != Divergence::forward) {
+    if (untempered_ || D != Divergence::forward || !c.divergent) {
       const Rounded ms(s.sums.student_reference);
       const float slope = static_cast<float>(c.cross_entropy / s.sums.label_sum) * ms.factor(temperature_);
       for (int i = 0; i < count; i += kLanes) {

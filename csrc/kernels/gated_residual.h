@@ -1,6 +1,6 @@
-// out = h + m·(f − h), and its gradient:  dh = (1 − m)·g,  df = m·g,  dm = Σ g·(f − h).
+// out = h + m·(f − h), and its gradient:  dh = (1 − m)·g,  df = m·g,  dm = Σ g·(f − h),  where 0·∞ = 0·NaN = 0.
 //
-// For |m| >= ½ the same value is f − (1 − m)·(f − h), so that m = 0 gives h and m = 1 gives f to the bit. The tensors are
+// For |m| >= ½ the same value is f − (1 − m)·(f − h). m = 0 gives h and m = 1 gives f, whatever the other is. The tensors are
 // (rows, columns) without gaps; the gate holds one value a row or one an element.
 #pragma once
 
@@ -56,8 +56,12 @@ class Gate {
 
 inline Vf interpolate(Vf h, Vf f, Vf m) {
   const Vf delta = f - h;
-  return select(Vi(max(m, -m) < 0.5f), Vf(h + m * delta), Vf(f - (1.0f - m) * delta));
+  const Vf between = select(Vi(max(m, -m) < 0.5f), Vf(h + m * delta), Vf(f - (1.0f - m) * delta));
+  return select(Vi(m == 0.0f), h, select(Vi(m == 1.0f), f, between));
 }
+
+// coefficient·value, 0 wherever the coefficient is 0.
+inline Vf weighted(Vf coefficient, Vf value) { return select(Vi(coefficient == 0.0f), Vf{}, Vf(coefficient * value)); }
 
 inline void gated_residual(const GatedResidual& problem, const Parallel& pool, bool stream_out, void* out) {
   for_each_stretch(problem, pool, [&](const Stretch& stretch) {
@@ -93,10 +97,10 @@ struct Gradients {
 template <class S, class T>
 double gate_gradients(const S* g, const S* h, const S* f, const Gate& gate, int count, bool stream_out,
                       Gradients<T> out) {
-  store_typed(count, stream_out, out.hidden, [&](int i) { return (1.0f - gate.at(i)) * load(g + i); });
+  store_typed(count, stream_out, out.hidden, [&](int i) { return weighted(1.0f - gate.at(i), load(g + i)); });
   Vf sum{};
-  const auto product = [&](int i) { return load(g + i) * (load(f + i) - load(h + i)); };
-  store_typed(count, stream_out, out.branch, [&](int i) { return gate.at(i) * load(g + i); });
+  const auto product = [&](int i) { return weighted(load(g + i), load(f + i) - load(h + i)); };
+  store_typed(count, stream_out, out.branch, [&](int i) { return weighted(gate.at(i), load(g + i)); });
   int i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     if (out.gate != nullptr) store(out.gate + i, product(i));

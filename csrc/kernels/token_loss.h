@@ -3,7 +3,7 @@
 //   loss = Σ_r (a_r·D_r + b_r·CE_r) / norm        r over the valid tokens
 //   none, entropy, inverse:  a = w·λT²,  b = w·(1−λ),  w = 1,  1 + γ·h,  1 + γ·(1 − h)
 //   mix:                     a = h·T²,   b = 1 − h,    w = 1
-//   h = H/log S, H the teacher's entropy, S its support (h = 0 where S = 1);  norm = Σw, num_items or 1
+//   h = H/log S in [0, 1], H the teacher's entropy, S its support (h = 0 where S <= 1);  norm = Σw, num_items or 1
 #pragma once
 
 #include <cmath>
@@ -20,9 +20,15 @@
 
 namespace e3::E3_ISA_NAMESPACE {
 
+// H, and the number S of outcomes that it is over.
+struct TeacherEntropy {
+  double value;
+  int64_t support;
+};
+
 struct TokenStats {
   double divergence;
-  double teacher_entropy;
+  TeacherEntropy teacher_entropy;
   double cross_entropy;
 };
 
@@ -34,22 +40,24 @@ struct Coefficients {
   bool divergent;
 };
 
-inline Coefficients coefficients(const Objective& objective, double teacher_entropy, int64_t support) {
-  const double h = support > 1 ? teacher_entropy / std::log(static_cast<double>(support)) : 0.0;
+// coefficient·value, 0 where the coefficient is 0 even if the value is infinite or NaN.
+inline double term(double coefficient, double value) { return coefficient == 0.0 ? 0.0 : coefficient * value; }
+
+inline Coefficients coefficients(const Objective& objective, const TeacherEntropy& entropy) {
+  const double share = entropy.support > 1 ? entropy.value / std::log(static_cast<double>(entropy.support)) : 0.0;
+  const double h = share < 0.0 ? 0.0 : share > 1.0 ? 1.0 : share;  // NaN stays
   const double squared = objective.temperature * objective.temperature;
   if (objective.weighting == Weighting::mix) return {1.0, h * squared, 1.0 - h, h != 0.0};
   double weight = 1.0;
-  if (objective.weighting == Weighting::entropy) weight = 1.0 + objective.gamma * h;
-  if (objective.weighting == Weighting::inverse) weight = 1.0 + objective.gamma * (1.0 - h);
+  if (objective.weighting == Weighting::entropy) weight = 1.0 + term(objective.gamma, h);
+  if (objective.weighting == Weighting::inverse) weight = 1.0 + term(objective.gamma, 1.0 - h);
   const double divergence = weight * objective.kd_ratio * squared;
   return {weight, divergence, weight * (1.0 - objective.kd_ratio), divergence != 0.0};
 }
 
-// A term that is switched off is 0 even where its value is infinite.
-inline double term(double coefficient, double value) { return coefficient == 0.0 ? 0.0 : coefficient * value; }
-
 inline bool weighted_by_entropy(const Objective& objective) {
-  return objective.weighting == Weighting::entropy || objective.weighting == Weighting::inverse;
+  const Weighting kind = objective.weighting;
+  return (kind == Weighting::entropy || kind == Weighting::inverse) && objective.gamma != 0.0;
 }
 
 inline constexpr Parallel kSerial{1, nullptr};
@@ -140,12 +148,13 @@ template <class Op>
 double denominator_ahead(const Op& op, const Objective& objective, const Tokens& tokens, const Parallel& pool) {
   const std::unique_ptr<double[]> weights(new double[tokens.count]());
   if (objective.reduction == Reduction::mean && objective.num_items == nullptr) {
-    for_each_row<Stateless>(tokens.count, pool, 0, false, [&](int64_t reversed, const RowContext& context, Stateless&) {
+    const bool by_entropy = weighted_by_entropy(objective);
+    const auto body = [&](int64_t reversed, const RowContext& context, Stateless&) {
       const int64_t row = tokens.count - 1 - reversed;
       if (!tokens.valid(row)) return;
-      const double entropy = weighted_by_entropy(objective) ? op.teacher_entropy(row, context) : 0.0;
-      weights[row] = coefficients(objective, entropy, op.support()).weight;
-    });
+      weights[row] = by_entropy ? coefficients(objective, op.teacher_entropy(row, context)).weight : 1.0;
+    };
+    for_each_row<Stateless>(tokens.count, pool, op.scratch_floats(false), false, body);
   }
   return denominator(objective, weights.get(), tokens.count);
 }
@@ -160,7 +169,7 @@ inline void reduce(const Objective& objective, const double* losses, const doubl
 
 // Value, statistics and, if out.grad is set, the gradient of the reduced loss with respect to the student's logits.
 // Op has: Statistics (with TokenStats values), statistics(row, context, before), which calls before(begin, count) ahead of
-// each block's sums, or before.finish() if it takes none, teacher_entropy(row, context), support(), columns(), row_bytes(),
+// each block's sums, or before.finish() if it takes none, teacher_entropy(row, context), columns(), row_bytes(),
 // scratch_floats(need_grad), and gradient(row, statistics, coefficients, context, stream, target), which gives
 // body(begin, count) for a block.
 template <class Op>
@@ -180,11 +189,11 @@ void forward(const Op& op, const Objective& objective, const Tokens& tokens, con
     }
     const typename Op::Statistics statistics = op.statistics(row, context, before);
     const TokenStats& values = statistics.values;
-    Coefficients c = coefficients(objective, values.teacher_entropy, op.support());
+    Coefficients c = coefficients(objective, values.teacher_entropy);
     losses[row] = term(c.divergence, values.divergence) + term(c.cross_entropy, values.cross_entropy);
     weights[row] = c.weight;
     stats[0] = static_cast<float>(values.divergence);
-    stats[count] = static_cast<float>(values.teacher_entropy);
+    stats[count] = static_cast<float>(values.teacher_entropy.value);
     stats[2 * count] = static_cast<float>(values.cross_entropy);
     stats[3 * count] = static_cast<float>(c.weight);
     if (target == nullptr) return;
@@ -207,7 +216,7 @@ void backward(const Op& op, const Objective& objective, const Tokens& tokens, co
       return;
     }
     const typename Op::Statistics statistics = op.statistics(row, context, before);
-    Coefficients c = coefficients(objective, statistics.values.teacher_entropy, op.support());
+    Coefficients c = coefficients(objective, statistics.values.teacher_entropy);
     c.divergence *= grad_loss[row];
     c.cross_entropy *= grad_loss[row];
     before.put(op.gradient(row, statistics, c, context, stream, target), op.columns(), context.pool);

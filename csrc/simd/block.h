@@ -16,8 +16,14 @@ inline constexpr int kBlock = 2048;
 inline constexpr int kStep = 2 * kLanes;  // two independent chains hide the latency of an addition
 inline constexpr int kRoom = kBlock + kLanes;  // a block's scratch: lanes past its end may be read
 
-// Scratch past the end of a row: e^{padding − m} is 0, and differences of paddings stay finite.
+// Past the end of a row in plain sums: e^{padding − m} is 0, and differences of paddings stay finite.
 inline constexpr float kPadding = -1e30f;
+
+// References up to this size serve plain sums. Beside a larger one the rounding of an exponent shows in what is stored in 16
+// bits, and beside one of kPadding's size the padding would count.
+inline constexpr float kPlainReference = 1024.0f;
+
+inline bool serves_plain(float reference) { return std::fabs(reference) <= kPlainReference; }
 
 inline int padded(int count) { return (count + kStep - 1) / kStep * kStep; }
 
@@ -132,8 +138,8 @@ inline Prefetch prefetch_ahead(const Rows& rows, int64_t row, int64_t next, int6
   return Prefetch(address(rows, next, 0), offset - end, size, bytes);
 }
 
-// x = f(z)/T of the logits z in columns [begin, begin + count) of `row`, count <= kBlock, padded to a multiple of kStep:
-// the row itself where it holds just that, else `scratch`.
+// x = f(z)/T of the logits z in columns [begin, begin + count) of `row`, count <= kBlock, padded by −∞ to a multiple of
+// kStep: the row itself where it holds just that, else `scratch`.
 inline const float* load_block(const Rows& rows, int64_t row, int64_t begin, int count, const Transform& transform,
                                float* scratch) {
   return with_dtype(rows.dtype, [&](auto element) -> const float* {
@@ -151,7 +157,7 @@ inline const float* load_block(const Rows& rows, int64_t row, int64_t begin, int
       }
       convert(source, count, scratch, [](Vf z) { return z; });
     }
-    for (int i = count; i < padded(count); ++i) scratch[i] = kPadding;
+    for (int i = count; i < padded(count); ++i) scratch[i] = -kInfinity;
     return scratch;
   });
 }
@@ -162,13 +168,15 @@ struct BlockValues {
   const void* data;
 };
 
-// Columns [begin, begin + count) of `row` as load_block gives them, or the row itself in its own dtype where they are as
-// they are wanted and fill whole steps.
+// Columns [begin, begin + count) of `row` as load_block gives them, but padded by kPadding, or the row itself in its own
+// dtype where they are as they are wanted and fill whole steps.
 inline BlockValues block_values(const Rows& rows, int64_t row, int64_t begin, int count, const Transform& transform,
                                 float* scratch) {
   const bool ready = transform.softcap <= 0 && transform.scale == transform.temperature && count % kStep == 0;
   if (ready) return {rows.dtype, address(rows, row, begin)};
-  return {DType::float32, load_block(rows, row, begin, count, transform, scratch)};
+  const float* values = load_block(rows, row, begin, count, transform, scratch);
+  for (int i = count; i < padded(count); ++i) scratch[i] = kPadding;  // what is not whole lies in the scratch
+  return {DType::float32, values};
 }
 
 // body(pointer to the values in their storage type).
@@ -181,8 +189,7 @@ inline auto with_values(const BlockValues& values, const Body& body) {
 inline float block_max(const float* x, int count) {
   Vf high = broadcast(-kInfinity);
   for (int i = 0; i < count; i += kLanes) high = max(high, load(x + i));
-  const float largest = horizontal_max(high);
-  return largest <= kPadding ? -kInfinity : largest;
+  return horizontal_max(high);
 }
 
 // The largest of the first values of a row of `columns`: few, since nothing has fetched them yet.

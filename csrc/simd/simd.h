@@ -45,6 +45,7 @@ struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 template <class To, class From>
 inline To bits_as(const From& from) {

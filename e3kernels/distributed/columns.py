@@ -45,19 +45,14 @@ class ShardedColumns(Columns):
         dist.all_reduce(values, group=self.group)
         return values
 
-    def _normaliser(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(m, log Σ e^{z − m}), each (N, 1)."""
+    def normaliser(self, z: Tensor) -> tuple[Tensor, Tensor]:
         largest = z.amax(-1, keepdim=True)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         largest.clamp_(min=torch.finfo(z.dtype).min)  # of no finite logit at all the sum is 0, not NaN
         return largest, self.total((z - largest).exp().sum(-1, keepdim=True)).log()
 
-    def logsumexp(self, z: Tensor) -> Tensor:
-        largest, log_sum = self._normaliser(z)
-        return (largest + log_sum)[:, 0]
-
     def log_softmax(self, z: Tensor) -> Tensor:
-        largest, log_sum = self._normaliser(z)
+        largest, log_sum = self.normaliser(z)
         return (z - largest) - log_sum
 
     def softmax(self, z: Tensor) -> Tensor:

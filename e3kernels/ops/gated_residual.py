@@ -37,10 +37,10 @@ OPERATOR = declare(
 
 
 def gated_residual(hidden: Tensor, branch_out: Tensor, gate: Tensor) -> Tensor:
-    """out = h + m·(f − h): the layer's input at m = 0 and its output at m = 1, both to the bit.
+    """out = h + m·(f − h): the layer's input at m = 0, its output at m = 1, to the bit and whatever the other holds.
 
-    Gradients: dh = (1 − m)·g, df = m·g, dm = Σ g·(f − h), summed to the gate's shape in fp32 (fp64 for float64). The
-    gate is read on its device; the host never waits for it.
+    Gradients: dh = (1 − m)·g, df = m·g, dm = Σ g·(f − h), summed to the gate's shape in fp32 (fp64 for float64), where
+    0·∞ = 0·NaN = 0. The gate is read on its device; the host never waits for it.
 
     Args:
         hidden, branch_out: h and f, one shape and dtype: float32, bfloat16, float16 or float64.

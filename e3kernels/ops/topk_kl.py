@@ -49,14 +49,16 @@ def topk_kl(
 ) -> LossResult:
     """`entropy_kl` against a teacher of whom the k most likely tokens are stored, from a cache or a server.
 
-    p are the stored probabilities, q the student's; H is the entropy of p renormalised over the k, and r = H/log k.
+    p are the stored probabilities, q the student's; H is the entropy of p renormalised over the S ids that the row
+    holds, and r = H/log S, 0 for S <= 1.
 
     Args:
         student_logits: (..., V), float32, bfloat16, float16 or float64. A gradient flows to the student only.
         teacher_logprobs: (..., k) log softmax(z^t/T), at the same T as the loss, any float dtype. An entry of −∞ is
-            padding: it and its id take no part.
-        teacher_ids: (..., k) integer ids, distinct within a token. Out of range raises on the CPU; on other devices and
-            under torch.compile it is undefined.
+            padding: it and its id take no part, wherever in the row it stands.
+        teacher_ids: (..., k) integer ids, distinct within a token. An id twice or out of range raises on the CPU, and
+            with E3_CHECK_VALUES=1 on any device; else, and under torch.compile, it is taken for padding (of an id twice
+            the second).
         tail: "bucket": k + 1 events, the last holding 1 − Σp and 1 − Σq, a proper divergence; "renorm": both sides
             renormalised over the k ids; "truncated": Σ p(log p − log q) over the k ids, with no tail, not a divergence,
             for divergence="forward" only.

@@ -15,9 +15,11 @@ class Columns:
         """The sum over all columns of `values` that are sums over those held."""
         return values
 
-    def logsumexp(self, z: Tensor) -> Tensor:
-        """log Σ e^z of each row, (N,)."""
-        return z.logsumexp(-1)
+    def normaliser(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(m, log Σ e^{z − m}) of each row, each (N, 1), m finite and its largest logit if that is. Apart, since beside
+        an m of 1e38 their sum has no room for the second."""
+        largest = z.amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
+        return largest, (z - largest).logsumexp(-1, keepdim=True)
 
     def log_softmax(self, z: Tensor) -> Tensor:
         """The logarithm of the softmax of each row, at the columns held."""

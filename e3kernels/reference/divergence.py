@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 
-def expectation_terms(p: Tensor, value: Tensor) -> Tensor:
-    """p·value, 0 wherever p = 0."""
-    return torch.where(p == 0, 0.0, p * value)
+def weighted(coefficient: Tensor, value: Tensor) -> Tensor:
+    """coefficient·value, 0 wherever the coefficient is 0 even if the value is infinite or NaN."""
+    return torch.where(coefficient == 0, 0.0, coefficient * value)
 
 
 def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
@@ -25,15 +25,15 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Te
     """
     p, q = log_p.exp(), log_q.exp()
     if kind == "forward":
-        return expectation_terms(p, log_p - log_q).sum(-1), -p
+        return weighted(p, log_p - log_q).sum(-1), -p
     if kind == "reverse":
-        terms = expectation_terms(q, log_q - log_p)
+        terms = weighted(q, log_q - log_p)
         return terms.sum(-1), terms
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    terms = (1 - beta) * expectation_terms(q, log_q - log_m)
-    return (beta * expectation_terms(p, log_p - log_m) + terms).sum(-1), terms
+    terms = (1 - beta) * weighted(q, log_q - log_m)
+    return (beta * weighted(p, log_p - log_m) + terms).sum(-1), terms
 
 
 def entropy(log_p: Tensor) -> Tensor:
     """H = −Σ p log p of each row."""
-    return -expectation_terms(log_p.exp(), log_p).sum(-1)
+    return -weighted(log_p.exp(), log_p).sum(-1)

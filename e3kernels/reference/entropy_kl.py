@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from e3kernels.reference.columns import WHOLE, Columns
@@ -32,6 +33,7 @@ def _tokens(
     teacher_softcap, teacher_scale = scalars[6:].tolist()
     teacher_logits, _ = model_logits(teacher, teacher_scale, teacher_softcap)
     log_p = columns.log_softmax(teacher_logits / options.temperature)
+    support = torch.full_like(log_p[:, 0], columns.count(log_p))
 
     def measure(u: Tensor) -> TeacherTerm:
         log_q = columns.log_softmax(u)
@@ -40,7 +42,7 @@ def _tokens(
         def gradient() -> Tensor:
             return g - log_q.exp() * columns.total(g.sum(-1, keepdim=True))
 
-        return TeacherTerm(columns.total(value), columns.total(entropy(log_p)), columns.count(u), gradient)
+        return TeacherTerm(columns.total(value), columns.total(entropy(log_p)), support, gradient)
 
     valid = valid_tokens(student, labels, token_mask, ignore_index)
     return token_loss(student, measure, labels, valid, options, columns)

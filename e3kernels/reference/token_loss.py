@@ -1,15 +1,15 @@
 """What a token's divergence and teacher entropy are made into: weights, loss, statistics, gradient of the logits.
 
-With r = H/log S (0 for S = 1), D the divergence at temperature T and CE the cross entropy at temperature 1:
+With r = H/log S in [0, 1] (0 for S <= 1), D the divergence at temperature T and CE the cross entropy at temperature 1:
 
     none      w = 1                      entropy   w = 1 + γ·r                     inverse   w = 1 + γ·(1 − r)
               ℓ = w·(λT²·D + (1 − λ)·CE)
     mix       w = 1                      ℓ = r·T²·D + (1 − r)·CE
 
-The mean is Σℓ/Σw over valid tokens, or Σℓ/num_items. Weights carry no gradient.
+The mean is Σℓ/Σw over valid tokens, or Σℓ/num_items. Weights carry no gradient. A coefficient of 0, γ among them, takes
+away what it multiplies, be it infinite or NaN.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from e3kernels.contract import DIVERGENCES, REDUCTIONS, WEIGHTINGS, accumulate_dtype
 from e3kernels.reference.columns import WHOLE, Columns
+from e3kernels.reference.divergence import weighted
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TeacherTerm(NamedTuple):
 
     divergence: Tensor
     entropy: Tensor
-    support: int
+    support: Tensor  # S, the outcomes that the entropy is over
     gradient: Callable[[], Tensor]  # ∂divergence/∂u, (N, V)
 
 
@@ -81,20 +82,14 @@ def model_logits(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, 
     return softcap * bounded, scale * (1 - bounded * bounded)
 
 
-def _weighted(coefficient: Tensor, value: Tensor) -> Tensor:
-    """coefficient·value, 0 wherever the coefficient is 0 even if the value is infinite."""
-    return torch.where(coefficient == 0, 0.0, coefficient * value)
-
-
 def _coefficients(term: TeacherTerm, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
     """The weight of each token, and the factors of T²·D and of CE in its loss."""
-    ratio = term.entropy / math.log(term.support) if term.support > 1 else torch.zeros_like(term.entropy)
-    ones = torch.ones_like(ratio)
+    ratio = (term.entropy / term.support.clamp(min=2).to(term.entropy.dtype).log()).clamp(0, 1)
+    weight = torch.ones_like(ratio)
     if options.weighting == "mix":
-        return ones, ratio, 1 - ratio
-    weight = {"none": ones, "entropy": 1 + options.gamma * ratio, "inverse": 1 + options.gamma * (1 - ratio)}[
-        options.weighting
-    ]
+        return weight, ratio, 1 - ratio
+    if options.weighting != "none" and options.gamma != 0:
+        weight = 1 + options.gamma * (ratio if options.weighting == "entropy" else 1 - ratio)
     return weight, weight * options.kd_ratio, weight * (1 - options.kd_ratio)
 
 
@@ -114,21 +109,22 @@ def token_loss(
     temperature = options.temperature
     term = measure(z / temperature)
     weight, kd, hard = _coefficients(term, options)
-    losses = _weighted(kd * temperature**2, term.divergence)
+    losses = weighted(kd * temperature**2, term.divergence)
     cross_entropy = torch.zeros_like(weight)
     target = None
     if labels is not None:
         target = torch.where(valid, labels, 0)[:, None]
-        cross_entropy = columns.logsumexp(z) - columns.gather(z, target)[:, 0]
-        losses = losses + _weighted(hard, cross_entropy)
+        largest, log_sum = columns.normaliser(z)
+        cross_entropy = (log_sum - (columns.gather(z, target) - largest))[:, 0]
+        losses = losses + weighted(hard, cross_entropy)
 
     def gradient(coefficient: Tensor) -> Tensor:
         grad = torch.zeros_like(z)
         if options.weighting == "mix" or options.kd_ratio != 0:
-            grad += _weighted((kd * temperature)[:, None], term.gradient())
+            grad += weighted((kd * temperature)[:, None], term.gradient())
         if target is not None and (options.weighting == "mix" or options.kd_ratio != 1):
             residual = columns.scatter_add(columns.softmax(z), target, z.new_full(target.shape, -1.0))
-            grad += _weighted(hard[:, None], residual)
+            grad += weighted(hard[:, None], residual)
         grad *= slope * coefficient[:, None]
         return torch.where(valid[:, None], grad, 0.0).to(student.dtype)
 

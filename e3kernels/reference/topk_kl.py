@@ -4,9 +4,11 @@
     renorm      both sides renormalised over the stored ids
     truncated   Σ p(log p − log q) over the stored ids; not a divergence
 
-An id whose log-probability is −∞ is padding. The entropy is that of the stored probabilities renormalised, S = k.
+What is stored of a token are the entries whose log-probability is not −∞ and whose id is in the vocabulary and in no
+earlier one of them; any other takes no part. The entropy is that of their probabilities renormalised, S their number.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from e3kernels.contract import TAILS, accumulate_dtype
 from e3kernels.reference.columns import WHOLE, Columns
-from e3kernels.reference.divergence import divergence, entropy
+from e3kernels.reference.divergence import divergence, entropy, weighted
 from e3kernels.reference.token_loss import LossOptions, TeacherTerm, TokenLoss, forward, token_loss, valid_tokens
 
 
@@ -24,6 +26,19 @@ class StoredTeacher(NamedTuple):
     log_p: Tensor
     ids: Tensor
     kept: Tensor
+
+    def measured(self, divergence: Tensor, gradient: Callable[[], Tensor]) -> TeacherTerm:
+        """The divergence with the entropy of the kept probabilities, renormalised, and their number."""
+        return TeacherTerm(divergence, entropy(_log_renormalised(self.log_p, self.kept)), self.kept.sum(-1), gradient)
+
+
+def first_of_each(ids: Tensor, kept: Tensor) -> Tensor:
+    """(N, k) bool: which of the `kept` entries hold an id that none of them before it in its row holds."""
+    apart = torch.where(kept, ids, -1 - torch.arange(ids.shape[-1], device=ids.device))  # those not kept equal none
+    ordered, order = apart.sort(stable=True, dim=-1)
+    again = torch.zeros_like(kept)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return kept & ~torch.empty_like(kept).scatter_(-1, order, again)
 
 
 def _log_renormalised(values: Tensor, kept: Tensor) -> Tensor:
@@ -40,7 +55,7 @@ def _renorm(u: Tensor, teacher: StoredTeacher, options: LossOptions, columns: Co
         stored = g - log_q.exp() * g.sum(-1, keepdim=True)
         return columns.scatter_add(torch.zeros_like(u), teacher.ids, stored)
 
-    return TeacherTerm(value, entropy(log_p), log_p.shape[-1], gradient)
+    return teacher.measured(value, gradient)
 
 
 def _with_normaliser(
@@ -51,27 +66,27 @@ def _with_normaliser(
     The tail's q is summed over the ids not stored, since 1 − Σq cancels when little is left. Chain rule: a stored id's
     log q has the gradient δ − q, the tail's has softmax over its ids − q.
     """
-    log_z = columns.logsumexp(u)[:, None]
-    log_p, log_q = teacher.log_p, torch.where(teacher.kept, columns.gather(u, teacher.ids) - log_z, -torch.inf)
+    largest, log_z = columns.normaliser(u)
+    at_ids = (columns.gather(u, teacher.ids) - largest) - log_z
+    log_p, log_q = teacher.log_p, torch.where(teacher.kept, at_ids, -torch.inf)
     stored = columns.scatter_add(torch.zeros_like(u), teacher.ids, teacher.kept.to(u.dtype)) > 0
     rest = u.masked_fill(stored, -torch.inf)
-    log_rest = columns.logsumexp(rest)[:, None]
+    largest_rest, log_rest = columns.normaliser(rest)
     if tail == "bucket":
         mass = (-torch.expm1(log_p.logsumexp(-1, keepdim=True))).clamp(min=0)
         none_left = columns.total(stored.sum(-1, keepdim=True)) == columns.count(u)
         log_p = torch.cat((log_p, torch.where(none_left, 0.0, mass).log()), -1)
-        log_q = torch.cat((log_q, log_rest - log_z), -1)
+        log_q = torch.cat((log_q, (largest_rest - largest) + (log_rest - log_z)), -1)
     value, g = divergence(log_p, log_q, options.divergence, options.beta)
 
     def gradient() -> Tensor:
         width = teacher.ids.shape[-1]
-        grad = (u - log_z).exp() * -g.sum(-1, keepdim=True)
+        grad = ((u - largest) - log_z).exp() * -g.sum(-1, keepdim=True)
         if tail == "bucket":
-            grad += torch.where(stored, 0.0, (rest - log_rest).exp() * g[:, width:])
+            grad += torch.where(stored, 0.0, weighted(g[:, width:], ((rest - largest_rest) - log_rest).exp()))
         return columns.scatter_add(grad, teacher.ids, g[:, :width])
 
-    renormalised = _log_renormalised(teacher.log_p, teacher.kept)
-    return TeacherTerm(value, entropy(renormalised), renormalised.shape[-1], gradient)
+    return teacher.measured(value, gradient)
 
 
 def _tokens(
@@ -90,7 +105,8 @@ def _tokens(
     options = LossOptions.from_arguments(scalars, weighting, divergence_code, ignore_index)
     valid = valid_tokens(student, labels, token_mask, ignore_index)
     log_p = teacher_logprobs.to(accumulate_dtype(student.dtype))
-    kept = (log_p != -torch.inf) & valid[:, None]
+    inside = (teacher_ids >= 0) & (teacher_ids < columns.count(student))
+    kept = first_of_each(teacher_ids, (log_p != -torch.inf) & inside & valid[:, None])
     teacher = StoredTeacher(torch.where(kept, log_p, -torch.inf), torch.where(kept, teacher_ids, 0), kept)
 
     def measure(u: Tensor) -> TeacherTerm:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from e3kernels.contract import REDUCTIONS, accumulate_dtype
-from e3kernels.reference.token_loss import denominator
+from e3kernels.reference.token_loss import denominator, valid_tokens
 
 # Logits of one model in a tile of the reference kernels: their temporaries come to about 60 bytes a logit.
 REFERENCE_LOGITS = 4 << 20
@@ -120,10 +120,14 @@ def _pack_columns(matrix: Tensor, columns: int) -> Tensor:
 
 
 class HeadGradients:
-    """Gradients of a head's hidden states, weight and bias, summed over tiles; None for those not needed."""
+    """Gradients of a head's hidden states, weight and bias, summed over tiles; None for those not needed.
 
-    def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
+    Where `valid` (N,), if given, is false, the hidden states may hold anything.
+    """
+
+    def __init__(self, head: Head, needs: tuple[bool, bool, bool], valid: Tensor | None = None) -> None:
         self.head = head
+        self.valid = valid
         dtype = accumulate_dtype(head.hidden.dtype)
         need_hidden, need_weight, need_bias = needs
         contiguous = torch.contiguous_format
@@ -152,7 +156,10 @@ class HeadGradients:
         if self.bias is not None:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
         if self.weight is not None:
-            self._add_weight(grad, head.hidden[rows].to(head.dtype))
+            hidden = head.hidden[rows].to(head.dtype)
+            if self.valid is not None:  # the gradient of its logits is 0, which makes a NaN of NaN and infinity
+                hidden = torch.where(self.valid[rows, None], hidden, 0.0)
+            self._add_weight(grad, hidden)
         self._begun = True
 
     def _through_weight(self, grad: Tensor, out: Tensor) -> None:
@@ -225,6 +232,13 @@ class LinearLoss:
     needs: tuple[bool, bool, bool]
     kernel: TileKernel
 
+    def _gradients(self, needs: tuple[bool, bool, bool]) -> HeadGradients:
+        valid = None
+        if self.labels is not None or self.token_mask is not None:
+            _, _, _, ignore_index, *_ = self.codes
+            valid = valid_tokens(self.head.hidden, self.labels, self.token_mask, ignore_index)
+        return HeadGradients(self.head, needs, valid)
+
     def _workspaces(self, gradients: HeadGradients) -> Iterator[tuple[slice, Tensor]]:
         """Each slice of rows with the memory for its logits."""
         vocabulary, count = len(self.head.weight), len(self.head.hidden)
@@ -255,7 +269,7 @@ class LinearLoss:
         count, dtype = len(hidden), accumulate_dtype(hidden.dtype)
         losses, stats = hidden.new_zeros(count, dtype=dtype), hidden.new_empty((4, count), dtype=dtype)
         needs = self.needs if name != "none" else (False, False, False)
-        gradients = HeadGradients(self.head, needs)
+        gradients = self._gradients(needs)
         for rows, inputs in self._tiles(gradients):
             # A summed tile puts its loss into its first row; the sum over rows is the same.
             loss, stats[:, rows], grad = self.kernel.forward(*inputs, per_tile, None, any(needs))
@@ -269,7 +283,7 @@ class LinearLoss:
 
     def backward(self, grad_loss: Tensor) -> tuple[Tensor, ...]:
         """Gradients of hidden, weight, bias for one incoming gradient a token."""
-        gradients = HeadGradients(self.head, self.needs)
+        gradients = self._gradients(self.needs)
         for rows, inputs in self._tiles(gradients):
             gradients.add(rows, self.kernel.backward(grad_loss[rows], *inputs))
         return gradients.results()

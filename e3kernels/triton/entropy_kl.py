@@ -24,19 +24,19 @@ from e3kernels.contract import REDUCTIONS
 from e3kernels.triton.launch import contiguous, fills_device, split_of, sweep_of, warps
 from e3kernels.triton.reduction import SUM, reduced_loss
 from e3kernels.triton.scalars import (
-    BETA,
     GAMMA,
     KD_RATIO,
     STUDENT_SOFTCAP,
     TEACHER_SOFTCAP,
     TEMPERATURE,
     cap_code,
+    mixing,
     on_device,
     scalar,
     student_transform,
     teacher_transform,
 )
-from e3kernels.triton.statistics import FORWARD, JSD, PAIR_FIELDS, merge_pair, tempered
+from e3kernels.triton.statistics import FORWARD, JSD, NO_MASS, PAIR_FIELDS, UNIT, merge_pair
 from e3kernels.triton.sweeps import (
     label_logit,
     load_pair,
@@ -49,15 +49,21 @@ from e3kernels.triton.sweeps import (
 from e3kernels.triton.tokens import ENTROPY, INVERSE, coefficients, is_valid, store_tokens, token_loss
 
 NONE = REDUCTIONS.index("none")
-ROW_FIELDS: tl.constexpr = tl.constexpr(6)  # log Z_s, log Z_t, log Z_s at T = 1, term, kd, ce
+ROW_FIELDS: tl.constexpr = tl.constexpr(8)  # my, log S_s, log C, mt, log S_t, term, kd, ce
 
 
 @triton.jit
-def _closed_divergence(ss, st, b, gap, DIVERGENCE: tl.constexpr):
+def _closed_divergence(my, ss, mt, st, b, gap, inverse_temperature, DIVERGENCE: tl.constexpr):
     """KL(p‖q) or KL(q‖p) from the joined statistics."""
+    log_ss = tl.log(ss)
+    log_st = tl.log(st)
     if DIVERGENCE == FORWARD:
-        return tl.where(gap == float("inf"), gap, b / st) + (tl.log(ss) - tl.log(st))
-    return tl.where(gap == float("inf"), gap, b / ss) + (tl.log(st) - tl.log(ss))
+        unmatched = (gap - mt) * inverse_temperature - log_st
+        value = b / st / UNIT + (log_ss - log_st)
+    else:
+        unmatched = (gap - my) * inverse_temperature - log_ss
+        value = b / ss / UNIT + (log_st - log_ss)
+    return tl.where(unmatched > NO_MASS, float("inf"), value)
 
 
 @triton.jit
@@ -110,11 +116,11 @@ def entropy_kl_mixture(
     my, ss, cs, _, mt, st, a, b, gap = load_pair(partial_ptr, row * splits + parts, parts < splits)
     my, ss, cs, mt, st, a, b, gap = merge_pair(my, ss, cs, mt, st, a, b, gap, inverse_temperature, JSD, 0)
     first = split * split_size
+    beta, rest = mixing(scalars_ptr)
     from_student, from_teacher = sweep_mixture(
         student_ptr + row * student_stride, teacher_ptr + row * teacher_stride,
         first, tl.minimum(first + split_size, V), V,
-        tempered(my, inverse_temperature) + tl.log(ss), mt + tl.log(st),
-        inverse_temperature, scalar(scalars_ptr, BETA), scale_s, scale_t, softcap_s, softcap_t,
+        my, tl.log(ss), mt, tl.log(st), inverse_temperature, beta, rest, scale_s, scale_t, softcap_s, softcap_t,
         CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
     out = mixture_ptr + (row * splits + split) * 2
@@ -129,7 +135,7 @@ def entropy_kl_tokens(
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr, WEIGHTING: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of ROWS tokens: statistics, losses, and the six numbers a row that its gradient needs."""
+    """Join the splits of ROWS tokens: statistics, losses, and the numbers of each row that its gradient needs."""
     temperature = scalar(scalars_ptr, TEMPERATURE)
     inverse_temperature = 1.0 / temperature
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -143,14 +149,15 @@ def entropy_kl_tokens(
     if DIVERGENCE == JSD:
         term = tl.sum(tl.load(mixture_ptr + index * 2, mask=present, other=0.0), axis=1)
         from_teacher = tl.sum(tl.load(mixture_ptr + index * 2 + 1, mask=present, other=0.0), axis=1)
-        beta = scalar(scalars_ptr, BETA)
-        divergence = beta * from_teacher + (1.0 - beta) * term
+        beta, rest = mixing(scalars_ptr)
+        divergence = beta * from_teacher + rest * term
     else:
-        term = _closed_divergence(ss, st, b, gap, DIVERGENCE)
+        term = _closed_divergence(my, ss, mt, st, b, gap, inverse_temperature, DIVERGENCE)
         divergence = term
-    entropy = tl.log(st) - a / st
-    log_z1 = my + tl.log(cs)
-    cross_entropy = log_z1 - tl.sum(y_label, axis=1) if HAS_LABELS else tl.zeros_like(entropy)
+    log_st = tl.log(st)
+    log_cs = tl.log(cs)
+    entropy = log_st - a / st
+    cross_entropy = (my - tl.sum(y_label, axis=1)) + log_cs if HAS_LABELS else tl.zeros_like(entropy)
     weight, kd, ce = coefficients(
         entropy, tl.cast(log_support, tl.float32), temperature,
         scalar(scalars_ptr, GAMMA), scalar(scalars_ptr, KD_RATIO), WEIGHTING,
@@ -158,12 +165,14 @@ def entropy_kl_tokens(
     loss = token_loss(divergence, cross_entropy, kd, ce, HAS_LABELS)
     store_tokens(stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, weight, loss)
     out = rows_ptr + row * ROW_FIELDS
-    tl.store(out, tempered(my, inverse_temperature) + tl.log(ss), mask=valid)
-    tl.store(out + 1, mt + tl.log(st), mask=valid)
-    tl.store(out + 2, log_z1, mask=valid)
-    tl.store(out + 3, term, mask=valid)
-    tl.store(out + 4, kd, mask=valid)
-    tl.store(out + 5, ce, mask=valid)
+    tl.store(out, my, mask=valid)
+    tl.store(out + 1, tl.log(ss), mask=valid)
+    tl.store(out + 2, log_cs, mask=valid)
+    tl.store(out + 3, mt, mask=valid)
+    tl.store(out + 4, log_st, mask=valid)
+    tl.store(out + 5, term, mask=valid)
+    tl.store(out + 6, kd, mask=valid)
+    tl.store(out + 7, ce, mask=valid)
 
 
 @triton.jit
@@ -186,11 +195,12 @@ def entropy_kl_gradient(
     fields = rows_ptr + row * ROW_FIELDS
     incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
+    beta, rest = mixing(scalars_ptr)
     sweep_gradient(
         student_ptr + row * student_stride, teacher_ptr + row * teacher_stride, grad_row, first, last, V,
-        tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3),
-        tl.load(fields + 4), tl.load(fields + 5), incoming, label,
-        1.0 / scalar(scalars_ptr, TEMPERATURE), scalar(scalars_ptr, BETA), scale_s, scale_t, softcap_s, softcap_t,
+        tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4),
+        tl.load(fields + 5), tl.load(fields + 6), tl.load(fields + 7), incoming, label,
+        1.0 / scalar(scalars_ptr, TEMPERATURE), beta, rest, scale_s, scale_t, softcap_s, softcap_t,
         DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
 
@@ -212,7 +222,7 @@ def entropy_kl_row(
         return
     temperature = scalar(scalars_ptr, TEMPERATURE)
     inverse_temperature = 1.0 / temperature
-    beta = scalar(scalars_ptr, BETA)
+    beta, rest = mixing(scalars_ptr)
     scale_s, softcap_s = student_transform(scalars_ptr)
     scale_t, softcap_t = teacher_transform(scalars_ptr)
     student_row = student_ptr + row * student_stride
@@ -221,23 +231,23 @@ def entropy_kl_row(
         student_row, teacher_row, 0, V, V, inverse_temperature, scale_s, scale_t, softcap_s, softcap_t,
         DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
-    log_zs = tempered(my, inverse_temperature) + tl.log(ss)
-    log_zt = mt + tl.log(st)
+    log_ss = tl.log(ss)
+    log_st = tl.log(st)
+    log_cs = tl.log(cs)
     if DIVERGENCE == JSD:
         term, from_teacher = sweep_mixture(
-            student_row, teacher_row, 0, V, V, log_zs, log_zt, inverse_temperature, beta, scale_s, scale_t,
-            softcap_s, softcap_t, CAP_S, CAP_T, LANES, VEC, UNROLL,
+            student_row, teacher_row, 0, V, V, my, log_ss, mt, log_st, inverse_temperature, beta, rest, scale_s,
+            scale_t, softcap_s, softcap_t, CAP_S, CAP_T, LANES, VEC, UNROLL,
         )  # fmt: skip
-        divergence = beta * from_teacher + (1.0 - beta) * term
+        divergence = beta * from_teacher + rest * term
     else:
-        term = _closed_divergence(ss, st, b, gap, DIVERGENCE)
+        term = _closed_divergence(my, ss, mt, st, b, gap, inverse_temperature, DIVERGENCE)
         divergence = term
-    entropy = tl.log(st) - a / st
-    log_z1 = my + tl.log(cs)
+    entropy = log_st - a / st
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
     cross_entropy = 0.0
     if HAS_LABELS:
-        cross_entropy = log_z1 - label_logit(student_row, label, 0, V, scale_s, softcap_s, CAP_S)
+        cross_entropy = (my - label_logit(student_row, label, 0, V, scale_s, softcap_s, CAP_S)) + log_cs
     weight, kd, ce = coefficients(
         entropy, tl.cast(log_support, tl.float32), temperature,
         scalar(scalars_ptr, GAMMA), scalar(scalars_ptr, KD_RATIO), WEIGHTING,
@@ -247,8 +257,8 @@ def entropy_kl_row(
     incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
     tl.debug_barrier()  # the gradient may overwrite the logits: the label's must have been read
     sweep_gradient(
-        student_row, teacher_row, grad_row, 0, V, V, log_zs, log_zt, log_z1, term, kd, ce, incoming, label,
-        inverse_temperature, beta, scale_s, scale_t, softcap_s, softcap_t,
+        student_row, teacher_row, grad_row, 0, V, V, my, log_ss, log_cs, mt, log_st, term, kd, ce, incoming, label,
+        inverse_temperature, beta, rest, scale_s, scale_t, softcap_s, softcap_t,
         DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""gated_residual as Triton kernels: out = h + m·(f − h), dh = (1−m)·g, df = m·g, dm = Σ g·(f − h).
+"""gated_residual as Triton kernels: out = h + m·(f − h), dh = (1−m)·g, df = m·g, dm = Σ g·(f − h), 0·∞ = 0·NaN = 0.
 
 A gate that is constant on runs of the flattened tensors is read once a program; any other is expanded and read beside
 them. m stays on the device. dm is summed in two stages: a number a program, then the programs of each gate in order.
@@ -39,9 +39,14 @@ def gated_residual_forward(
         m = tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     else:
         m = tl.load(gate_ptr + run % gates).to(tl.float32)
-    # From the nearer end, so that m = 0 gives h and m = 1 gives f exactly.
-    out = tl.where(tl.abs(m) < 0.5, h + m * (f - h), f - (1.0 - m) * (f - h))
+    out = tl.where(tl.abs(m) < 0.5, h + m * (f - h), f - (1.0 - m) * (f - h))  # from the nearer end
+    out = tl.where(m == 0.0, h, tl.where(m == 1.0, f, out))
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weighted(coefficient, value):
+    return tl.where(coefficient == 0.0, 0.0, coefficient * value)
 
 
 @triton.jit
@@ -53,15 +58,15 @@ def gated_residual_gradient(
     g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     h = tl.load(hidden_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     f = tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    dm = g * (f - h)
+    dm = _weighted(g, f - h)
     if FULL:
         m = tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_gate_ptr + offsets, dm, mask=mask)
     else:
         m = tl.load(gate_ptr + run % gates).to(tl.float32)
         tl.store(grad_gate_ptr + tl.program_id(0), tl.sum(dm, axis=0))
-    tl.store(grad_hidden_ptr + offsets, ((1.0 - m) * g).to(grad_hidden_ptr.dtype.element_ty), mask=mask)
-    tl.store(grad_branch_ptr + offsets, (m * g).to(grad_branch_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_hidden_ptr + offsets, _weighted(1.0 - m, g).to(grad_hidden_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_branch_ptr + offsets, _weighted(m, g).to(grad_branch_ptr.dtype.element_ty), mask=mask)
 
 
 def _runs(shape: torch.Size, gate_shape: torch.Size) -> tuple[int, int] | None:

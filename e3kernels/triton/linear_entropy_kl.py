@@ -52,7 +52,7 @@ def linear_entropy_kl_statistics(
     y_label = tl.zeros([BM], tl.float32)
     my = tl.full([BM], LOWEST, tl.float32)
     mt = tl.full([BM], LOWEST, tl.float32)
-    gap = tl.full([BM], LOWEST, tl.float32)
+    gap = tl.full([BM], float("-inf"), tl.float32)
     ss = tl.zeros([BM], tl.float32)
     cs = tl.zeros([BM], tl.float32)
     st = tl.zeros([BM], tl.float32)
@@ -61,7 +61,7 @@ def linear_entropy_kl_statistics(
     first = split * split_size
     for start in range(first, tl.minimum(first + split_size, V), BN):
         columns = start + tl.arange(0, BN)
-        zt = projected_tile(
+        yt = projected_tile(
             teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, rows, columns, N, V, teacher_width,
             teacher_stride, teacher_weight_stride, scale_t, softcap_t, HAS_BIAS_T, CAP_T, BM, BN, BK, UPCAST,
         )  # fmt: skip
@@ -72,7 +72,7 @@ def linear_entropy_kl_statistics(
         if HAS_LABELS:
             y_label += tl.sum(tl.where(columns[None, :] == label[:, None], y, 0.0), axis=1)
         my, ss, cs, mt, st, a, b, gap = fold_pair(
-            my, ss, cs, mt, st, a, b, gap, y, zt * inverse_temperature, inverse_temperature, DIVERGENCE, HAS_LABELS,
+            my, ss, cs, mt, st, a, b, gap, y, yt, inverse_temperature, DIVERGENCE, HAS_LABELS,
         )  # fmt: skip
     out = partial_ptr + (rows * tl.num_programs(1) + split) * PAIR_FIELDS
     store_pair(out, inside, my, ss, cs, y_label, mt, st, a, b, gap)

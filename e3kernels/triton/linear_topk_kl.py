@@ -79,7 +79,7 @@ def on_chip_tokens(
         N, V, width, k, hidden.stride(0), weight.stride(0), tiles.split_size,
         HAS_LABELS=s.labels is not None, HAS_BIAS=bias is not None, CAP=s.cap, **tiles.options(),
     )  # fmt: skip
-    return token_statistics(s, partial, gathered)
+    return token_statistics(s, partial, gathered, V)
 
 
 def linear_topk_kl(*arguments: Any) -> tuple[Tensor, ...]:

@@ -33,6 +33,13 @@ def teacher_transform(scalars_ptr):
 
 
 @triton.jit
+def mixing(scalars_ptr):
+    """(β, 1 − β), each rounded once and neither 0."""
+    beta = tl.load(scalars_ptr + BETA)
+    return tl.maximum(beta, 1e-37).to(tl.float32), (1.0 - beta).to(tl.float32)
+
+
+@triton.jit
 def pack_scalars(
     out_ptr, a: tl.float64, b: tl.float64, c: tl.float64, d: tl.float64, e: tl.float64, f: tl.float64, g: tl.float64,
     h: tl.float64,

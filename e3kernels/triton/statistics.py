@@ -1,20 +1,22 @@
 """Online softmax statistics of one or two models over the vocabulary: what every divergence kernel is made of.
 
-For logits x a model's tempered logits are z = cap·tanh(scale·x / cap)/T (z = scale·x/T without a cap). Running maxima m
-and sums rescaled to them give, in one sweep,
+For inputs x a model's logits at T = 1 are y = cap·tanh(scale·x / cap), or scale·x without a cap. Running maxima m of y
+and sums rescaled to them give, in one sweep, with u = (y − m)/T of each model,
 
-    S_s = Σ e^{zs−ms}    C = Σ e^{T·(zs−ms)}    S_t = Σ e^{zt−mt}    A = Σ e^{zt−mt}(zt−mt)
-    B = Σ e^{zt−mt}((zt−mt) − (zs−ms))        (forward; the reverse divergence has the models exchanged)
+    S_s = Σ e^{us}    C = Σ e^{ys−ms}    S_t = Σ e^{ut}    A = Σ e^{ut}·ut
+    B = Σ e^{ut}(ut − us)        (forward; the reverse divergence has the models exchanged)
 
-so that  log Z_s = ms + log S_s,  log Z_s(T=1) = T·ms + log C,  H = log S_t − A/S_t,
+so that  log Z_s = ms/T + log S_s,  log Z_s(T=1) = ms + log C,  H = log S_t − A/S_t,
          KL(p‖q) = B/S_t − log S_t + log S_s.
 
-The student's maximum is kept at T = 1 as T·ms = max y, so that the cross-entropy at T = 1 has no rounding of T in it.
+The maximum is taken off before the temperature divides: the difference of two quotients, of which a compiler may fuse
+one with the subtraction, is as large as the rounding of the other.
 
 Each lane keeps its own maxima and sums and no lane waits for another inside the sweep; `merge` joins lanes, splits of a
 row and ranks of a vocabulary-parallel head by the same rule, always in the same order, so results are deterministic.
-`gap` is max(zt − zs): +∞ exactly where the second model has no mass under the first, which makes the divergence +∞.
-A lane that has seen nothing holds the smallest finite maximum and zero sums, which no rescaling turns into a NaN.
+B is counted in units of 2^24 nats, in which no sum of finite differences overflows. `gap` is the largest yt where ys is
+−∞: if the first model has mass there, the divergence is +∞. A lane that has seen nothing holds the smallest finite
+maximum and zero sums, which no rescaling turns into a NaN.
 """
 
 import triton
@@ -24,7 +26,9 @@ FORWARD: tl.constexpr = tl.constexpr(0)
 REVERSE: tl.constexpr = tl.constexpr(1)
 JSD: tl.constexpr = tl.constexpr(2)
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # the smallest finite float32
-STUDENT_FIELDS: tl.constexpr = tl.constexpr(4)  # max y, S_s, C, label logit
+UNIT: tl.constexpr = tl.constexpr(2.0**-24)  # of B, so many to a nat
+NO_MASS: tl.constexpr = tl.constexpr(-745.0)  # e to it is 0 even in float64
+STUDENT_FIELDS: tl.constexpr = tl.constexpr(4)  # ms, S_s, C, label logit
 PAIR_FIELDS: tl.constexpr = tl.constexpr(9)  # the student's, then mt, S_t, A, B, gap
 
 
@@ -57,18 +61,17 @@ def logits_tile(row_ptr, columns, mask, scale, softcap, CAP: tl.constexpr):
 
 
 @triton.jit
-def tempered(y, inverse_temperature):
-    """A maximum at T = 1 as one at T; the smallest finite one stays finite."""
-    return tl.maximum(y * inverse_temperature, LOWEST)
+def below(m, top, inverse_temperature):
+    """(m − top)/T <= 0 of two maxima, finite: no 0·∞ arises where the difference overflows."""
+    return tl.maximum((m - top) * inverse_temperature, LOWEST)
 
 
 @triton.jit
 def fold_student(my, ss, cs, ys, inverse_temperature, HAS_LABELS: tl.constexpr):
     """Take one tile (lanes, columns) of logits at T = 1 into the student's running statistics."""
     my_new = tl.maximum(my, tl.max(ys, axis=1))
-    ms_new = tempered(my_new, inverse_temperature)
-    rs = tl.exp(tempered(my, inverse_temperature) - ms_new)
-    ss = ss * rs + tl.sum(tl.exp(ys * inverse_temperature - ms_new[:, None]), axis=1)
+    rs = tl.exp(below(my, my_new, inverse_temperature))
+    ss = ss * rs + tl.sum(tl.exp((ys - my_new[:, None]) * inverse_temperature), axis=1)
     if HAS_LABELS:
         cs = cs * tl.exp(my - my_new) + tl.sum(tl.exp(ys - my_new[:, None]), axis=1)
     return my_new, ss, cs
@@ -76,34 +79,28 @@ def fold_student(my, ss, cs, ys, inverse_temperature, HAS_LABELS: tl.constexpr):
 
 @triton.jit
 def fold_pair(
-    my, ss, cs, mt, st, a, b, gap, ys, zt, inverse_temperature, DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr
+    my, ss, cs, mt, st, a, b, gap, ys, yt, inverse_temperature, DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr
 ):
-    """Take one tile (lanes, columns) of both models, the student's at T = 1, into the running statistics."""
+    """Take one tile (lanes, columns) of both models' logits at T = 1 into the running statistics."""
     my_new = tl.maximum(my, tl.max(ys, axis=1))
-    ms_new = tempered(my_new, inverse_temperature)
-    mt_new = tl.maximum(mt, tl.max(zt, axis=1))
-    ds = tempered(my, inverse_temperature) - ms_new
-    dt = mt - mt_new
+    mt_new = tl.maximum(mt, tl.max(yt, axis=1))
+    ds = below(my, my_new, inverse_temperature)
+    dt = below(mt, mt_new, inverse_temperature)
     rs = tl.exp(ds)
     rt = tl.exp(dt)
-    zs = ys * inverse_temperature
-    ut = zt - mt_new[:, None]
-    es = tl.exp(zs - ms_new[:, None])
+    us = (ys - my_new[:, None]) * inverse_temperature
+    ut = (yt - mt_new[:, None]) * inverse_temperature
+    es = tl.exp(us)  # of NaN still NaN, which the maxima below are not
     et = tl.exp(ut)
-    if DIVERGENCE != JSD:
-        # 0·∞ never arises: an infinite difference is cut to the largest finite one and kept in `gap`.
-        if DIVERGENCE == FORWARD:
-            raw = zt - zs
-        else:
-            raw = zs - zt
-        gap = tl.maximum(gap, tl.max(raw, axis=1))
-        d = tl.minimum(tl.maximum(raw, LOWEST), -LOWEST)
-        center = tl.where((my_new == LOWEST) | (mt_new == LOWEST), 0.0, mt_new - ms_new)[:, None]
-        if DIVERGENCE == FORWARD:
-            b = rt * (b + st * (dt - ds)) + tl.sum(et * (d - center), axis=1)
-        else:
-            b = rs * (b + ss * (ds - dt)) + tl.sum(es * (d + center), axis=1)
-    a = rt * (a + st * dt) + tl.sum(et * tl.maximum(ut, LOWEST), axis=1)
+    us = tl.maximum(us, LOWEST)
+    ut = tl.maximum(ut, LOWEST)
+    if DIVERGENCE == FORWARD:
+        gap = tl.maximum(gap, tl.max(tl.where(ys == float("-inf"), yt, float("-inf")), axis=1))
+        b = rt * (b + st * (dt * UNIT - ds * UNIT)) + tl.sum(et * (ut * UNIT - us * UNIT), axis=1)
+    elif DIVERGENCE == REVERSE:
+        gap = tl.maximum(gap, tl.max(tl.where(yt == float("-inf"), ys, float("-inf")), axis=1))
+        b = rs * (b + ss * (ds * UNIT - dt * UNIT)) + tl.sum(es * (us * UNIT - ut * UNIT), axis=1)
+    a = rt * (a + st * tl.maximum(dt, NO_MASS)) + tl.sum(et * ut, axis=1)
     st = st * rt + tl.sum(et, axis=1)
     ss = ss * rs + tl.sum(es, axis=1)
     if HAS_LABELS:
@@ -115,7 +112,7 @@ def fold_pair(
 def merge_student(my, ss, cs, inverse_temperature, AXIS: tl.constexpr):
     """Join the student's statistics along AXIS."""
     m = tl.max(my, axis=AXIS)
-    ds = tempered(my, inverse_temperature) - tl.expand_dims(tempered(m, inverse_temperature), AXIS)
+    ds = below(my, tl.expand_dims(m, AXIS), inverse_temperature)
     c = tl.sum(cs * tl.exp(my - tl.expand_dims(m, AXIS)), axis=AXIS)
     return m, tl.sum(ss * tl.exp(ds), axis=AXIS), c
 
@@ -125,12 +122,12 @@ def merge_pair(my, ss, cs, mt, st, a, b, gap, inverse_temperature, DIVERGENCE: t
     """Join the statistics of both models along AXIS."""
     m, s, c = merge_student(my, ss, cs, inverse_temperature, AXIS)
     mt_new = tl.max(mt, axis=AXIS)
-    ds = tempered(my, inverse_temperature) - tl.expand_dims(tempered(m, inverse_temperature), AXIS)
-    dt = mt - tl.expand_dims(mt_new, AXIS)
+    ds = below(my, tl.expand_dims(m, AXIS), inverse_temperature)
+    dt = below(mt, tl.expand_dims(mt_new, AXIS), inverse_temperature)
     rt = tl.exp(dt)
     if DIVERGENCE == REVERSE:
-        b = tl.exp(ds) * (b + ss * (ds - dt))
+        b = tl.exp(ds) * (b + ss * (ds * UNIT - dt * UNIT))
     else:
-        b = rt * (b + st * (dt - ds))
-    a = tl.sum(rt * (a + st * dt), axis=AXIS)
+        b = rt * (b + st * (dt * UNIT - ds * UNIT))
+    a = tl.sum(rt * (a + st * tl.maximum(dt, NO_MASS)), axis=AXIS)
     return m, s, c, mt_new, tl.sum(st * rt, axis=AXIS), a, tl.sum(b, axis=AXIS), tl.max(gap, axis=AXIS)

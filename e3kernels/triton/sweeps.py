@@ -66,7 +66,7 @@ def sweep_pair(
     """(my, S_s, C, mt, S_t, A, B, gap) of the columns [first, last)."""
     my = tl.full([LANES], LOWEST, tl.float32)
     mt = tl.full([LANES], LOWEST, tl.float32)
-    gap = tl.full([LANES], LOWEST, tl.float32)
+    gap = tl.full([LANES], float("-inf"), tl.float32)
     ss = tl.zeros([LANES], tl.float32)
     cs = tl.zeros([LANES], tl.float32)
     st = tl.zeros([LANES], tl.float32)
@@ -76,51 +76,55 @@ def sweep_pair(
         for part in tl.static_range(UNROLL):
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
             ys = logits_tile(student_row, columns, columns < V, scale_s, softcap_s, CAP_S)
-            zt = logits_tile(teacher_row, columns, columns < V, scale_t, softcap_t, CAP_T) * inverse_temperature
+            yt = logits_tile(teacher_row, columns, columns < V, scale_t, softcap_t, CAP_T)
             my, ss, cs, mt, st, a, b, gap = fold_pair(
-                my, ss, cs, mt, st, a, b, gap, ys, zt, inverse_temperature, DIVERGENCE, HAS_LABELS
+                my, ss, cs, mt, st, a, b, gap, ys, yt, inverse_temperature, DIVERGENCE, HAS_LABELS
             )
     return merge_pair(my, ss, cs, mt, st, a, b, gap, inverse_temperature, DIVERGENCE, 0)
 
 
 @triton.jit
-def mixture_gaps(log_q, log_p, beta):
-    """(log q − log r, log p − log r) for r = β·p + (1−β)·q; 0 where the own probability is 0."""
+def mixture_gaps(log_q, log_p, beta, rest):
+    """(log q − log r, log p − log r) for r = β·p + (1−β)·q, `rest` being 1 − β; 0 where the own probability is 0."""
     top = tl.maximum(log_q, log_p)
-    log_r = top + tl.log(beta * tl.exp(log_p - top) + (1.0 - beta) * tl.exp(log_q - top))
+    log_r = top + tl.log(beta * tl.exp(log_p - top) + rest * tl.exp(log_q - top))
     none = float("-inf")
     return tl.where(log_q == none, 0.0, log_q - log_r), tl.where(log_p == none, 0.0, log_p - log_r)
 
 
 @triton.jit
 def sweep_mixture(
-    student_row, teacher_row, first, last, V, log_zs, log_zt, inverse_temperature, beta,
+    student_row, teacher_row, first, last, V, my, log_ss, mt, log_st, inverse_temperature, beta, rest,
     scale_s, scale_t, softcap_s, softcap_t,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """(Σ q(log q − log r), Σ p(log p − log r)) of the columns [first, last)."""
+    """(Σ q(log q − log r), Σ p(log p − log r)) of the columns [first, last); log Z is m/T + log S of both models."""
     from_student = tl.zeros([LANES], tl.float32)
     from_teacher = tl.zeros([LANES], tl.float32)
     for start in range(first, last, LANES * VEC * UNROLL):
         for part in tl.static_range(UNROLL):
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
             ys = logits_tile(student_row, columns, columns < V, scale_s, softcap_s, CAP_S)
-            zt = logits_tile(teacher_row, columns, columns < V, scale_t, softcap_t, CAP_T) * inverse_temperature
-            zs = ys * inverse_temperature
-            gap_q, gap_p = mixture_gaps(zs - log_zs, zt - log_zt, beta)
-            from_student += tl.sum(tl.exp(zs - log_zs) * gap_q, axis=1)
-            from_teacher += tl.sum(tl.exp(zt - log_zt) * gap_p, axis=1)
+            yt = logits_tile(teacher_row, columns, columns < V, scale_t, softcap_t, CAP_T)
+            log_q = (ys - my) * inverse_temperature - log_ss
+            log_p = (yt - mt) * inverse_temperature - log_st
+            gap_q, gap_p = mixture_gaps(log_q, log_p, beta, rest)
+            from_student += tl.sum(tl.exp(log_q) * gap_q, axis=1)
+            from_teacher += tl.sum(tl.exp(log_p) * gap_p, axis=1)
     return tl.sum(from_student, axis=0), tl.sum(from_teacher, axis=0)
 
 
 @triton.jit
 def sweep_gradient(
-    student_row, teacher_row, grad_row, first, last, V, log_zs, log_zt, log_z1, term, kd, ce, incoming, label,
-    inverse_temperature, beta, scale_s, scale_t, softcap_s, softcap_t,
+    student_row, teacher_row, grad_row, first, last, V, my, log_ss, log_cs, mt, log_st, term, kd, ce, incoming, label,
+    inverse_temperature, beta, rest, scale_s, scale_t, softcap_s, softcap_t,
     DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Write incoming·(kd·∂divergence/∂x + ce·∂CE/∂x) on the columns [first, last); `term` is KL(q‖p) or KL(q‖r).
+
+    log Z_s = my/T + log S_s, log Z_s(T=1) = my + log C, log Z_t = mt/T + log S_t: added up, a maximum of 1e38 would
+    swallow the rest.
 
     A zero coefficient removes its term; a zero incoming gradient leaves NaN what it is.
     """
@@ -132,19 +136,20 @@ def sweep_gradient(
             mask = columns < V
             x = tl.load(student_row + columns, mask=mask, other=0.0)
             y, slope = scaled_logits(x, scale_s, softcap_s, CAP_S)
-            log_q = y * inverse_temperature - log_zs
-            log_p = logits_tile(teacher_row, columns, mask, scale_t, softcap_t, CAP_T) * inverse_temperature - log_zt
+            log_q = (y - my) * inverse_temperature - log_ss
+            yt = logits_tile(teacher_row, columns, mask, scale_t, softcap_t, CAP_T)
+            log_p = (yt - mt) * inverse_temperature - log_st
             q = tl.exp(log_q)
             if DIVERGENCE == FORWARD:
                 g = q - tl.exp(log_p)
             elif DIVERGENCE == REVERSE:
                 g = tl.where(q > 0, q * (log_q - log_p - term), q)
             else:
-                gap_q, _ = mixture_gaps(log_q, log_p, beta)
-                g = (1.0 - beta) * q * (gap_q - term)
+                gap_q, _ = mixture_gaps(log_q, log_p, beta, rest)
+                g = rest * q * (gap_q - term)
             g = tl.where(kd == 0.0, 0.0, g * divergence_slope)
             if HAS_LABELS:
-                hard = tl.exp(y - log_z1) - tl.where(columns == label, 1.0, 0.0)
+                hard = tl.exp((y - my) - log_cs) - tl.where(columns == label, 1.0, 0.0)
                 g += tl.where(ce == 0.0, 0.0, hard_slope * hard)
             tl.store(grad_row + columns, (g * slope).to(grad_row.dtype.element_ty), mask=mask)
 
@@ -170,7 +175,7 @@ def load_pair(partial_ptr, index, mask):
     st = tl.load(p + 5, mask=mask, other=0.0)
     a = tl.load(p + 6, mask=mask, other=0.0)
     b = tl.load(p + 7, mask=mask, other=0.0)
-    gap = tl.load(p + 8, mask=mask, other=LOWEST)
+    gap = tl.load(p + 8, mask=mask, other=float("-inf"))
     return my, ss, cs, y_label, mt, st, a, b, gap
 
 

@@ -23,11 +23,12 @@ def is_valid(row, inside, labels_ptr, mask_ptr, ignore_index, HAS_LABELS: tl.con
 def coefficients(entropy, log_support, temperature, gamma, kd_ratio, WEIGHTING: tl.constexpr):
     """(w, kd, ce) with the token's loss kd·divergence + ce·CE and its weight w; method.md defines them."""
     share = tl.where(log_support > 0, entropy / log_support, 0.0)
+    share = tl.where(share < 0.0, 0.0, tl.where(share > 1.0, 1.0, share))  # which keeps NaN
     weight = tl.full(entropy.shape, 1.0, tl.float32) if WEIGHTING == 0 else 0.0 * entropy + 1.0
     if WEIGHTING == ENTROPY:
-        weight = 1.0 + gamma * share
+        weight = tl.where(gamma == 0.0, 1.0, 1.0 + gamma * share)
     elif WEIGHTING == INVERSE:
-        weight = 1.0 + gamma * (1.0 - share)
+        weight = tl.where(gamma == 0.0, 1.0, 1.0 + gamma * (1.0 - share))
     squared = temperature * temperature
     if WEIGHTING == MIX:
         return weight, share * squared, 1.0 - share

@@ -7,10 +7,10 @@
 
 With u = z/T, g = ∂D/∂log q over the events and q their student probabilities, a stored id i has ∂D/∂u = g_i − q_i·Σg,
 any other G·e^{u − log rest} with G = g_tail − q_rest·Σg. `truncated` has no tail event; `renorm` has q over the k ids
-and G = 0.
+and G = 0. An id that is not in the vocabulary takes no part, of an id twice in a row its first place does. Normalisers
+travel as a maximum and the logarithm of a sum: added up, a maximum of 1e38 would swallow the second.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -33,25 +33,25 @@ from e3kernels.triton.scalars import (
     scalar,
     student_transform,
 )
-from e3kernels.triton.statistics import FORWARD, LOWEST, REVERSE, STUDENT_FIELDS, merge_student, scaled_logits, tempered
+from e3kernels.triton.statistics import FORWARD, LOWEST, REVERSE, STUDENT_FIELDS, merge_student, scaled_logits
 from e3kernels.triton.sweeps import label_logit, lane_columns, sweep_unstored, sweep_zero
 from e3kernels.triton.tokens import coefficients, is_valid, store_tokens, token_loss
 
 BUCKET: tl.constexpr = tl.constexpr(0)
 RENORM: tl.constexpr = tl.constexpr(1)
 NONE = REDUCTIONS.index("none")
-ROW_FIELDS: tl.constexpr = tl.constexpr(5)  # log rest, log Z at T = 1, G, kd, ce
+ROW_FIELDS: tl.constexpr = tl.constexpr(7)  # my and log S_s of the rest, maximum and log-sum of all at T = 1, G, kd, ce
 ROWS = 1  # tokens of one program of the tokens and stored kernels: k² comparisons in fp64 fill its registers
 
 
 @triton.jit
-def stored_ids(teacher_ptr, ids_ptr, row, valid, k, K: tl.constexpr):
-    """(log p, ids, kept) of the stored entries, (rows, K): padding and invalid tokens keep none."""
+def stored_ids(teacher_ptr, ids_ptr, row, valid, k, V, K: tl.constexpr):
+    """(log p, ids, kept) of the stored entries, (rows, K): no padding, no id out of range, none of an invalid token."""
     columns = tl.arange(0, K)[None, :]
     inside = valid[:, None] & (columns < k)
     log_p = tl.load(teacher_ptr + row[:, None] * k + columns, mask=inside, other=float("-inf")).to(tl.float32)
     ids = tl.load(ids_ptr + row[:, None] * k + columns, mask=inside, other=0)
-    kept = inside & (log_p != float("-inf"))
+    kept = inside & (log_p != float("-inf")) & (ids >= 0) & (ids < V)
     return log_p, tl.where(kept, ids, 0), kept
 
 
@@ -98,6 +98,14 @@ def _log_sum(x, axis: tl.constexpr):
 
 
 @triton.jit
+def _log_softmax(y, inverse_temperature):
+    """log softmax(y/T) of each row in fp64; −∞ where y is."""
+    top = tl.max(y, axis=1, keep_dims=True)
+    u = (y - tl.where(top == float("-inf"), 0.0, top)).to(tl.float64) * inverse_temperature
+    return tl.where(y == float("-inf"), float("-inf"), u - _log_sum(u, 1))
+
+
+@triton.jit
 def _log_add(a, b):
     """log(e^a + e^b); −∞ where both are."""
     top = tl.maximum(a, b)
@@ -139,7 +147,7 @@ def _stored_logits(student_ptr, row, stride, ids, kept, scalars_ptr, CAP: tl.con
 def topk_kl_tokens(
     student_ptr, teacher_ptr, ids_ptr, labels_ptr, mask_ptr, scalars_ptr, partial_ptr,
     stats_ptr, loss_ptr, rows_ptr, terms_ptr,
-    N, student_stride, splits, k, log_support, ignore_index,
+    N, student_stride, splits, k, V, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr, WEIGHTING: tl.constexpr,
     TAIL: tl.constexpr, CAP: tl.constexpr, GATHERED: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -149,6 +157,7 @@ def topk_kl_tokens(
     GATHERED: student_ptr holds the stored ids' logits at T = 1, (N, k), not rows of inputs.
     """
     temperature = scalar(scalars_ptr, TEMPERATURE)
+    inverse_temperature = 1.0 / temperature
     beta = tl.load(scalars_ptr + BETA)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < N
@@ -160,61 +169,67 @@ def topk_kl_tokens(
     ss = tl.load(p + 1, mask=present, other=0.0)
     cs = tl.load(p + 2, mask=present, other=0.0)
     y_label = tl.sum(tl.load(p + 3, mask=present, other=0.0), axis=1)
-    my, ss, cs = merge_student(my, ss, cs, 1.0 / temperature, 1)
+    my, ss, cs = merge_student(my, ss, cs, inverse_temperature, 1)
 
-    log_p, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, K)
-    log_p = log_p.to(tl.float64)
+    log_p, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, V, K)
     if GATHERED:
         at = student_ptr + row[:, None] * student_stride + tl.arange(0, K)[None, :]
         y = tl.load(at, mask=kept, other=float("-inf"))
     else:
         y, _ = _stored_logits(student_ptr, row, student_stride, ids, kept, scalars_ptr, CAP)
-    u = (y * (1.0 / temperature)).to(tl.float64)
     same = (ids[:, :, None] == ids[:, None, :]) & kept[:, :, None] & kept[:, None, :]
     earlier = same & (tl.arange(0, K)[None, :, None] > tl.arange(0, K)[None, None, :])
-    first = kept & (tl.max(earlier.to(tl.int32), axis=2) == 0)  # a repeated id counts once in the normaliser
-    log_rest = tempered(my, 1.0 / temperature).to(tl.float64)[:, None] + tl.log(ss.to(tl.float64))[:, None]
-    log_z = _log_add(log_rest, _log_sum(tl.where(first, u, float("-inf")), 1))
-    log_rest1 = my.to(tl.float64)[:, None] + tl.log(cs.to(tl.float64))[:, None]
-    log_stored1 = _log_sum(tl.where(first, y.to(tl.float64), float("-inf")), 1)
-    log_z1 = tl.sum(_log_add(log_rest1, log_stored1), axis=1)
+    first = kept & (tl.max(earlier.to(tl.int32), axis=2) == 0)
+    log_p = tl.where(first, log_p.to(tl.float64), float("-inf"))
+    y = tl.where(first, y, float("-inf"))
+    # Everything relative to the largest logit of the row, at T and at T = 1.
+    top = tl.maximum(tl.where(ss == 0.0, LOWEST, my), tl.max(y, axis=1))
+    above = (my - top).to(tl.float64)
+    y_stored = (y - top[:, None]).to(tl.float64)
+    log_rest = (above * inverse_temperature + tl.log(ss.to(tl.float64)))[:, None]
+    log_z = _log_add(log_rest, _log_sum(y_stored * inverse_temperature, 1))
+    log_sum1 = tl.log(cs.to(tl.float64) * tl.exp(above) + tl.sum(tl.exp(y_stored), axis=1)).to(tl.float32)
 
     log_total = _log_sum(log_p, 1)
-    renormalised = tl.where(kept, log_p - log_total, float("-inf"))
+    renormalised = tl.where(first, log_p - log_total, float("-inf"))
     entropy = -tl.sum(_expected(tl.exp(renormalised), renormalised), axis=1)
     if TAIL == RENORM:
-        log_q = tl.where(kept, u - _log_sum(u, 1), float("-inf"))
+        log_q = _log_softmax(y, inverse_temperature)
         shares, g = _event_terms(renormalised, log_q, beta, DIVERGENCE)
     else:
-        log_q = tl.where(kept, u - log_z, float("-inf"))
+        log_q = tl.where(first, y_stored * inverse_temperature - log_z, float("-inf"))
         shares, g = _event_terms(log_p, log_q, beta, DIVERGENCE)
     divergence = tl.sum(shares, axis=1)
     total = tl.sum(g, axis=1)
     dense = tl.zeros([ROWS], tl.float64)
+    support = tl.sum(first.to(tl.int32), axis=1)
     if TAIL == BUCKET:
-        mass = tl.where(log_rest == float("-inf"), 0.0, tl.maximum(1.0 - tl.exp(log_total), 0.0))
+        mass = tl.where(support[:, None] == V, 0.0, tl.maximum(1.0 - tl.exp(log_total), 0.0))
         share, dense_g = _event_terms(tl.log(mass), log_rest - log_z, beta, DIVERGENCE)
         divergence += tl.sum(share, axis=1)
         dense = tl.sum(dense_g, axis=1)
         total += dense
     if TAIL != RENORM:
         dense -= tl.sum(tl.exp(log_rest - log_z), axis=1) * total
-    terms = tl.sum(tl.where(same, g[:, None, :], 0.0), axis=2) - tl.exp(log_q) * total[:, None]
+    slopes = tl.where(first, g - tl.exp(log_q) * total[:, None], 0.0)
+    terms = tl.sum(tl.where(same, slopes[:, None, :], 0.0), axis=2)  # which all places of an id write
     entropy = entropy.to(tl.float32)
     divergence = divergence.to(tl.float32)
-    cross_entropy = log_z1.to(tl.float32) - y_label if HAS_LABELS else tl.zeros_like(entropy)
+    cross_entropy = (top - y_label) + log_sum1 if HAS_LABELS else tl.zeros_like(entropy)
     weight, kd, ce = coefficients(
-        entropy, tl.cast(log_support, tl.float32), temperature,
+        entropy, tl.log(support.to(tl.float32)), temperature,
         scalar(scalars_ptr, GAMMA), scalar(scalars_ptr, KD_RATIO), WEIGHTING,
     )  # fmt: skip
     loss = token_loss(divergence, cross_entropy, kd, ce, HAS_LABELS)
     store_tokens(stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, weight, loss)
     out = rows_ptr + row * ROW_FIELDS
-    tl.store(out, tl.sum(log_rest, axis=1).to(tl.float32), mask=valid)
-    tl.store(out + 1, log_z1.to(tl.float32), mask=valid)
-    tl.store(out + 2, dense.to(tl.float32), mask=valid)
-    tl.store(out + 3, kd, mask=valid)
-    tl.store(out + 4, ce, mask=valid)
+    tl.store(out, my, mask=valid)
+    tl.store(out + 1, tl.log(ss), mask=valid)
+    tl.store(out + 2, top, mask=valid)
+    tl.store(out + 3, log_sum1, mask=valid)
+    tl.store(out + 4, dense.to(tl.float32), mask=valid)
+    tl.store(out + 5, kd, mask=valid)
+    tl.store(out + 6, ce, mask=valid)
     columns = tl.arange(0, K)[None, :]
     tl.store(terms_ptr + row[:, None] * k + columns, terms.to(tl.float32), mask=valid[:, None] & (columns < k))
 
@@ -235,11 +250,13 @@ def topk_kl_gradient(
     inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
     scale, softcap = student_transform(scalars_ptr)
     fields = rows_ptr + row * ROW_FIELDS
-    log_rest = tl.load(fields)
-    log_z1 = tl.load(fields + 1)
-    dense = tl.load(fields + 2)
+    my = tl.load(fields)
+    log_ss = tl.load(fields + 1)
+    top = tl.load(fields + 2)
+    log_sum1 = tl.load(fields + 3)
+    dense = tl.load(fields + 4)
     incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
-    kd, ce = tl.load(fields + 3), tl.load(fields + 4)
+    kd, ce = tl.load(fields + 5), tl.load(fields + 6)
     divergence_slope, hard_slope = kd * incoming * inverse_temperature, ce * incoming
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
     grad_row = grad_ptr + row * V
@@ -251,10 +268,10 @@ def topk_kl_gradient(
             y, slope = scaled_logits(x, scale, softcap, CAP)
             g = tl.zeros_like(y)
             if TAIL != RENORM:
-                g = dense * tl.exp(tl.minimum(y * inverse_temperature - log_rest, 0.0))
+                g = dense * tl.exp(tl.minimum((y - my) * inverse_temperature - log_ss, 0.0))
                 g = tl.where(kd == 0.0, 0.0, g * divergence_slope)
             if HAS_LABELS:
-                hard = tl.exp(y - log_z1) - tl.where(columns == label, 1.0, 0.0)
+                hard = tl.exp((y - top) - log_sum1) - tl.where(columns == label, 1.0, 0.0)
                 g += tl.where(ce == 0.0, 0.0, hard_slope * hard)
             tl.store(grad_row + columns, (g * slope).to(grad_ptr.dtype.element_ty), mask=mask)
 
@@ -270,18 +287,19 @@ def topk_kl_stored(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     valid = is_valid(row, inside, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK)
-    _, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, K)
+    _, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, V, K)
     y, slope = _stored_logits(student_ptr, row, student_stride, ids, kept, scalars_ptr, CAP)
     fields = rows_ptr + row * ROW_FIELDS
-    log_z1 = tl.load(fields + 1, mask=valid, other=0.0)[:, None]
+    top = tl.load(fields + 2, mask=valid, other=0.0)[:, None]
+    log_sum1 = tl.load(fields + 3, mask=valid, other=0.0)[:, None]
     incoming = tl.load(incoming_ptr + row * incoming_stride, mask=inside, other=0.0).to(tl.float32)[:, None]
-    kd = tl.load(fields + 3, mask=valid, other=0.0)[:, None]
-    ce = tl.load(fields + 4, mask=valid, other=0.0)[:, None]
+    kd = tl.load(fields + 5, mask=valid, other=0.0)[:, None]
+    ce = tl.load(fields + 6, mask=valid, other=0.0)[:, None]
     g = tl.load(terms_ptr + row[:, None] * k + tl.arange(0, K)[None, :], mask=kept, other=0.0)
     g = tl.where(kd == 0.0, 0.0, kd * incoming / temperature * g)
     if HAS_LABELS:
         label = tl.load(labels_ptr + row, mask=valid, other=0)[:, None]
-        hard = tl.exp(y - log_z1) - tl.where(ids == label, 1.0, 0.0)
+        hard = tl.exp((y - top) - log_sum1) - tl.where(ids == label, 1.0, 0.0)
         g += tl.where(ce == 0.0, 0.0, ce * incoming * hard)
     tl.store(grad_ptr + row[:, None] * V + ids, (g * slope).to(grad_ptr.dtype.element_ty), mask=kept)
 
@@ -346,7 +364,7 @@ def _partial_statistics(s: Sparse) -> Tensor:
     return partial
 
 
-def token_statistics(s: Sparse, partial: Tensor, gathered: Tensor | None) -> Tokens:
+def token_statistics(s: Sparse, partial: Tensor, gathered: Tensor | None, vocabulary: int) -> Tokens:
     """Join the parts of each row; `gathered` (N, k) are the stored ids' logits at T = 1 where `s.student` is none."""
     (N, splits, _), k = partial.shape, s.teacher_ids.shape[1]
     student = s.student if gathered is None else gathered
@@ -354,7 +372,7 @@ def token_statistics(s: Sparse, partial: Tensor, gathered: Tensor | None) -> Tok
     out = Tokens(new(4, N), new(N), new(N, ROW_FIELDS.value), new(N, k))
     wrap_triton(topk_kl_tokens)[(triton.cdiv(N, ROWS),)](
         student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial, *out,
-        N, student.stride(0), splits, k, math.log(k), s.ignore_index,
+        N, student.stride(0), splits, k, vocabulary, s.ignore_index,
         DIVERGENCE=s.divergence, WEIGHTING=s.weighting, TAIL=s.tail, GATHERED=gathered is not None, K=s.padded,
         SPLITS=triton.next_power_of_2(int(splits)), ROWS=ROWS, **s.flags(), **warps(2),
     )  # fmt: skip
@@ -384,7 +402,7 @@ def topk_kl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's kernel: (loss, stats, ∂loss/∂student or an empty tensor)."""
     *inputs, reduction, num_items, need_student = arguments
     s = prepared(*inputs)
-    tokens = token_statistics(s, _partial_statistics(s), None)
+    tokens = token_statistics(s, _partial_statistics(s), None, s.student.shape[1])
     empty = s.student.new_empty(0)
     if reduction == NONE:
         return tokens.losses, tokens.stats, empty
@@ -395,4 +413,5 @@ def topk_kl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def topk_kl_backward(grad_loss: Tensor, *inputs: Any) -> Tensor:
     """∂/∂student of Σ grad_loss·loss, one incoming gradient a token."""
     s = prepared(*inputs)
-    return _gradient(s, token_statistics(s, _partial_statistics(s), None), grad_loss.contiguous())
+    tokens = token_statistics(s, _partial_statistics(s), None, s.student.shape[1])
+    return _gradient(s, tokens, grad_loss.contiguous())

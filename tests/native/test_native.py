@@ -13,7 +13,10 @@ from e3kernels import backends
 
 ROOT = Path(__file__).parents[2]
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
-SUITES = [f"tests/ops/test_{name}.py" for name in ("entropy_kl", "topk_kl", "gumbel_topk", "gated_residual")]
+SUITES = [
+    f"tests/ops/test_{name}.py"
+    for name in ("entropy_kl", "extreme_logits", "topk_kl", "sparse_rows", "gumbel_topk", "gated_residual")
+]
 
 pytestmark = pytest.mark.skipif("native" in backends.unavailable, reason=str(backends.unavailable.get("native")))
 

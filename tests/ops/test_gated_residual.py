@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -71,6 +73,42 @@ def test_nan_in_gives_nan_out(backend):
     h, f, m = make((2, 3), (2, 1), 4, torch.float32)
     f[0, 1] = torch.nan
     assert e3k.gated_residual(h, f, m).isnan().nonzero().tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("columns", [3, 700])
+@pytest.mark.parametrize("by", ["tensor", "row", "element"])
+def test_a_closed_gate_hides_what_is_behind_it(backend, dtype, by, columns):
+    """m = 0 gives h and m = 1 gives f, to the bit, whatever the other one holds; so do the gradients."""
+    garbage = torch.tensor([math.inf, -math.inf, math.nan], dtype=dtype).repeat(columns)[:columns].expand(2, columns)
+    clean, _, _ = make((2, columns), (), 9, dtype)
+    shape = {"tensor": (), "row": (2, 1), "element": (2, columns)}[by]
+    incoming = torch.randn(2, columns, generator=torch.Generator().manual_seed(10)).to(dtype)
+    for end in (0.0, -0.0, 1.0):
+        h, f = (garbage, clean) if end else (clean, garbage)
+        leaves = [tensor.clone().requires_grad_() for tensor in (h, f)]
+        out = e3k.gated_residual(*leaves, torch.full(shape, end, dtype=dtype))
+        assert torch.equal(out, clean)
+        grad_hidden, grad_branch = torch.autograd.grad(out, leaves, incoming)
+        assert torch.equal(grad_branch if end else grad_hidden, incoming)
+        assert (grad_hidden if end else grad_branch).eq(0).all()
+
+
+def test_garbage_behind_a_gate_of_many(backend):
+    """The other elements do not feel it, and neither does a gate whose gradient does not reach it."""
+    h, f, _ = make((2, 40), (), 11, torch.float32)
+    m = torch.tensor([[0.0], [0.3]])
+    f[0, ::2], incoming = math.inf, torch.ones(2, 40)
+    incoming[0, ::2] = 0.0
+    leaves = [tensor.clone().requires_grad_() for tensor in (h, f, m)]
+    out = e3k.gated_residual(*leaves)
+    torch.testing.assert_close(out[1], textbook(h, f, m)[1])
+    gate = torch.autograd.grad(out, leaves, incoming, retain_graph=True)[2]
+    torch.testing.assert_close(gate[0], (f - h)[0, 1::2].sum()[None])  # 0·∞ counts as 0
+    infinite = torch.autograd.grad(out, leaves, torch.ones(2, 40))
+    assert infinite[2][0].item() == math.inf  # which is the slope there
+    assert infinite[1][0].eq(0).all()
+    huge = torch.autograd.grad(e3k.gated_residual(*leaves), leaves, torch.full((2, 40), math.inf))
+    assert huge[1][0].eq(0).all()
 
 
 def test_gradcheck():

@@ -185,6 +185,45 @@ def test_no_valid_token_gives_zero_attached_to_the_graph(backend, reduction, wit
     assert all(result.eq(0).all() for result in results)
 
 
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hidden_states_of_a_masked_token_may_hold_anything(backend, dtype, reduction, garbage, with_gradients):
+    student, teacher, labels = make(6, (12, 4, 3), 9, dtype)
+    labels = torch.arange(6)
+    labels[2] = labels[4] = -100
+    call = {"reduction": reduction, "kd_ratio": 0.5}
+    clean = with_gradients(fused(teacher, labels, **call), student, 3)
+    dirty = [student[0].clone(), *student[1:]], [teacher[0].clone(), *teacher[1:]]
+    for hidden, *_ in dirty:
+        hidden[2], hidden[4, 1] = garbage, -garbage
+    ours = with_gradients(fused(dirty[1], labels, **call), dirty[0], 3)
+    for mine, expected in zip(ours, clean, strict=True):
+        assert torch.equal(mine, expected)
+
+
+def extreme_head(dtype):
+    """(hidden, weight) whose logits are the weight's columns: one word far above, a row far below, ties at the top."""
+    weight = torch.randn(70, 3, generator=torch.Generator().manual_seed(12))
+    weight[33, 0], weight[:, 1], weight[2:6, 2] = 1e38, -1e38, 1e38
+    return torch.eye(3, dtype=dtype), weight.to(dtype)
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_logits_at_the_ends_of_fp32(backend, needed):
+    hidden, weight = extreme_head(torch.float32)
+    teacher = torch.randn(70, 3, generator=torch.Generator().manual_seed(13))
+    with torch.set_grad_enabled(needed):
+        weight.requires_grad_(needed)
+        loss = e3k.linear_entropy_kl(hidden, weight, hidden, teacher, weighting="none", reduction="none")
+    with e3k.use_backend("reference"):
+        logits = weight.detach().t().double().requires_grad_()
+        exact = e3k.entropy_kl(logits, teacher.t().double(), weighting="none", reduction="none")
+    torch.testing.assert_close(loss.detach().double(), exact.detach(), rtol=2e-5, atol=2e-5)
+    if needed:
+        (grad,) = torch.autograd.grad(loss.sum(), weight)
+        torch.testing.assert_close(grad.t().double(), torch.autograd.grad(exact.sum(), logits)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_no_rows(backend, with_gradients):
     student, teacher, _ = make(1, (12, 4, 3), 10, torch.float32)
     empty = [student[0][:0], *student[1:]]

@@ -50,6 +50,34 @@ def materialised(loss, teacher, labels, **options):
     return lambda h, w, b: loss(linear(h, w, b), *teacher, labels, **options)
 
 
+def extreme_head(dtype):
+    """(hidden, weight) whose logits are the weight's columns: one word far above, a row far below, ties at the top."""
+    weight = torch.randn(70, 3, generator=torch.Generator().manual_seed(12))
+    weight[33, 0], weight[:, 1], weight[2:6, 2] = 1e38, -1e38, 1e38
+    return torch.eye(3, dtype=dtype), weight.to(dtype)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renorm", "truncated"])
+@pytest.mark.parametrize("needed", [True, False])
+def test_logits_at_the_ends_of_fp32_and_rows_of_other_lengths(backend, tail, needed):
+    hidden, weight = extreme_head(torch.float32)
+    logprobs, ids = torch.randn(3, 70, generator=torch.Generator().manual_seed(13)).log_softmax(-1).topk(9)
+    logprobs[0, ::2], logprobs[2, 5:] = -torch.inf, -torch.inf
+    ids[2, 5:] = ids[2, :4]  # padding with ids that the row stores
+    options = {"tail": tail, "reduction": "none", "return_stats": True}
+    with torch.set_grad_enabled(needed):
+        weight.requires_grad_(needed)
+        loss, stats = e3k.linear_topk_kl(hidden, weight, logprobs, ids, **options)
+    with e3k.use_backend("reference"):
+        logits = weight.detach().t().double().requires_grad_()
+        exact, expected = e3k.topk_kl(logits, logprobs.double(), ids, **options)
+    torch.testing.assert_close(loss.detach().double(), exact.detach(), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(stats.weight.double(), expected.weight, rtol=1e-5, atol=1e-6)
+    if needed:
+        (grad,) = torch.autograd.grad(loss.sum(), weight)
+        torch.testing.assert_close(grad.t().double(), torch.autograd.grad(exact.sum(), logits)[0], rtol=1e-4, atol=1e-5)
+
+
 @given(shape=SHAPES, options=OPTIONS)
 def test_equals_the_textbook_in_fp64(naive_topk_kl, with_gradients, shape, options):
     student, teacher, labels = make(*shape)

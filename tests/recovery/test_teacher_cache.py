@@ -57,6 +57,17 @@ def test_what_is_stored_is_what_the_teacher_predicts(teacher, tmp_path):
     cache.verify()
 
 
+def test_an_improbable_id_is_stored_too(tmp_path):
+    """A log-probability below fp16's range is no padding: k ids stay k ids."""
+    teacher = tiny_model("llama")
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(1e7)
+    cache = make(teacher, tmp_path / "cache", k=5)
+    logprobs, _ = cache.targets(next(iter(in_order(sequences(20)[torch.arange(20)], 20))))
+    assert logprobs.isfinite().all()
+    assert logprobs.min() == torch.finfo(torch.float16).min
+
+
 def test_bf16_is_that_of_autocast(teacher, tmp_path):
     cache = make(teacher, tmp_path / "cache", precision="bf16", k=VOCAB_SIZE)
     batch = next(in_order(sequences(20), 20))

@@ -1,10 +1,12 @@
 """Checks of arguments: each error names the argument, its value and what would be right.
 
 Checks of values are left out where they would cost more than they give: while torch.compile traces (a check would
-specialise the graph on the value), and for tensors on a device other than the CPU (reading them would wait for it).
+specialise the graph on the value), and for tensors on a device other than the CPU (reading them would wait for it)
+unless the environment's E3_CHECK_VALUES=1 asks for it.
 """
 
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -56,9 +58,16 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device}; it must be on {device} like the other tensors")
 
 
+def checks_values(device: torch.device) -> bool:
+    """Whether the values of tensors on `device` are checked."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" or os.environ.get("E3_CHECK_VALUES") == "1"
+
+
 def check_range(name: str, values: Tensor, relevant: Tensor, size: int) -> None:
-    """ValueError unless 0 <= values < size wherever `relevant`; on the CPU only, and not while tracing."""
-    if torch.compiler.is_compiling() or values.device.type != "cpu":
+    """ValueError unless 0 <= values < size wherever `relevant`, where values are checked."""
+    if not checks_values(values.device):
         return
     outside = values[relevant & ((values < 0) | (values >= size))]
     if outside.numel():

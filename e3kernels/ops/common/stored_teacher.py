@@ -11,9 +11,11 @@ from e3kernels.ops.common.arguments import (
     check_dtype,
     check_range,
     check_shape,
+    checks_values,
     code,
 )
 from e3kernels.ops.common.loss_call import Tokens
+from e3kernels.reference.topk_kl import first_of_each
 
 
 def check_tail(tail: str, divergence: str) -> int:
@@ -21,6 +23,19 @@ def check_tail(tail: str, divergence: str) -> int:
     if tail == "truncated" and divergence != "forward":
         raise ValueError(f"divergence is {divergence!r}; tail='truncated' has 'forward' only")
     return code("tail", tail, TAILS)
+
+
+def _check_distinct(ids: Tensor, kept: Tensor) -> None:
+    """ValueError if a row of `ids` (N, k) holds one twice among those `kept`, where values are checked."""
+    if not checks_values(ids.device):
+        return
+    repeated = (kept & ~first_of_each(ids, kept)).nonzero()
+    if len(repeated):
+        row, column = repeated[0].tolist()
+        raise ValueError(
+            f"teacher_ids holds {ids[row, column].item()} twice in row {row}; the ids of a token must be distinct, or "
+            "padding, with a log-probability of −inf"
+        )
 
 
 def stored_teacher(
@@ -39,4 +54,5 @@ def stored_teacher(
     id_rows = ids.reshape(-1, width).to(torch.int64)
     kept = (rows != -torch.inf) & tokens.valid(ignore_index, student.device)[:, None]
     check_range("teacher_ids", id_rows, kept, vocabulary)
+    _check_distinct(id_rows, kept)
     return rows.contiguous(), id_rows.contiguous()

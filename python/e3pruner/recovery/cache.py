@@ -257,8 +257,9 @@ def _top(
             logits = head.logits(sequence).float() / temperature
         if not logits.isfinite().all():
             raise ValueError("teacher: its logits hold NaN or infinity; nothing can be learnt from them")
-        values, indices = logits.topk(k)
-        logprobs.append((values - logits.logsumexp(-1, keepdim=True)).half().cpu())
+        values, indices = logits.log_softmax(-1).topk(k)
+        # What fp16 would round to −∞ would be padding, and no longer count among the entries that a row holds.
+        logprobs.append(values.clamp(min=torch.finfo(torch.float16).min).half().cpu())
         ids.append(indices.cpu())
     return torch.stack(logprobs), torch.stack(ids)
 
