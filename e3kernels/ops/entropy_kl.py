@@ -56,8 +56,8 @@ def entropy_kl(
     Args:
         student_logits, teacher_logits: (..., V), one dtype: float32, bfloat16, float16 or float64. A gradient flows to
             the student only. Sums are fp32 (fp64 for float64).
-        labels: (...) integer ids; tokens labelled `ignore_index` do not count. Out of range raises on the CPU; on other
-            devices and under torch.compile it is undefined.
+        labels: (...) integer ids; tokens labelled `ignore_index` do not count. Out of range raises on the CPU, and
+            with E3_CHECK_VALUES=1 on any device; else, and under torch.compile, it is undefined.
         token_mask: (...) bool or integer; tokens that are False or 0 do not count. With labels, both must hold.
         temperature: T > 0.
         weighting: "entropy" w = 1 + γ·r (our definition), "inverse" w = 1 + γ·(1 − r), "none" w = 1, or "mix":
