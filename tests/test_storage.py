@@ -98,12 +98,12 @@ def test_what_is_no_json_is_said_in_a_sentence_with_its_file(tmp_path, text):
             read(tmp_path / "a.json")
     if text:  # no line is no damage
         with pytest.raises(ValueError, match=r"a\.json, line 1: "):
-            read_json_lines(tmp_path / "a.json", ("x",), "no row")
+            read_json_lines(tmp_path / "a.json", {"x": int}, "no row")
 
 
 def test_bytes_that_are_no_text_are_said_in_a_sentence(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00\x81")
-    for read in (read_json, read_whole, partial(read_json_lines, keys=(), otherwise="no row")):
+    for read in (read_json, read_whole, partial(read_json_lines, form={}, otherwise="no row")):
         with pytest.raises(ValueError, match=r"a\.json"):
             read(tmp_path / "a.json")
 

@@ -142,7 +142,7 @@ class Study:
 
 
 def read_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = read_json_lines(path, ("cell", "seed", "settings"), "no cell") if path.exists() else []
+    rows = read_json_lines(path, {"cell": str, "seed": int, "settings": dict}, "no cell") if path.exists() else []
     if any(row["settings"] != settings for row in rows):
         raise SystemExit(f"{path} holds figures of other settings; choose another --out")
     return rows

@@ -30,8 +30,8 @@ def natural(value: Any) -> bool:
 
 def _misfits(value: Any, form: Any, name: str) -> Iterator[str]:
     if isinstance(form, tuple):
-        found = [next(_misfits(value, each, name), None) for each in form]
-        yield from () if None in found else [found[0]]
+        found = [list(_misfits(value, each, name)) for each in form]
+        yield from found[0] if all(found) else ()
     elif isinstance(form, list) and isinstance(value, list):
         for number, item in enumerate(value):
             yield from _misfits(item, form[0], f"{name}[{number}]")
@@ -59,4 +59,4 @@ def _fits(value: Any, form: Any) -> bool:
 def _called(form: Any) -> str:
     if isinstance(form, (list, dict)):
         return "a list" if isinstance(form, list) else "an object"
-    return "null" if form is None else f"{form.__name__}"
+    return "null" if form is None else str(form.__name__).replace("_", " ")

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,9 +127,9 @@ def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Non
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_json_lines(path: Path, keys: Collection[str], otherwise: str) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file. Raises ValueError naming the line that is no JSON or, saying `otherwise`, no
-    mapping with these `keys`.
+def read_json_lines(path: Path, form: Mapping[str, Any], otherwise: str) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file. Raises ValueError naming the line that is no JSON, that is, saying `otherwise`, no
+    object with the keys of `form`, or that has not that form (see `check_form`).
     """
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -137,8 +137,9 @@ def read_json_lines(path: Path, keys: Collection[str], otherwise: str) -> list[d
             row = parse_json(line.decode())
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-        if not isinstance(row, dict) or not set(keys) <= row.keys():
+        if not isinstance(row, dict) or not form.keys() <= row.keys():
             raise ValueError(f"{path}, line {number}: {otherwise}")
+        check_form(f"{path}, line {number}", row, form)
         rows.append(row)
     return rows
 

@@ -135,6 +135,16 @@ def test_an_interrupted_comparison_goes_on_with_the_cell_it_was_at(
         comparison(settings | {"seeds": [0, 1, 2]}, tmp_path / "out").run()
 
 
+@pytest.mark.parametrize("name", ["key", "drop", "removed", "cost", "seconds", "held_out"])
+def test_a_damaged_cell_is_named(compared: Path, tmp_path: Path, name: str) -> None:
+    lines = (compared / CELLS_FILE).read_text(encoding="utf-8").splitlines()
+    for wrong in (None, True, [None], {"manual": None}):
+        lines[1] = json.dumps(json.loads(lines[1]) | {name: wrong})
+        (tmp_path / CELLS_FILE).write_text("\n".join(lines), encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"cells\.jsonl, line 2 is damaged: {name}"):
+            read_rows(tmp_path / CELLS_FILE)
+
+
 def test_cells_share_what_they_measure_and_pay_for_it_all_the_same(settings: dict[str, Any], tmp_path: Path) -> None:
     alone = comparison(settings | {"methods": ["greedy"], "drop": [3], "seeds": [0]}, tmp_path / "alone").run()
     both = comparison(settings | {"methods": ["leave-one-out", "greedy"], "seeds": [0]}, tmp_path / "both")

@@ -1,8 +1,11 @@
 """The report from a synthetic results file: whole, self-contained, honest about what is missing."""
 
+import copy
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3pruner.report import build_report, load_results, model_table, save_results
-from e3pruner.report.plots import COLOURS, PLOTS, draw, runs, themed
+from e3pruner.report.plots import COLOURS, PLOTS, draw, plotted, runs, themed
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,10 @@ def test_same_results_same_page(folder: Path, page: str, tmp_path: Path) -> None
         ("{", "damaged"),
         ("[]", "no results file"),
         ('{"schema": 99}', "no results file"),
-        ('{"schema": 1}', "lacks title"),
+        ('{"schema": 1}', "lacks 'title'"),
+        ("null", "no results file"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"schema": 1, "title": 3}', "title is 3"),
     ],
 )
 def test_a_bad_results_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -96,6 +102,123 @@ def test_a_bad_results_file_is_refused(tmp_path: Path, content: str, message: st
     with pytest.raises(ValueError, match=message):
         build_report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+JUNK = ["$x^{", "$a$ $\\frac{$ \\$", "_hidden", "--></svg><script>", "\x00\x1b[31m", "\ud800", "{{ 7 }} %s &amp;"]
+
+
+def with_junk(value: Any, junk: str) -> Any:
+    """`value` with every text in it, keys but those of the format's own, replaced by `junk` and a number."""
+    count = iter(range(10**6))
+
+    def changed(part: Any, name: str = "") -> Any:
+        if isinstance(part, str):
+            return f"{junk}{next(count)}" if name != "method" else junk
+        if isinstance(part, list):
+            return [changed(item, name) for item in part]
+        if isinstance(part, dict):
+            free = name in ("curve", "config", "seconds", "answers", "versions", "backends", "machine")
+            return {f"{junk}{key}" if free else key: changed(item, key) for key, item in part.items()}
+        return part
+
+    return changed(value)
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_no_text_in_the_results_stops_the_report(results: dict[str, Any], tmp_path: Path, junk: str) -> None:
+    # Three depths of one method each suffice; the plots of junk are drawn for real.
+    results["comparison"] = results["comparison"][:1] + results["comparison"][3:4]
+    results["mask_path"] = {"steps": [0, 1], "removed": [[0, 1], [1, 0]]}
+    save_results(with_junk(results, junk), tmp_path)
+    page = build_report(tmp_path).read_text(encoding="utf-8")
+    assert page.count("<svg") == page.count("</svg>") == len(PLOTS)
+    assert "<script" not in page
+    if junk.isprintable():
+        assert escape(junk) in page
+    if junk == "_hidden":  # matplotlib leaves such names out of a legend
+        assert page.count("_hidden") > 12
+
+
+@pytest.mark.parametrize("path", [("curve",), ("comparison", 0, "method"), ("comparison", 0, "recovery")])
+def test_a_name_is_drawn_as_it_is(results: dict[str, Any], tmp_path: Path, path: tuple[Any, ...]) -> None:
+    part = results
+    for key in path[:-1]:
+        part = part[key]
+    name = "_cost $5 and $10"
+    part[path[-1]] = {name: results["curve"]["bi"]} if path == ("curve",) else name
+    plot = "curve" if path == ("curve",) else "depth"
+    save_results(results, tmp_path)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", draw(plot, load_results(tmp_path), tmp_path))
+    assert any(name in text for text in texts)
+
+
+WRONG = [None, [], {}, 3, -1, True, "x", [None], [[]], [{}], {"x": None}, [[1]], {"x": [[1, 2, 3]]}, [["a", "b"]]]
+PARTS = [
+    "title",
+    "environment",
+    "summary",
+    "command",
+    "config",
+    "seconds",
+    "layers",
+    "removed",
+    "importance",
+    "mask_path",
+]
+PARTS += ["methods", "comparison", "curve", "recovery", "models", "tasks", "generations"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_another_form_is_shown_or_named(results: dict[str, Any], tmp_path: Path, part: str) -> None:
+    refused = 0
+    for number, wrong in enumerate(WRONG):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_results({key: results[key] for key in ("title", "environment")} | {part: wrong}, folder)
+        try:
+            build_report(folder)
+        except ValueError as error:
+            refused += 1
+            assert f"results.json is damaged: {part}" in str(error)  # noqa: PT017  some are shown
+            assert [path.name for path in folder.iterdir()] == ["results.json"]
+    assert refused > 6
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of everything in `value`, but of each list the first and of each plain mapping two only."""
+    yield path
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from places(part, (*path, key))
+    elif isinstance(value, list) and value:
+        yield from places(value[0], (*path, 0))
+
+
+def test_wherever_it_is_damaged_a_sentence_says_so(results: dict[str, Any], tmp_path: Path) -> None:
+    """Every value of the results in turn replaced by null, a list, an object, a text and a negative number."""
+    for path in places(results):
+        if not path or path[0] in ("environment", "config", "seconds"):
+            continue
+        for wrong in (None, [], {}, "x", -1):
+            damaged = copy.deepcopy({key: results[key] for key in ("title", "environment", path[0])})
+            part = damaged
+            for key in path[:-1]:
+                part = part[key]
+            part[path[-1]] = wrong
+            save_results(damaged, tmp_path)
+            try:
+                loaded = load_results(tmp_path)
+            except ValueError as error:
+                assert f"results.json is damaged: {path[0]}" in str(error)  # noqa: PT017
+                continue
+            model_table(loaded)
+            for name in PLOTS:
+                if plotted(name, loaded):
+                    PLOTS[name](loaded)
+
+
+def test_the_results_of_the_demo_have_their_form() -> None:
+    load_results(Path(__file__).parents[2] / "bench" / "results", "demo.json")
 
 
 def test_no_results_file(tmp_path: Path) -> None:
@@ -130,6 +253,15 @@ def test_table_leaves_out_what_nobody_measured(results: dict[str, Any]) -> None:
     for model in results["models"]:
         del model["prefill_tokens_per_s"]
     assert "prefill tokens/s" not in model_table(results)[0]
+
+
+@pytest.mark.parametrize("kl", [float("inf"), float("nan"), 1e300, -1.0])
+def test_a_divergence_that_is_no_number_is_drawn(results: dict[str, Any], tmp_path: Path, kl: float) -> None:
+    results["importance"][3] = results["curve"]["bi"][1][1] = results["models"][1]["kl"] = kl
+    results["comparison"][0]["kl"] = [kl, 0.5, 0.6]
+    results["recovery"]["train"][2][1] = results["recovery"]["held_out"][0][1] = kl
+    save_results(results, tmp_path)
+    assert build_report(tmp_path).read_text(encoding="utf-8").count("<svg") == len(PLOTS)
 
 
 def test_layers_of_no_importance_are_drawn(results: dict[str, Any], tmp_path: Path) -> None:

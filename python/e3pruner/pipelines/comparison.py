@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import e3kernels as e3k
 import e3pruner
+from e3pruner.form import natural
 from e3pruner.mask_search.checkpoint import Checkpoint
 from e3pruner.mask_search.method import METHODS
 from e3pruner.mask_search.problem import SearchProblem
@@ -32,6 +33,8 @@ from e3pruner.text.kinds import KindsOfText, kinds_of_text
 CELLS_FILE, MEASURED_FOLDER = "cells.jsonl", "measured"
 _COMPENSATION = 32  # training sequences of each kind: the closed forms are fitted to those of all but the last
 _BATCH = 4
+_ROW = {"key": str, "drop": natural, "removed": [natural], "cost": float, "seconds": float}
+_ROW |= {"held_out": {str: {"kl": float, "perplexity": float}}}
 
 Row = dict[str, Any]
 
@@ -209,4 +212,4 @@ class Comparison:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a comparison's file, if it exists. Raises `ValueError` naming a line that is none."""
-    return read_json_lines(path, ("key",), "no cell of a comparison") if path.exists() else []
+    return read_json_lines(path, _ROW, "no cell of a comparison") if path.exists() else []

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from e3kernels.profiling import MemoryTimeline
 from e3kernels.profiling.memory import CATEGORIES
 from e3pruner.profiling.ceilings import Ceilings
-from e3pruner.report.plots import COLOURS, MARKERS
+from e3pruner.report.palette import COLOURS, MARKERS, as_text
 
 FILLS = (
     COLOURS.series1,
@@ -115,11 +115,11 @@ def phase_bars(phases: dict[str, dict[str, float]]) -> Figure:
         for name, seconds in run.items():
             axes.barh(row, 1e3 * seconds, 0.6, left, color=FILLS[names.index(name) % len(FILLS)])
             left += 1e3 * seconds
-    axes.set_yticks(range(len(phases)), list(phases))
+    axes.set_yticks(range(len(phases)), list(map(as_text, phases)))
     axes.invert_yaxis()
     axes.set(xlabel="ms")
     axes.grid(axis="y", visible=False)
-    handles = [axes.barh(0, 0, color=FILLS[i % len(FILLS)], label=name) for i, name in enumerate(names)]
+    handles = [axes.barh(0, 0, color=FILLS[i % len(FILLS)], label=as_text(name)) for i, name in enumerate(names)]
     axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1), ncols=7, fontsize=9, handlelength=1)
     return figure
 

@@ -32,7 +32,8 @@ def beside_cuts(plan: PruningPlan) -> list[int]:
 def _chosen(model: PreTrainedModel, trainable: str, plan: PruningPlan | None) -> list[nn.Parameter]:
     """What `trainable` names, but for what the caller froze: of that nothing is trained, nor are adapters beside it."""
     if trainable == "lora":
-        adapted = [m for m in model.modules() if hasattr(m, "base_layer") and m.base_layer.weight.requires_grad]
+        layers = [(m, getattr(m, "base_layer", None)) for m in model.modules()]
+        adapted = [m for m, base in layers if base is not None and base.weight.requires_grad]
         return [p for m in adapted for name, p in m.named_parameters() if name.startswith("lora_")]
     if trainable == "norms":
         named: Iterable[nn.Parameter] = [p for p in model.parameters() if p.dim() <= 1]
@@ -41,13 +42,13 @@ def _chosen(model: PreTrainedModel, trainable: str, plan: PruningPlan | None) ->
     elif trainable == "all":
         named = model.parameters()
     else:
-        layers = find_layers(model)
-        if plan is None or len(plan.kept) != len(layers):
+        stack = find_layers(model)
+        if plan is None or len(plan.kept) != len(stack):
             kept = "None" if plan is None else f"of {len(plan.kept)} kept layers"
             raise ValueError(
-                f"plan is {kept}; trainable='cuts' needs the one by which the {len(layers)} layers were kept"
+                f"plan is {kept}; trainable='cuts' needs the one by which the {len(stack)} layers were kept"
             )
-        named = [p for i in beside_cuts(plan) for p in layers[i].parameters()]
+        named = [p for i in beside_cuts(plan) for p in stack[i].parameters()]
     return [p for p in named if p.requires_grad]
 
 

@@ -61,8 +61,8 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 def read(path: Path) -> list[Row]:
     """Rows of a JSON lines file; ValueError names the line that is not one."""
-    keys = ("op", "provider", "median")
-    return read_json_lines(path, keys, "not a benchmark row (no op, provider and median)")
+    form = {"op": str, "provider": str, "median": float}
+    return read_json_lines(path, form, "not a benchmark row (no op, provider and median)")
 
 
 def compare(old: list[Row], new: list[Row], provider: str = "e3") -> list[Change]:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from e3pruner.report.comparison import Spread, panels
-from e3pruner.report.palette import COLOURS, DASHES, MARKERS, SERIES
+from e3pruner.report.palette import COLOURS, DASHES, MARKERS, SERIES, as_text
 
 _PRICE_MARKERS = (*MARKERS, "v", "P", "X", "*")
 
@@ -25,8 +25,8 @@ def quality(results: dict[str, Any]) -> Figure:
             colour = COLOURS.removed if place == 0 else COLOURS.series1
             axes.plot([spread.low, spread.high], [place, place], color=colour)
             axes.plot(spread.mean, place, "o", color=colour, markersize=5)
-        axes.set_yticks(range(len(lines)), [line["method"] for line in lines])
-        axes.set(ylim=(len(lines) - 0.4, -0.6), title=caption)
+        axes.set_yticks(range(len(lines)), [as_text(line["method"]) for line in lines])
+        axes.set(ylim=(len(lines) - 0.4, -0.6), title=as_text(caption))
         axes.grid(axis="y", visible=False)
         _logarithmic(axes, "x", [line["kl"][0] for line in lines])
     axes.set_xlabel("held-out KL (nats a token)")
@@ -44,11 +44,11 @@ def price(results: dict[str, Any]) -> Figure:
             number = methods.index(line["method"])
             colour, marker = getattr(COLOURS, SERIES[number % 4]), _PRICE_MARKERS[number // 4 % 8]
             spread = Spread(*line["kl"])
-            bar = [[spread.mean - spread.low], [spread.high - spread.mean]]
-            axes.errorbar(
-                line["cost"] or free, spread.mean, yerr=bar, color=colour, marker=marker, ls="", label=line["method"]
-            )
-        axes.set(xscale="log", title=caption, ylabel="held-out KL (nats a token)")
+            # Of equal values the mean may be rounded past them.
+            bar = [[max(0.0, spread.mean - spread.low)], [max(0.0, spread.high - spread.mean)]]
+            look = {"color": colour, "marker": marker, "ls": "", "label": as_text(line["method"])}
+            axes.errorbar(line["cost"] or free, spread.mean, yerr=bar, **look)
+        axes.set(xscale="log", title=as_text(caption), ylabel="held-out KL (nats a token)")
         _logarithmic(axes, "y", [line["kl"][0] for line in lines])
     axes.set_xlabel("tokens × dense forward passes")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
@@ -71,7 +71,7 @@ def depth(results: dict[str, Any]) -> Figure:
         colour = getattr(COLOURS, SERIES[number % 4])
         label = name[0] if name[1] == "none" else f"{name[0]}, {name[1]}"
         look = {"color": colour, "ls": DASHES[number // 4 % 4], "marker": MARKERS[number % 4], "markersize": 4}
-        axes.plot(drops, [spread.mean for _, spread in points], label=label, **look)
+        axes.plot(drops, [spread.mean for _, spread in points], label=as_text(label), **look)
         low, high = ([getattr(spread, name) for _, spread in points] for name in ("low", "high"))
         axes.fill_between(drops, low, high, color=colour, alpha=0.15, lw=0)
     axes.set(xlabel="layers removed", ylabel="held-out KL (nats a token)")

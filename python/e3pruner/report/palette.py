@@ -20,6 +20,11 @@ class Palette:
     series4: str = "#2f8f6b"
 
 
+def as_text(name: str) -> str:
+    """`name` as matplotlib is to draw it: no formula between dollars, and in the legend even after an underscore."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 COLOURS = Palette()
 SERIES = ("series1", "series2", "series3", "series4")
 DASHES = ("-", "--", ":", "-.")

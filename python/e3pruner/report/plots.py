@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from e3pruner.report import comparison_plots
-from e3pruner.report.palette import COLOURS, DASHES, MARKERS, SERIES
+from e3pruner.report.palette import COLOURS, DASHES, MARKERS, SERIES, as_text
 from e3pruner.storage import replacing_file
 
 Results = dict[str, Any]
@@ -103,7 +103,7 @@ def curve(results: Results) -> Figure:
     for number, (method, points) in enumerate(results["curve"].items()):
         count, kl = zip(*points, strict=True)
         look = {"color": getattr(COLOURS, SERIES[number % 4]), "ls": DASHES[number % 4], "marker": MARKERS[number % 4]}
-        axes.plot(count, kl, label=method, markersize=5, **look)
+        axes.plot(count, kl, label=as_text(method), markersize=5, **look)
     axes.set(xlabel="layers removed", ylabel="held-out KL (nats a token)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
@@ -148,10 +148,14 @@ WANTED: dict[str, Callable[[Results], bool]] = {
 }
 
 
+def plotted(name: str, results: Results) -> bool:
+    """Whether the results have what the plot shows."""
+    return bool(WANTED.get(name, lambda results: results.get(name))(results))
+
+
 def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     """Draws every plot whose results are there: `folder`/NAME.png, and NAME -> inline SVG for the page."""
-    wanted = [name for name in PLOTS if WANTED.get(name, lambda results, name=name: results.get(name))(results)]
-    return {name: draw(name, results, folder) for name in wanted}
+    return {name: draw(name, results, folder) for name in PLOTS if plotted(name, results)}
 
 
 def draw(name: str, results: Results, folder: Path) -> str:

@@ -20,14 +20,76 @@ Keys (all but `title` and `environment` may be missing; the report then leaves t
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from e3pruner.storage import write_json
+from e3pruner.form import check_form, natural, positive
+from e3pruner.report.table import COLUMNS
+from e3pruner.storage import read_json, write_json
 
 RESULTS_FILE = "results.json"
 SCHEMA = 1
+# Control characters but tab and line feed, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _table(value: Any, width: int | None = None) -> bool:
+    """Whether it is a list of lists of numbers, all of this width (None: of one, whichever, but none empty)."""
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
+        return False
+    numbers = all(type(item) in (int, float) for row in value for item in row)
+    widths = {len(row) for row in value} - ({width} if width else set())
+    return numbers and (not widths if width else 0 not in widths and len(widths) <= 1)
+
+
+def pairs_of_numbers(value: Any) -> bool:
+    """Whether it is a list of pairs of numbers."""
+    return _table(value, 2)
+
+
+def one_or_more_pairs_of_numbers(value: Any) -> bool:
+    """Whether it is a list of pairs of numbers, at least one."""
+    return pairs_of_numbers(value) and bool(value)
+
+
+def steps_with_lists_of_shares(value: Any) -> bool:
+    """Whether it holds "steps" and, for each of them, "removed", equally long lists of numbers from 0 to 1."""
+    if not isinstance(value, dict) or not isinstance(steps := value.get("steps"), list) or not steps:
+        return False
+    table = value.get("removed", [])
+    share = _table(table) and all(0 <= part <= 1 for row in table for part in row)
+    return share and all(map(natural, steps)) and len(table) == len(steps)
+
+
+def three_numbers(value: Any) -> bool:
+    """Whether it is a mean, a least and a largest number."""
+    return _table([value], 3)
+
+
+_FIGURES = {f"{key}?": (float, None) for key in COLUMNS}
+_METHOD = {"method": str, "removed": [natural], "cost": float, "seconds": float, "kl": float, "perplexity": float}
+_LINE = {"drop": natural, "recovery": str, "method": str, "kl": three_numbers, "cost": float, "seconds": float}
+_ENVIRONMENT = {"machine": {str: object}, "versions": {str: object}, "backends": {str: object}}
+FORM = {
+    "title": str,
+    "environment": _ENVIRONMENT | {"commit": (str, None), "date": str},
+    "summary?": (str, None),
+    "command?": (str, None),
+    "config?": {str: object},
+    "seconds?": {str: float},
+    "layers?": positive,
+    "removed?": [natural],
+    "importance?": [float],
+    "mask_path?": steps_with_lists_of_shares,
+    "methods?": [_FIGURES | _METHOD],
+    "comparison?": [_LINE | {"kinds": {str: {"kl": three_numbers, "perplexity": three_numbers}}}],
+    "curve?": {str: one_or_more_pairs_of_numbers},
+    "recovery?": {"train": pairs_of_numbers, "held_out": pairs_of_numbers, "perplexity?": pairs_of_numbers},
+    "models?": [_FIGURES | {"name": str}],
+    "tasks?": {str: {str: {str: object}}},
+    "generations?": [{"prompt": str, "answers": {str: str}}],
+}
 
 
 def save_results(results: dict[str, Any], folder: Path) -> Path:
@@ -38,16 +100,25 @@ def save_results(results: dict[str, Any], folder: Path) -> Path:
 
 
 def load_results(folder: Path, name: str = RESULTS_FILE) -> dict[str, Any]:
-    """Reads `folder`/`name`; raises FileNotFoundError when there is none, ValueError when it is not ours."""
+    """Reads `folder`/`name`. What cannot be shown of a text, as a control character, is U+FFFD in it.
+
+    Raises FileNotFoundError when there is none, ValueError when it is not ours or naming the part that lacks its form.
+    """
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {name}; e3 demo writes one")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    results = read_json(path)
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise ValueError(f"{path} is no results file of this version (it must hold schema {SCHEMA})")
-    if missing := [key for key in ("title", "environment") if key not in results]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    return results
+    check_form(path, results, FORM)
+    return cast(dict[str, Any], _printable(results))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from e3pruner.storage import parse_json
 from e3pruner.text.opening import encode, opening
 from e3pruner.text.sequences import IGNORED, Packed
 
@@ -49,7 +49,7 @@ def _line_records(path: Path) -> Iterator[Any]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    yield parse_json(line)
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
 
