@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import on_ranks
 from tiny_models import NUM_LAYERS, VOCAB_SIZE, tiny_model
 
 import e3pruner
+from e3pruner import PruningPlan
 from e3pruner.models import skipped
 from e3pruner.text.documents import Marked, pack_documents
 
@@ -45,6 +48,38 @@ def test_documents_are_apart_and_only_what_is_learnt_counts(model_type):
     figures = e3pruner.evaluate(e3pruner.prune(model, plan), [packed], model, progress=False)
     assert figures["kl"] == pytest.approx(plan.metrics["kl"], rel=1e-4)
     assert figures["tokens"] == plan.metrics["tokens"]
+
+
+def test_ranks_count_by_what_they_hold(tmp_path):
+    ids, mask = (
+        torch.randint(3, VOCAB_SIZE, (4, 12), generator=torch.Generator().manual_seed(0)),
+        torch.ones(4, 12).long(),
+    )
+    mask[1, 5:] = mask[2, :7] = 0  # of the first batch the second rank holds less, of the second the first
+    arguments = {"drop": 3, "precision": "fp32", "progress": False}
+    methods = ("greedy", "leave-one-out-perplexity", "bi", "taylor")
+
+    def plans(share):
+        batches = [(ids[:2][share], mask[:2][share]), (ids[2:][share], mask[2:][share])]
+        return {m: e3pruner.search(tiny_model("llama"), batches, method=m, **arguments) for m in methods}
+
+    def on_a_rank():
+        rank = dist.get_rank()
+        for method, plan in plans(slice(rank, rank + 1)).items():
+            plan.save(tmp_path / f"{method}-{rank}.json")
+
+    expected = plans(slice(None))
+    on_ranks(2, on_a_rank, tmp_path)
+    for method in methods[:3]:
+        for rank in range(2):
+            plan = PruningPlan.load(tmp_path / f"{method}-{rank}.json")
+            assert plan.removed == expected[method].removed
+            assert plan.metrics == pytest.approx(expected[method].metrics, rel=1e-5)
+            for key in ("importance", "score"):
+                if key in plan.history[0]:
+                    assert plan.history[0][key] == pytest.approx(expected[method].history[0][key], rel=1e-5)
+    first, second = (PruningPlan.load(tmp_path / f"taylor-{rank}.json") for rank in range(2))
+    assert first == second
 
 
 def test_a_model_that_cannot_keep_documents_apart_is_refused():

@@ -259,6 +259,15 @@ def test_padding_is_not_learnt_from(teacher):
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_without_labels_is_neither_learnt_nor_learnt_from(side):
+    inputs = padded_on(side)
+    batch = batch_of({name: inputs[name] for name in ("input_ids", "attention_mask")})
+    assert (batch.labels != -100).sum() == (inputs["attention_mask"].sum(-1) - 1).sum()
+    with pytest.raises(ValueError, match="attention_mask holds 2; it is 1 for tokens and 0 for padding"):
+        batch_of(inputs | {"attention_mask": 2 * inputs["attention_mask"]})
+
+
 def padded_on(side: str, fill: int = 5) -> dict[str, torch.Tensor]:
     """Rows of 12 to 7 tokens, padded with `fill` on one side."""
     rows = [row[: 12 - i % 6] for i, row in enumerate(sequences()[:6])]

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from tiny_models import NUM_LAYERS, TINY_CONFIGS, VOCAB_SIZE, tiny_model, tiny_tokens
+from tiny_models import NUM_LAYERS, POSITION_CONFIGS, TINY_CONFIGS, VOCAB_SIZE, tiny_model, tiny_tokens
 from transformers import BatchEncoding
 
 import e3pruner
@@ -15,7 +15,7 @@ from e3pruner.recovery.teacher import LiveTeacher
 LENGTHS = (12, 7, 9, 12)
 ROWS = [tiny_tokens(1, length, seed)[0] for seed, length in enumerate(LENGTHS)]
 ALONE = [row[None] for row in ROWS]
-TYPES = ["llama", "gpt2", "bloom", "opt", "gemma2", "gptj", "falcon"]
+TYPES = ["llama", "gpt2", "gpt_neo", "bloom", "opt", "gemma2", "gptj", "falcon", *POSITION_CONFIGS]
 SEARCH = {"drop": 2, "precision": "fp32", "progress": False}
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from e3pruner.models.head import check_packing
 from e3pruner.models.positions import check_padding, position_limit
-from e3pruner.text.sequences import IGNORED, Sequences, joined
+from e3pruner.text.sequences import IGNORED, Sequences, check_mask, joined
 
 Given = Tensor | Sequences | Mapping[str, Any] | Iterable[Any]
 """What `batches_of` takes."""
@@ -135,8 +135,7 @@ def _mask(name: str, mask: Any, ids: Tensor) -> Tensor | None:
     if mask is None:
         return None
     values = _like(f"{name}: attention_mask", _tensor(f"{name}: attention_mask", mask), ids)
-    if not (fit := (values == 0) | (values == 1)).all():
-        raise ValueError(f"{name}: attention_mask holds {values[~fit][0].item()}; it is 1 for tokens and 0 for padding")
+    check_mask(f"{name}: attention_mask", values)
     return None if values.all() else values.to(torch.int64)
 
 

@@ -153,6 +153,12 @@ def as_sequences(rows: Rows) -> Sequences:
     return rows if isinstance(rows, Sequences) else Sequences(rows)
 
 
+def check_mask(name: str, mask: Tensor) -> None:
+    """Raises ValueError naming `name` for an attention mask that holds anything but 0 and 1."""
+    if not (fit := (mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{name} holds {mask[~fit][0].item()}; it is 1 for tokens and 0 for padding")
+
+
 def beside_padding(attention_mask: Tensor) -> Tensor:
     """Where a position, or the token that it predicts, is padding: (N, S − 1), bool, for a mask (N, S)."""
     return (attention_mask[:, :-1] == 0) | (attention_mask[:, 1:] == 0)

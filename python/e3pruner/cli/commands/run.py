@@ -21,7 +21,6 @@ from e3pruner.recovery import DistillOptions
 from e3pruner.recovery.compensation import METHODS as COMPENSATIONS
 from e3pruner.recovery.tracking import check_tracker
 from e3pruner.report import build_report, save_results
-from e3pruner.text.batches import tokens_of
 from e3pruner.text.splits import take, token_splits
 
 Pairs = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of that step; may be repeated.")]
@@ -83,7 +82,7 @@ def run(
     tokens = token_splits(tokenizer, text, length=length, seed=seed)
     calibration = take(tokens.calibration, sequences, "--sequences")
     evaluated = take(tokens.held_out, held_out, "--held-out")
-    other = None if judge is None else tokens_of(token_splits(tokenizer, judge, length=length, seed=seed).training)
+    other = None if judge is None else token_splits(tokenizer, judge, length=length, seed=seed).training
     schedule = Schedule(drop, rounds, method, parse_options(search), compensate, settings, cached, track, seed)
     with output_folder(ctx, out, force) as folder:
         work = Rounds(

@@ -16,20 +16,22 @@ from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
 from e3pruner.text.batches import Batch
-from e3pruner.text.sequences import IGNORED, beside_padding
+from e3pruner.text.sequences import IGNORED, beside_padding, check_mask
 
 
 def batch_of(inputs: Mapping[str, Any]) -> Batch:
     """A `Batch` of what Hugging Face collators make: `input_ids` (B, S), and if given `labels` (B, S; −100 where none),
     `attention_mask` (B, S) and `rows` (B,), the sequences' numbers in the data of a `TeacherCache`. Padding predicts
-    nothing, so the first token behind it is not learnt; and with `position_ids` (B, S) of documents packed into a row,
-    no document's first token is.
+    nothing and is not predicted, so the first token behind it is not learnt; and with `position_ids` (B, S) of
+    documents packed into a row, no document's first token is.
 
-    Raises ValueError for `position_ids` of another shape, or beside padding: the models tell documents apart by
-    positions only where nothing is masked.
+    Raises ValueError for an `attention_mask` that holds anything but 0 and 1, and for `position_ids` of another shape,
+    or beside padding: the models tell documents apart by positions only where nothing is masked.
     """
     input_ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
     labels = inputs.get("labels", input_ids)[:, 1:]
+    if mask is not None:
+        check_mask("attention_mask", mask)
     if positions is not None:
         if positions.shape != input_ids.shape:
             found, wanted = tuple(positions.shape), tuple(input_ids.shape)
