@@ -70,13 +70,16 @@ class Request:
         self,
         *,
         max_new_tokens: int,
+        min_new_tokens: int,
         eos: list[int],
         pad: int,
         sample: bool,
         temperature: float,
         top_k: int,
         top_p: float,
+        min_p: float,
         repetition_penalty: float,
+        no_repeat_ngram_size: int,
         seed: int,
     ) -> None: ...
 

@@ -110,6 +110,7 @@ void bind_decoder(py::module_& module) {
   py::class_<Decoder>(module, "Decoder")
       .def(py::init([](std::shared_ptr<Model> model) {
         model->check_uniform();
+        model->check_shapes();
         return std::make_unique<Decoder>(std::move(model));
       }))
       .def(
@@ -131,7 +132,6 @@ void bind_decoder(py::module_& module) {
           [](Decoder& decoder, Cache& cache, const at::Tensor& ids, const Request& request,
              const py::object& on_tokens) {
             const at::NoGradGuard inference;
-            request.sampling.check();
             const OnTokens callback = with_signals(on_tokens);
             const py::gil_scoped_release release;
             return generate(decoder, cache, ids, request, callback);
@@ -142,7 +142,6 @@ void bind_decoder(py::module_& module) {
           [](Decoder& decoder, Cache& cache, const Plan& draft, const at::Tensor& ids, const Request& request,
              const py::object& on_tokens) {
             const at::NoGradGuard inference;
-            request.sampling.check();
             const OnTokens callback = with_signals(on_tokens);
             const py::gil_scoped_release release;
             Speculation speculation(decoder, cache, draft, request);
@@ -154,21 +153,27 @@ void bind_decoder(py::module_& module) {
 
 void bind_request(py::module_& module) {
   py::class_<Request>(module, "Request")
-      .def(py::init([](std::int64_t max_new_tokens, std::vector<std::int64_t> eos, std::int64_t pad, bool sample,
-                       double temperature, std::int64_t top_k, double top_p, double repetition_penalty,
-                       std::uint64_t seed) {
-             return Request{.max_new_tokens = max_new_tokens,
-                            .eos = std::move(eos),
-                            .pad = pad,
-                            .sampling = {.sample = sample,
-                                         .temperature = temperature,
-                                         .top_p = top_p,
-                                         .repetition_penalty = repetition_penalty,
-                                         .top_k = top_k,
-                                         .seed = seed}};
+      .def(py::init([](std::int64_t max_new_tokens, std::int64_t min_new_tokens, std::vector<std::int64_t> eos,
+                       std::int64_t pad, bool sample, double temperature, std::int64_t top_k, double top_p, double min_p,
+                       double repetition_penalty, std::int64_t no_repeat_ngram_size, std::uint64_t seed) {
+             Request request{.max_new_tokens = max_new_tokens,
+                             .pad = pad,
+                             .sampling = {.sample = sample,
+                                          .temperature = temperature,
+                                          .top_p = top_p,
+                                          .min_p = min_p,
+                                          .repetition_penalty = repetition_penalty,
+                                          .top_k = top_k,
+                                          .no_repeat_ngram_size = no_repeat_ngram_size,
+                                          .min_new_tokens = min_new_tokens,
+                                          .eos = std::move(eos),
+                                          .seed = seed}};
+             request.sampling.check();
+             return request;
            }),
-           py::kw_only(), py::arg("max_new_tokens"), py::arg("eos"), py::arg("pad"), py::arg("sample"),
-           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("repetition_penalty"), py::arg("seed"));
+           py::kw_only(), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("eos"), py::arg("pad"),
+           py::arg("sample"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"),
+           py::arg("repetition_penalty"), py::arg("no_repeat_ngram_size"), py::arg("seed"));
   py::class_<SpeculationCounts>(module, "SpeculationCounts")
       .def_readonly("drafted", &SpeculationCounts::drafted)
       .def_readonly("accepted", &SpeculationCounts::accepted)

@@ -44,6 +44,7 @@ class Decoder {
   // The same for a part of the cache's layers: the slots of the others are left as they are.
   at::Tensor append(Cache& cache, const Plan& plan, const at::Tensor& ids, std::int64_t keep) {
     const std::lock_guard<std::mutex> alone(mutex_);
+    model_->check_held();
     check(cache, ids, keep);
     cache.reserve(cache.length() + ids.size(1));
     for (Rotary& rotary : model_->rotaries) rotary.reserve(cache.length() + ids.size(1));
@@ -94,6 +95,7 @@ class Decoder {
         }
         tokens.push_back({host.data_ptr<std::int64_t>()[b * count + s], b, slot, start});
       }
+    if (tokens.empty()) return at::zeros({cache.batch(), keep, model_->vocabulary()}, at::kFloat);
     at::Tensor logits = fused_.run(cache, plan, tokens, wanted);
     if (std::int64_t(rows.size()) != cache.batch() * keep) {
       at::Tensor all = at::zeros({cache.batch() * keep, model_->vocabulary()}, at::kFloat);

@@ -10,7 +10,6 @@ namespace e3 {
 
 struct Request {
   std::int64_t max_new_tokens = 0;
-  std::vector<std::int64_t> eos;
   std::int64_t pad = 0;  // what a finished sequence emits while others go on
   Sampling sampling;
 };
@@ -29,22 +28,19 @@ inline Sequences rows_of(const at::Tensor& ids) {
   return rows;
 }
 
-inline bool is_eos(const Request& request, std::int64_t token) {
-  return std::find(request.eos.begin(), request.eos.end(), token) != request.eos.end();
-}
-
-// Every sequence's context without its padding, for the repetition penalty.
-inline Sequences contexts_of(const Cache& cache, const Sequences& sequences) {
-  Sequences contexts;
-  for (std::size_t b = 0; b < sequences.size(); ++b)
-    contexts.emplace_back(sequences[b].begin() + cache.starts()[b], sequences[b].end());
+inline std::vector<Context> contexts_of(const Cache& cache, const Sequences& prompts) {
+  std::vector<Context> contexts;
+  for (std::size_t b = 0; b < prompts.size(); ++b)
+    contexts.push_back({{prompts[b].begin() + cache.starts()[b], prompts[b].end()},
+                        std::int64_t(prompts[b].size()) - cache.starts()[b]});
   return contexts;
 }
 
 inline Sequences generate(Decoder& decoder, Cache& cache, const at::Tensor& prompt, const Request& request,
                           const OnTokens& on_tokens) {
   const std::int64_t batch = prompt.size(0), vocabulary = decoder.model()->vocabulary();
-  Sequences sequences = rows_of(prompt), contexts = contexts_of(cache, sequences);
+  Sequences sequences = rows_of(prompt);
+  std::vector<Context> contexts = contexts_of(cache, sequences);
   Sampler sampler(request.sampling, vocabulary);
   std::vector<Uniform> uniforms;
   for (std::int64_t b = 0; b < batch; ++b) uniforms.emplace_back(request.sampling.seed, b);
@@ -63,8 +59,8 @@ inline Sequences generate(Decoder& decoder, Cache& cache, const at::Tensor& prom
       else
         tokens[b] = sampler.largest(row, contexts[b]);
       sequences[b].push_back(tokens[b]);
-      contexts[b].push_back(tokens[b]);
-      finished[b] = finished[b] || is_eos(request, tokens[b]);
+      contexts[b].tokens.push_back(tokens[b]);
+      finished[b] = finished[b] || request.sampling.ends(tokens[b]);
     }
     const std::vector<bool> ended = on_tokens(tokens);
     for (std::size_t b = 0; b < ended.size(); ++b) finished[b] = finished[b] || ended[b];

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -12,16 +14,23 @@
 namespace e3 {
 
 // A parameter of the model. `source` is the parameter itself, whose data others may replace; `held` is an alias of the
-// data it had when the runtime was built, which it keeps alive.
+// data it had when the runtime was built, which it keeps alive. Not even that keeps the memory: an offloader may take it
+// from under the storage.
 class Weight {
  public:
   Weight(std::string name, at::Tensor source)
-      : name_(std::move(name)), source_(std::move(source)), held_(source_.detach()) {
+      : name_(std::move(name)),
+        source_(std::move(source)),
+        held_(source_.detach()),
+        address_(held_.data_ptr()),
+        bytes_(at::detail::computeStorageNbytes(held_.sizes(), held_.strides(), held_.itemsize(),
+                                                std::size_t(held_.storage_offset()))) {
     const at::ScalarType dtype = held_.scalar_type();
     TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name_,
                      " is ", dtype, "; the runtime runs float32, bfloat16 and float16 weights");
     TORCH_CHECK_VALUE(held_.stride(-1) == 1, name_, " has stride ", held_.stride(-1),
                       " in its last dimension; make it contiguous");
+    check_held();
   }
 
   const at::Tensor& tensor() const { return held_; }
@@ -29,15 +38,26 @@ class Weight {
 
   void check_unchanged() const {
     TORCH_CHECK(source_.scalar_type() == held_.scalar_type() && source_.device() == held_.device() &&
-                    source_.sizes() == held_.sizes() && source_.data_ptr() == held_.data_ptr(),
+                    source_.sizes() == held_.sizes() && source_.strides() == held_.strides() &&
+                    source_.data_ptr() == held_.data_ptr(),
                 name_, " was ", held_.scalar_type(), " on ", held_.device(), " when the runtime was built and is now ",
                 source_.scalar_type(), " on ", source_.device(),
                 " or at another address; build a new LayerSkipRuntime from the model");
+    check_held();
+  }
+
+  // The kernels read by address.
+  void check_held() const {
+    TORCH_CHECK(held_.storage().nbytes() >= bytes_ && held_.data_ptr() == address_, name_,
+                " has lost its memory: the storage was released or moved (offloading, sharding); load the whole model on "
+                "one device and build a new LayerSkipRuntime");
   }
 
  private:
   std::string name_;
   at::Tensor source_, held_;
+  void* address_;
+  std::size_t bytes_;  // of the storage, up to the last element
 };
 
 // Rows [first, first + rows) of a weight of shape (out, in), with their bias.
@@ -133,8 +153,56 @@ struct Model {
     });
   }
 
+  // The kernels read every matrix and norm by the sizes that the heads and the embedding give.
+  void check_shapes() const {
+    TORCH_CHECK_VALUE(key_value_heads > 0 && heads % key_value_heads == 0, "the model has ", heads, " heads and ",
+                      key_value_heads, " key/value heads, which must divide them");
+    const std::int64_t queries = heads * head_dim, keys = key_value_heads * head_dim;
+    check(head, head->rows, hidden());
+    check(final_norm, {hidden()});
+    for (const Layer& layer : layers) {
+      check(layer.query, queries, hidden());
+      check(layer.key, keys, hidden());
+      check(layer.value, keys, hidden());
+      check(layer.output, hidden(), queries);
+      check(layer.gate, layer.gate->rows, hidden());
+      check(layer.up, layer.gate->rows, hidden());
+      check(layer.down, hidden(), layer.gate->rows);
+      for (const auto* norm : {&layer.attention_norm, &layer.attention_post_norm, &layer.mlp_norm, &layer.mlp_post_norm})
+        check(*norm, {hidden()});
+      check(layer.query_norm, {head_dim, queries});
+      check(layer.key_norm, {head_dim, keys});
+    }
+    for (const Rotary& rotary : rotaries)
+      TORCH_CHECK_VALUE(2 * rotary.frequencies.numel() <= head_dim, "the rotary embedding turns ",
+                        2 * rotary.frequencies.numel(), " of the ", head_dim, " values of a head");
+  }
+
   void check_unchanged() const {
     each_weight([](const Weight& weight) { weight.check_unchanged(); });
+  }
+
+  void check_held() const {
+    each_weight([](const Weight& weight) { weight.check_held(); });
+  }
+
+ private:
+  static void check(const std::optional<Linear>& linear, std::int64_t rows, std::int64_t columns) {
+    const at::Tensor& weight = linear->weight.tensor();
+    TORCH_CHECK_VALUE(weight.dim() == 2 && linear->rows == rows && linear->first + rows <= weight.size(0) &&
+                          weight.size(1) == columns,
+                      linear->weight.name(), " has shape ", weight.sizes(), " of which ", linear->rows,
+                      " rows are used; the model's heads and widths need ", rows, " rows of ", columns);
+    if (linear->bias)
+      TORCH_CHECK_VALUE(linear->bias->tensor().numel() == weight.size(0), linear->bias->name(), " has ",
+                        linear->bias->tensor().numel(), " elements; its matrix has ", weight.size(0), " rows");
+  }
+
+  static void check(const std::optional<Norm>& norm, std::initializer_list<std::int64_t> sizes) {
+    if (!norm) return;
+    const std::int64_t size = norm->weight.tensor().numel();
+    TORCH_CHECK_VALUE(std::find(sizes.begin(), sizes.end(), size) != sizes.end(), norm->weight.name(), " has ", size,
+                      " elements; the model's heads and widths need ", *sizes.begin());
   }
 };
 

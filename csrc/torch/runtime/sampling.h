@@ -1,5 +1,5 @@
-// From logits to a token: the processors of Hugging Face's `generate` in its order (repetition penalty, temperature,
-// top-k, top-p), then the largest logit or a draw.
+// From logits to a token: the processors of Hugging Face's `generate` in its order (repetition penalty, no repeated
+// n-grams, no early end, temperature, top-k, top-p, min-p), then the largest logit or a draw.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,17 +16,34 @@ namespace e3 {
 
 struct Sampling {
   bool sample = false;
-  double temperature = 1, top_p = 1, repetition_penalty = 1;
-  std::int64_t top_k = 0;  // 0: all
+  double temperature = 1, top_p = 1, min_p = 0, repetition_penalty = 1;
+  std::int64_t top_k = 0;                 // 0: all
+  std::int64_t no_repeat_ngram_size = 0;  // 0: n-grams may be repeated
+  std::int64_t min_new_tokens = 0;
+  std::vector<std::int64_t> eos;
   std::uint64_t seed = 0;
+
+  bool ends(std::int64_t token) const { return std::find(eos.begin(), eos.end(), token) != eos.end(); }
 
   void check() const {
     TORCH_CHECK_VALUE(temperature > 0, "temperature is ", temperature,
                       "; it must be positive (greedy: do_sample=False)");
     TORCH_CHECK_VALUE(top_p > 0 && top_p <= 1, "top_p is ", top_p, "; it must be in (0, 1]");
     TORCH_CHECK_VALUE(top_k >= 0, "top_k is ", top_k, "; it must be at least 0 (0: all)");
+    TORCH_CHECK_VALUE(min_p >= 0 && min_p <= 1, "min_p is ", min_p, "; it must be in [0, 1]");
     TORCH_CHECK_VALUE(repetition_penalty > 0, "repetition_penalty is ", repetition_penalty, "; it must be positive");
+    TORCH_CHECK_VALUE(no_repeat_ngram_size >= 0, "no_repeat_ngram_size is ", no_repeat_ngram_size,
+                      "; it must be at least 0 (0: off)");
+    TORCH_CHECK_VALUE(min_new_tokens >= 0, "min_new_tokens is ", min_new_tokens, "; it must be at least 0");
   }
+};
+
+// The tokens of one sequence so far, without its padding.
+struct Context {
+  std::vector<std::int64_t> tokens;
+  std::int64_t prompt = 0;  // how many of them were given
+
+  std::int64_t generated() const { return std::int64_t(tokens.size()) - prompt; }
 };
 
 // Uniform numbers in [0, 1) of one sequence, by counter from (seed, sequence).
@@ -69,7 +86,7 @@ inline std::pair<float, bool> largest_and_nan(const float* logits, std::int64_t 
   return {largest, nan};
 }
 
-// The lowest index of the largest logit. Raises where a logit is NaN or the largest is infinite.
+// The lowest index of the largest logit. Raises where a logit is NaN, the largest is infinite or no token is left.
 inline std::int64_t index_of_largest(const float* logits, std::int64_t count) {
   constexpr std::int64_t kBlock = 4096;
   const float* best = logits;
@@ -82,7 +99,9 @@ inline std::int64_t index_of_largest(const float* logits, std::int64_t count) {
       best = logits + begin;
     }
   }
-  TORCH_CHECK(std::isfinite(largest), "the logits of the next token are not finite");
+  TORCH_CHECK(largest < std::numeric_limits<float>::infinity(), "the logits of the next token are not finite");
+  TORCH_CHECK(largest > -std::numeric_limits<float>::infinity(),
+              "no token is left: each has the logit -inf or is excluded by no_repeat_ngram_size or min_new_tokens");
   return std::find(best, logits + count, largest) - logits;
 }
 
@@ -90,9 +109,9 @@ class Sampler {
  public:
   Sampler(const Sampling& sampling, std::int64_t vocabulary) : sampling_(sampling), vocabulary_(vocabulary) {}
 
-  // Probabilities of the next token after all processors. `logits` is overwritten; `context` holds the tokens so far.
-  const std::vector<float>& probabilities(float* logits, const std::vector<std::int64_t>& context) {
-    penalise(logits, context);
+  // Probabilities of the next token after all processors. `logits` is overwritten.
+  const std::vector<float>& probabilities(float* logits, const Context& context) {
+    process(logits, context);
     const float largest = logits[index_of_largest(logits, vocabulary_)];
     probabilities_.assign(vocabulary_, 0.0f);
     const float threshold = sampling_.top_k && sampling_.top_k < vocabulary_ ? kth_largest(logits)
@@ -104,13 +123,14 @@ class Sampler {
       total += probabilities_[i];
     }
     if (sampling_.top_p < 1) total = keep_nucleus(total);
+    if (sampling_.min_p > 0) total = keep_likely();
     for (float& probability : probabilities_) probability = float(probability / total);
     return probabilities_;
   }
 
-  // Greedy decoding: the largest logit after the repetition penalty, the lowest index of equals.
-  std::int64_t largest(float* logits, const std::vector<std::int64_t>& context) const {
-    penalise(logits, context);
+  // Greedy decoding: the largest logit that the processors leave, the lowest index of equals.
+  std::int64_t largest(float* logits, const Context& context) const {
+    process(logits, context);
     return index_of_largest(logits, vocabulary_);
   }
 
@@ -130,15 +150,35 @@ class Sampler {
   }
 
  private:
+  // What greedy decoding and sampling share.
+  void process(float* logits, const Context& context) const {
+    if (sampling_.repetition_penalty != 1) penalise(logits, context.tokens);
+    if (sampling_.no_repeat_ngram_size) exclude_repeats(logits, context.tokens);
+    if (context.generated() < sampling_.min_new_tokens)
+      for (const std::int64_t token : sampling_.eos) exclude(logits, token);
+  }
+
   // Once for each distinct token: z/r where z > 0, z·r elsewhere.
-  void penalise(float* logits, const std::vector<std::int64_t>& context) const {
-    if (sampling_.repetition_penalty == 1) return;
-    std::vector<std::int64_t> distinct = context;
-    std::sort(distinct.begin(), distinct.end());
-    distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+  void penalise(float* logits, std::vector<std::int64_t> tokens) const {
+    std::sort(tokens.begin(), tokens.end());
+    tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
     const float penalty = float(sampling_.repetition_penalty);
-    for (const std::int64_t token : distinct)
-      logits[token] = logits[token] < 0 ? logits[token] * penalty : logits[token] / penalty;
+    for (const std::int64_t token : tokens)
+      if (token < vocabulary_) logits[token] = logits[token] < 0 ? logits[token] * penalty : logits[token] / penalty;
+  }
+
+  // Every token that would complete an n-gram which `tokens` hold already.
+  void exclude_repeats(float* logits, const std::vector<std::int64_t>& tokens) const {
+    const std::int64_t before = sampling_.no_repeat_ngram_size - 1;  // tokens of the n-gram before its last
+    if (std::int64_t(tokens.size()) <= before) return;
+    const auto prefix = tokens.end() - before;
+    for (auto ngram = tokens.begin(); ngram < prefix; ++ngram)
+      if (std::equal(prefix, tokens.end(), ngram)) exclude(logits, ngram[before]);
+  }
+
+  // A prompt may hold tokens that the output head does not know, and so may `eos`.
+  void exclude(float* logits, std::int64_t token) const {
+    if (token >= 0 && token < vocabulary_) logits[token] = -std::numeric_limits<float>::infinity();
   }
 
   float kth_largest(const float* logits) {
@@ -163,6 +203,16 @@ class Sampler {
       heap.pop_back();
     }
     for (const std::int64_t i : heap) probabilities_[i] = 0.0f;
+    return mass;
+  }
+
+  // Keeps the tokens whose probability is at least min_p of the largest, which is still 1, and returns their mass.
+  double keep_likely() {
+    double mass = 0;
+    for (float& probability : probabilities_) {
+      if (probability < sampling_.min_p) probability = 0.0f;
+      mass += probability;
+    }
     return mass;
   }
 

@@ -75,9 +75,9 @@ class Speculation {
       for (const std::int64_t token : tokens) {
         if (sequence.size() == wanted) return sequences;
         sequence.push_back(token);
-        context_.push_back(token);
+        context_.tokens.push_back(token);
         const std::vector<bool> ended = on_tokens({token});
-        if (is_eos(request_, token) || (!ended.empty() && ended[0])) return sequences;
+        if (request_.sampling.ends(token) || (!ended.empty() && ended[0])) return sequences;
       }
       if (sequence.size() == wanted) return sequences;
       tokens = round(std::int64_t(wanted - sequence.size()));
@@ -89,7 +89,7 @@ class Speculation {
   std::vector<std::int64_t> round(std::int64_t room) {
     const std::int64_t verified = cache_.length(), limit = decoder_.model()->max_positions - verified - 1;
     const std::int64_t count = std::max<std::int64_t>(0, std::min({length_.next(), room - 1, limit}));
-    std::vector<std::int64_t> ids{context_.back()};
+    std::vector<std::int64_t> ids{context_.tokens.back()};
     const std::vector<std::vector<float>> proposals = draft(count, ids);
     cache_.truncate(verified);
     const at::Tensor logits = decoder_.append(cache_, row(ids), std::int64_t(ids.size()));
@@ -106,7 +106,7 @@ class Speculation {
   // Appends `count` tokens of the draft to ids; returns the distribution that each was drawn from (sampling only).
   std::vector<std::vector<float>> draft(std::int64_t count, std::vector<std::int64_t>& ids) {
     std::vector<std::vector<float>> proposals;
-    std::vector<std::int64_t> context = context_;
+    Context context = context_;
     for (std::int64_t i = 0; i < count; ++i) {
       const at::Tensor logits = decoder_.append(cache_, draft_, row({ids.back()}), 1);
       if (request_.sampling.sample) {
@@ -115,7 +115,7 @@ class Speculation {
       } else {
         ids.push_back(sampler_.largest(logits.data_ptr<float>(), context));
       }
-      context.push_back(ids.back());
+      context.tokens.push_back(ids.back());
     }
     return proposals;
   }
@@ -123,7 +123,8 @@ class Speculation {
   // The accepted drafted tokens and the one that follows them. `logits` are those after each of `ids`.
   std::vector<std::int64_t> verify(float* logits, const std::vector<std::int64_t>& ids,
                                    const std::vector<std::vector<float>>& proposals) {
-    std::vector<std::int64_t> tokens, context = context_;
+    std::vector<std::int64_t> tokens;
+    Context context = context_;
     for (std::size_t i = 0;; ++i) {
       float* after = logits + std::int64_t(i) * vocabulary_;
       const bool last = i + 1 == ids.size();
@@ -132,12 +133,12 @@ class Speculation {
                                      : accept_or_replace(after, context, ids[i + 1], proposals[i]);
       tokens.push_back(token);
       if (last || token != ids[i + 1]) return tokens;
-      context.push_back(token);
+      context.tokens.push_back(token);
     }
   }
 
   // `drafted` with probability min(1, p/q), else a draw from max(p − q, 0), which never gives `drafted`.
-  std::int64_t accept_or_replace(float* logits, const std::vector<std::int64_t>& context, std::int64_t drafted,
+  std::int64_t accept_or_replace(float* logits, const Context& context, std::int64_t drafted,
                                  const std::vector<float>& proposal) {
     const std::vector<float>& p = sampler_.probabilities(logits, context);
     if (uniform_.next() * proposal[drafted] < p[drafted]) return drafted;
@@ -148,7 +149,7 @@ class Speculation {
     return Sampler::draw(equal ? p : rest, uniform_.next());
   }
 
-  std::int64_t choose(float* logits, const std::vector<std::int64_t>& context) {
+  std::int64_t choose(float* logits, const Context& context) {
     if (!request_.sampling.sample) return sampler_.largest(logits, context);
     return Sampler::draw(sampler_.probabilities(logits, context), uniform_.next());
   }
@@ -172,7 +173,7 @@ class Speculation {
   Sampler sampler_;
   Uniform uniform_;
   DraftLength length_;
-  std::vector<std::int64_t> context_;
+  Context context_;
   SpeculationCounts counts_;
 };
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 import e3kernels._runtime as _runtime
 
@@ -29,10 +30,13 @@ SUPPORTED = {
 def describe(model: PreTrainedModel) -> _runtime.Model:
     """The compiled runtime's view of `model`, sharing its parameters.
 
-    Raises ValueError for a model type or option that the runtime does not reproduce exactly, TypeError for weights that
-    are not plain fp32, bf16 or fp16 tensors of `nn.Linear`, `nn.Embedding` and the type's RMSNorm.
+    Raises ValueError for a model type or option that the runtime does not reproduce exactly, for modules that are not
+    the type's own and for a configuration that contradicts them, TypeError for weights that are not plain fp32, bf16 or
+    fp16 tensors of `nn.Linear`, `nn.Embedding` and the type's RMSNorm, RuntimeError for weights without memory.
     """
     _check_supported(model)
+    _check_layer_count(model)
+    _check_modules(model)
     config: Any = model.config
     body: Any = model.model
     description = _runtime.Model()
@@ -45,8 +49,8 @@ def describe(model: PreTrainedModel) -> _runtime.Model:
     description.head_dim = body.layers[0].self_attn.head_dim
     description.max_positions = _max_positions(config)
     description.activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    description.embedding_scale = _embedding_scale(config, embedding)
-    description.residual_scale = getattr(config, "residual_multiplier", 1.0)
+    description.embedding_scale = _embedding_scale(body)
+    description.residual_scale = _residual_scale(body.layers)
     description.logit_scale = 1.0 / getattr(config, "logits_scaling", 1.0)
     description.logit_softcap = getattr(config, "final_logit_softcapping", None) or 0.0
     rotaries = _rotaries(body.rotary_emb)
@@ -66,6 +70,31 @@ def _check_supported(model: PreTrainedModel) -> None:
         )
     if getattr(model.config, "use_bidirectional_attention", False):
         raise ValueError("model.config.use_bidirectional_attention is set; the runtime decodes causal models")
+
+
+def _check_layer_count(model: Any) -> None:
+    count, layers = model.config.num_hidden_layers, len(model.model.layers)
+    if count != layers:
+        raise ValueError(
+            f"model.config.num_hidden_layers is {count}; model.layers holds {layers}: the model would run "
+            f"{min(count, layers)} of them. Set it to {layers}, or cut the layers with e3pruner.prune"
+        )
+
+
+def _check_modules(model: PreTrainedModel) -> None:
+    """Every module computes what its class in transformers or torch says."""
+    own = type(model).__module__
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__ not in (own, "transformers.activations") and not kind.__module__.startswith("torch.nn."):
+            raise ValueError(f"{name} is a {kind.__name__} of {kind.__module__}; the runtime reproduces {own}")
+        definition = next(base for base in kind.__mro__ if "forward" in vars(base))
+        source = vars(definition)["forward"].__module__
+        if source != definition.__module__:
+            raise ValueError(
+                f"the forward of {definition.__name__} is from {source}; the runtime reproduces that of "
+                f"{definition.__module__}"
+            )
 
 
 def _weight(name: str, parameter: torch.Tensor) -> torch.Tensor:
@@ -98,10 +127,18 @@ def _norm(name: str, module: Any) -> _runtime.Norm:
     return _runtime.Norm(name, _weight(f"{name}.weight", module.weight), eps, offset)
 
 
-def _embedding_scale(config: Any, embedding: Any) -> float:
+def _embedding_scale(body: Any) -> float:
+    embedding = body.embed_tokens
     if hasattr(embedding, "embed_scale"):  # Gemma rounds the scale to the weights' dtype
         return embedding.embed_scale.to(embedding.weight.dtype).item()
-    return getattr(config, "embedding_multiplier", 1.0)
+    return getattr(body, "embedding_multiplier", 1.0)
+
+
+def _residual_scale(layers: Any) -> float:
+    scales = {getattr(layer, "residual_multiplier", 1.0) for layer in layers}
+    if len(scales) != 1:
+        raise ValueError(f"the layers' residual_multiplier are {sorted(scales)}; the runtime has one for all layers")
+    return scales.pop()
 
 
 def _max_positions(config: Any) -> int:
@@ -131,6 +168,7 @@ def _layer(config: Any, index: int, module: Any, rotaries: list[str | None]) -> 
     _describe_norms(layer, name, module)
     _describe_attention_weights(layer, f"{name}.self_attn", config, attention)
     _describe_mlp_weights(layer, f"{name}.mlp", module.mlp)
+    _check_activation(config, f"{name}.mlp", module.mlp)
     kinds = getattr(config, "layer_types", None)
     kind = kinds[index] if kinds else None
     if kind not in (None, "full_attention", "sliding_attention"):
@@ -140,7 +178,7 @@ def _layer(config: Any, index: int, module: Any, rotaries: list[str | None]) -> 
     layer.rotary = rotaries.index(None if None in rotaries else kind) if getattr(attention, "use_rope", True) else -1
     layer.scale = attention.scaling
     if config.model_type == "gemma2":  # Gemma 3 has the setting and does not apply it
-        layer.softcap = config.attn_logit_softcapping or 0.0
+        layer.softcap = attention.attn_logit_softcapping or 0.0
     return layer
 
 
@@ -170,6 +208,14 @@ def _describe_attention_weights(layer: _runtime.Layer, name: str, config: Any, a
     if hasattr(attention, "q_norm"):
         layer.query_norm = _norm(f"{name}.q_norm", attention.q_norm)
         layer.key_norm = _norm(f"{name}.k_norm", attention.k_norm)
+
+
+def _check_activation(config: Any, name: str, mlp: Any) -> None:
+    setting = "hidden_activation" if getattr(config, "hidden_activation", None) else "hidden_act"
+    part = "activation_fn" if hasattr(mlp, "activation_fn") else "act_fn"
+    kind, value = type(getattr(mlp, part)), getattr(config, setting)
+    if kind is not type(ACT2FN[value]):
+        raise ValueError(f"{name}.{part} is a {kind.__name__}; model.config.{setting} is {value!r}")
 
 
 def _describe_mlp_weights(layer: _runtime.Layer, name: str, mlp: Any) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from e3kernels.profiling import named_range
 from e3pruner.models.stack import check_indices
 from e3pruner.runtime.generate_hook import generate_with_runtime
+from e3pruner.runtime.listener import TokenListener
+from e3pruner.runtime.options import Options, resolve
+from e3pruner.runtime.prompt import check_prompt, padding
+from e3pruner.runtime.unchanged import Unchanged
 
 if TYPE_CHECKING:
     import e3kernels._runtime as _runtime
@@ -50,16 +55,10 @@ class LayerSkipRuntime:
         whole_or_part = ((True, True), (True, False), (False, True))  # attention and MLP
         self._choices = [
             {blocks: self._native.KeptLayer(index, *blocks) for blocks in whole_or_part}
-            for index in range(model.config.num_hidden_layers)
+            for index in range(len(self._description.layers))
         ]
-        self._parameters = [
-            (f"{prefix}.{name}" if prefix else name, module._parameters, name, parameter)
-            for prefix, module in model.named_modules()
-            for name, parameter in module._parameters.items()
-        ]
-        self._modules = list(model.named_modules())
-        self._running = 0
-        self._check_model()
+        self._unchanged = Unchanged(model, self._description)
+        self._running, self._lock = 0, threading.Lock()
         self.keep = keep
 
     @property
@@ -71,9 +70,11 @@ class LayerSkipRuntime:
 
     @keep.setter
     def keep(self, keep: Keep | None) -> None:
-        if self._running:
-            raise RuntimeError("keep was set while a request of this runtime runs; set it between requests")
-        self._plan = self.plan(keep)
+        plan = self.plan(keep)
+        with self._lock:
+            if self._running:
+                raise RuntimeError("keep was set while a request of this runtime runs; set it between requests")
+            self._plan = plan
 
     def plan(self, keep: Keep | None) -> list[_runtime.KeptLayer]:
         """`keep` as the compiled runtime takes it: the kept layers in ascending order."""
@@ -103,12 +104,18 @@ class LayerSkipRuntime:
     ) -> _runtime.Cache:
         """An empty key/value cache for `batch` sequences of the layers that are kept now.
 
-        `attention_mask` (batch, S) marks left padding with zeros; `capacity` slots are allocated at once (it grows).
+        `attention_mask` (batch, S) marks left padding with zeros, of the whole prompt where that is appended in chunks;
+        `capacity` slots are allocated at once (it grows). Raises RuntimeError for a model that was changed.
         """
-        self._check_model()
+        self._unchanged.check()
+        return self.empty_cache(batch, attention_mask, capacity)
+
+    def empty_cache(self, batch: int, attention_mask: torch.Tensor | None, capacity: int = 0) -> _runtime.Cache:
+        """`new_cache` inside a request, which has looked at the model when it began."""
+        starts = None if attention_mask is None else padding(attention_mask, batch)
         cache = self._decoder.new_cache(self._plan, batch, capacity)
-        if attention_mask is not None:
-            cache.set_starts(_padding(attention_mask))
+        if starts is not None:
+            cache.set_starts(starts)
         return cache
 
     def append(self, cache: _runtime.Cache, input_ids: torch.Tensor, logits_to_keep: int = 1) -> torch.Tensor:
@@ -125,12 +132,16 @@ class LayerSkipRuntime:
         input_ids: torch.Tensor,
         *,
         attention_mask: torch.Tensor | None = None,
-        max_new_tokens: int = 128,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
+        generation_config: GenerationConfig | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
@@ -139,44 +150,55 @@ class LayerSkipRuntime:
         streamer: BaseStreamer | None = None,
         draft_keep: Keep | None = None,
     ) -> torch.Tensor:
-        """Continues `input_ids` (batch, S), int64, by up to `max_new_tokens` tokens; returns (batch, S + new) ids.
+        """Continues `input_ids` (batch, S), int64, by up to `max_new_tokens` (128) tokens: (batch, S + new) ids.
 
-        Greedy unless `do_sample`; then the logits pass `repetition_penalty`, `temperature`, `top_k` (0: all), `top_p`
-        in Hugging Face's order; draws depend on (`seed`, sequence, step) only. A sequence ends at `eos_token_id`
-        (default: the model's generation config) or once its new text holds one of `stop_strings` (needs `tokenizer`),
-        and emits `pad_token_id` while others go on. Padding is on the left, zeros of `attention_mask`.
+        The logits pass `repetition_penalty`, `no_repeat_ngram_size` (0: off), and `min_new_tokens`, before which no
+        sequence ends at `eos_token_id` (default: the model's generation config). The largest is taken, unless
+        `do_sample`: then they pass `temperature`, `top_k` (0: all), `top_p`, `min_p`, in Hugging Face's order, and a
+        draw depends on (`seed`, sequence, step) only. A sequence also ends once its new text holds one of
+        `stop_strings` (needs `tokenizer`), and emits `pad_token_id` while others go on. Padding is on the left, zeros
+        of `attention_mask`; no processor sees it.
+
+        `generation_config` gives the options that are not given here; what it leaves open is as in Hugging Face's
+        `generate`, and an option that the runtime does not have is refused by its name.
 
         `draft_keep`, a part of the kept layers, drafts for self-speculative decoding of one sequence: greedy text is
         identical, sampled text equally distributed; `self.speculation` then counts drafted and accepted tokens.
 
         Raises ValueError for a bad argument or a context that would exceed the model's, RuntimeError for a model in
-        training mode or one whose weights were replaced or moved.
+        training mode or one that was changed, and for logits that are not finite or leave no token.
         """
-        prompt = _checked_prompt(input_ids, attention_mask, max_new_tokens, self._description.max_positions)
-        draft = None if draft_keep is None else self._draft_plan(draft_keep)
-        eos = _eos_tokens(self.model, eos_token_id)
-        request = self._native.Request(
-            max_new_tokens=max_new_tokens,
-            eos=eos,
-            pad=_pad_token(self.model, pad_token_id, eos),
-            sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-        on_tokens = _TokenListener.make(prompt.shape[0], stop_strings, tokenizer, streamer)
-        cache = self.new_cache(prompt.shape[0], attention_mask, capacity=prompt.shape[1] + max_new_tokens)
-        if streamer is not None:
-            streamer.put(prompt)
-        with self._request(), named_range("runtime generate" if draft is None else "runtime speculate"):
-            if draft is None:
-                rows = self._decoder.generate(cache, prompt, request, on_tokens)
-            else:
-                rows, self.speculation = self._decoder.speculate(cache, draft, prompt, request, on_tokens)
-        if streamer is not None:
-            streamer.end()
+        check_prompt(input_ids, attention_mask)
+        given = {
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min_new_tokens,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "stop_strings": stop_strings,
+        }
+        batch, length = input_ids.shape
+        options = resolve(self.model, generation_config, given, length, self._description.max_positions)
+        request = self._native_request(options, seed)
+        on_tokens = TokenListener.make(batch, options.stop_strings, tokenizer, streamer)
+        with self._request():
+            draft = None if draft_keep is None else self._draft_plan(draft_keep)
+            cache = self.empty_cache(batch, attention_mask, length + options.max_new_tokens)
+            if streamer is not None:
+                streamer.put(input_ids)
+            with named_range("runtime generate" if draft is None else "runtime speculate"):
+                if draft is None:
+                    rows = self._decoder.generate(cache, input_ids, request, on_tokens)
+                else:
+                    rows, self.speculation = self._decoder.speculate(cache, draft, input_ids, request, on_tokens)
+            if streamer is not None:
+                streamer.end()
         return torch.tensor(rows, dtype=torch.long, device=input_ids.device)
 
     def __call__(self, model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> Any:
@@ -188,11 +210,31 @@ class LayerSkipRuntime:
 
     @contextmanager
     def _request(self) -> Iterator[None]:
-        self._running += 1
+        """A request: the model is looked at once, and `keep` stays as it is until the last of them has ended."""
+        self._unchanged.check()
+        with self._lock:
+            self._running += 1
         try:
             yield
         finally:
-            self._running -= 1
+            with self._lock:
+                self._running -= 1
+
+    def _native_request(self, options: Options, seed: int) -> _runtime.Request:
+        return self._native.Request(
+            max_new_tokens=options.max_new_tokens,
+            min_new_tokens=options.min_new_tokens,
+            eos=options.eos,
+            pad=options.pad,
+            sample=options.do_sample,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+            seed=seed,
+        )
 
     def _draft_plan(self, draft_keep: Keep) -> list[_runtime.KeptLayer]:
         draft = self.plan(draft_keep)
@@ -202,18 +244,6 @@ class LayerSkipRuntime:
             if full is None or layer.attention > full.attention or layer.mlp > full.mlp:
                 raise ValueError(f"draft_keep has layer {layer.layer}, which keep has not; a draft is a part of keep")
         return draft
-
-    def _check_model(self) -> None:
-        """Raises RuntimeError where `model` no longer computes what the runtime would."""
-        for name, parameters, key, parameter in self._parameters:
-            if parameters.get(key) is not parameter:
-                raise RuntimeError(f"{name} was replaced since the runtime was built; build a new LayerSkipRuntime")
-        self._description.check_unchanged()
-        for name, module in self._modules:
-            if module.training:
-                raise RuntimeError(f"{name or 'model'} is in training mode; call model.eval() first")
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise RuntimeError(f"{name or 'model'} has a forward hook, which the runtime would not run; remove it")
 
 
 def load_native() -> Any:
@@ -225,85 +255,3 @@ def load_native() -> Any:
             f"LayerSkipRuntime needs the compiled module e3kernels._runtime ({error}); `python -m e3kernels.info` says "
             "why it was not built"
         ) from error
-
-
-def _padding(attention_mask: torch.Tensor) -> list[int]:
-    """Left padding of every sequence; ValueError for a mask with zeros elsewhere."""
-    mask = attention_mask.bool().cpu()
-    starts = (~mask).sum(-1)
-    expected = torch.arange(mask.shape[-1]) >= starts[:, None]
-    if not torch.equal(mask, expected) or (starts == mask.shape[-1]).any():
-        raise ValueError("attention_mask must be zeros (left padding) followed by at least one 1 in every row")
-    return starts.tolist()
-
-
-def _checked_prompt(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, max_new_tokens: int, limit: int
-) -> torch.Tensor:
-    if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.dtype != torch.long:
-        raise ValueError(
-            f"input_ids is {input_ids.dtype} of shape {tuple(input_ids.shape)}; it must be int64 (batch, at least 1)"
-        )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; input_ids has {tuple(input_ids.shape)}"
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    prompt = input_ids.shape[1]
-    if prompt + max_new_tokens - 1 > limit:
-        raise ValueError(f"{prompt} prompt tokens and max_new_tokens={max_new_tokens} exceed the model's {limit}")
-    return input_ids
-
-
-def _eos_tokens(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None) -> list[int]:
-    eos = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def _pad_token(model: PreTrainedModel, pad_token_id: int | None, eos: list[int]) -> int:
-    for pad in (pad_token_id, model.generation_config.pad_token_id, *eos):
-        if pad is not None:
-            return pad
-    return 0
-
-
-class _TokenListener:
-    """Called by the C++ loop after every step, only where there is a streamer or a stop string."""
-
-    def __init__(
-        self, batch: int, stop: list[str], tokenizer: PreTrainedTokenizerBase | None, streamer: BaseStreamer | None
-    ) -> None:
-        self.stop, self.tokenizer, self.streamer = stop, tokenizer, streamer
-        # Every token but the first few of a character adds text: so many tokens hold the longest stop string.
-        self.window = max((len(text.encode()) for text in stop), default=0) + 4
-        self.tails: list[list[int]] = [[] for _ in range(batch)]
-
-    @classmethod
-    def make(
-        cls,
-        batch: int,
-        stop_strings: str | Sequence[str] | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-        streamer: BaseStreamer | None,
-    ) -> _TokenListener | None:
-        stop = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-        if stop and tokenizer is None:
-            raise ValueError("stop_strings needs tokenizer, which turns tokens into text")
-        if any(not text for text in stop):
-            raise ValueError("stop_strings holds an empty string, which every text contains")
-        if streamer is not None and batch != 1:
-            raise ValueError(f"streamer takes one sequence; input_ids has {batch}")
-        return cls(batch, stop, tokenizer, streamer) if stop or streamer is not None else None
-
-    def __call__(self, tokens: list[int]) -> list[bool] | None:
-        if self.streamer is not None:
-            self.streamer.put(torch.tensor(tokens))
-        if not self.stop or self.tokenizer is None:
-            return None
-        ended = []
-        for tail, token in zip(self.tails, tokens, strict=True):
-            tail.append(token)
-            text = self.tokenizer.decode(tail[-self.window :])
-            ended.append(any(stop in text for stop in self.stop))
-        return ended
