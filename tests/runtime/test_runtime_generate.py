@@ -21,6 +21,11 @@ DRAWS = 1200
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def lively_model(model_type, **changes):
+    """A tied head makes a tiny random model repeat one token, whatever is wrong with it."""
+    return tiny_model(model_type, **{"tie_word_embeddings": False} | changes)
+
+
 def hugging_face(model, ids, **options):
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False} | options
     return model.generate(ids, **options)
@@ -28,7 +33,7 @@ def hugging_face(model, ids, **options):
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_greedy_text_is_hugging_faces(model_type):
-    model, ids = tiny_model(model_type), tiny_tokens(batch=3, length=9)
+    model, ids = lively_model(model_type), tiny_tokens(batch=3, length=9)
     actual = LayerSkipRuntime(model).generate(ids, max_new_tokens=NEW)
     assert torch.equal(actual, hugging_face(model, ids))
 
@@ -37,7 +42,7 @@ def test_greedy_text_is_hugging_faces(model_type):
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_long_greedy_texts_are_hugging_faces(model_type):
     """20 prompts, 256 new tokens, in batches that the fused path takes."""
-    model, ids = tiny_model(model_type, max_position_embeddings=300), tiny_tokens(batch=20, length=16)
+    model, ids = lively_model(model_type, max_position_embeddings=300), tiny_tokens(batch=20, length=16)
     runtime = LayerSkipRuntime(model)
     for prompts in ids.split(10):
         assert torch.equal(
@@ -46,7 +51,7 @@ def test_long_greedy_texts_are_hugging_faces(model_type):
 
 
 def test_a_left_padded_batch_gives_every_row_its_own_text():
-    model = tiny_model("gemma3_text")
+    model = lively_model("gemma3_text")
     rows = [tiny_tokens(batch=1, length=length, seed=length) for length in (3, 9, 6)]
     ids = torch.cat([torch.cat([torch.zeros(1, 9 - row.shape[1], dtype=torch.long), row], dim=1) for row in rows])
     mask = (ids != 0).long()
@@ -56,13 +61,13 @@ def test_a_left_padded_batch_gives_every_row_its_own_text():
 
 
 def test_keep_generates_the_pruned_models_text():
-    model, ids = tiny_model("smollm3"), tiny_tokens(length=9)
+    model, ids = lively_model("smollm3"), tiny_tokens(length=9)
     runtime = LayerSkipRuntime(model, keep=[0, 2, 3])
     assert torch.equal(runtime.generate(ids, max_new_tokens=NEW), hugging_face(prune(model, [0, 2, 3]), ids))
 
 
 def test_repetition_penalty_and_end_of_sequence_are_hugging_faces():
-    model, ids = tiny_model("llama"), tiny_tokens(batch=4, length=9)
+    model, ids = lively_model("llama"), tiny_tokens(batch=4, length=9)
     runtime = LayerSkipRuntime(model)
     penalised = {"repetition_penalty": 1.7}
     expected = hugging_face(model, ids, **penalised)
@@ -106,7 +111,7 @@ def assert_drawn_from(counts, probabilities):
     ],
 )
 def test_samples_follow_hugging_faces_distribution(options):
-    model, ids = tiny_model("llama"), tiny_tokens(batch=1, length=9)
+    model, ids = lively_model("llama"), tiny_tokens(batch=1, length=9)
     runtime = LayerSkipRuntime(model)
     warped = {"top_k": 0, "temperature": 1.0, "top_p": 1.0} | options
     scores = model.generate(
@@ -125,7 +130,7 @@ def test_samples_follow_hugging_faces_distribution(options):
 
 
 def test_samples_depend_on_the_seed_alone():
-    runtime, ids = LayerSkipRuntime(tiny_model("llama")), tiny_tokens(batch=2, length=9)
+    runtime, ids = LayerSkipRuntime(lively_model("llama")), tiny_tokens(batch=2, length=9)
 
     def sample(seed):
         return runtime.generate(ids, max_new_tokens=NEW, do_sample=True, seed=seed)
@@ -141,7 +146,7 @@ def test_samples_depend_on_the_seed_alone():
 @pytest.mark.parametrize("draft_keep", [[0], [0, 1, 2, 3, 5], list(range(NUM_LAYERS)), {"attention": [0], "mlp": [1]}])
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "mistral"])
 def test_speculative_greedy_text_is_identical(model_type, draft_keep):
-    model, ids = tiny_model(model_type), tiny_tokens(batch=1, length=9)
+    model, ids = lively_model(model_type), tiny_tokens(batch=1, length=9)
     runtime = LayerSkipRuntime(model)
     for new in (1, 2, NEW):
         plain = runtime.generate(ids, max_new_tokens=new)
@@ -155,7 +160,7 @@ def test_speculative_greedy_text_is_identical(model_type, draft_keep):
 
 
 def test_speculation_stops_where_plain_decoding_stops():
-    model, ids = tiny_model("llama"), tiny_tokens(batch=1, length=9)
+    model, ids = lively_model("llama"), tiny_tokens(batch=1, length=9)
     runtime = LayerSkipRuntime(model)
     eos = int(runtime.generate(ids, max_new_tokens=NEW)[0, 15])
     plain = runtime.generate(ids, max_new_tokens=NEW, eos_token_id=eos, repetition_penalty=1.2)
@@ -170,7 +175,7 @@ def test_speculation_stops_where_plain_decoding_stops():
 
 def test_speculative_samples_are_distributed_as_plain_ones():
     """The third new token, summed over the two before it: drafted, accepted, replaced and bonus tokens all occur."""
-    model, ids = tiny_model("llama"), tiny_tokens(batch=1, length=5)
+    model, ids = lively_model("llama"), tiny_tokens(batch=1, length=5)
     runtime = LayerSkipRuntime(model)
     options = {"do_sample": True, "top_k": 3, "temperature": 1.5}
     distribution = torch.zeros(VOCAB_SIZE)
@@ -217,7 +222,7 @@ class Recorder(BaseStreamer):
 
 @pytest.mark.parametrize("draft_keep", [None, [0, 1, 2, 3]])
 def test_a_streamer_sees_every_token(draft_keep):
-    runtime, ids = LayerSkipRuntime(tiny_model("llama")), tiny_tokens(batch=1, length=9)
+    runtime, ids = LayerSkipRuntime(lively_model("llama")), tiny_tokens(batch=1, length=9)
     recorder = Recorder()
     text = runtime.generate(ids, max_new_tokens=NEW, streamer=recorder, draft_keep=draft_keep)
     assert recorder.ended
@@ -227,7 +232,7 @@ def test_a_streamer_sees_every_token(draft_keep):
 
 @pytest.mark.parametrize("draft_keep", [None, [0, 1, 2, 3]])
 def test_stop_strings_end_a_sequence(draft_keep):
-    runtime, ids = LayerSkipRuntime(tiny_model("llama")), tiny_tokens(batch=1, length=9)
+    runtime, ids = LayerSkipRuntime(lively_model("llama")), tiny_tokens(batch=1, length=9)
     full = runtime.generate(ids, max_new_tokens=NEW)
     text = Letters.decode(full[0, 9:])
     stop = text[10:13]
@@ -239,7 +244,7 @@ def test_stop_strings_end_a_sequence(draft_keep):
 
 
 def test_one_row_stops_while_others_go_on():
-    runtime, ids = LayerSkipRuntime(tiny_model("llama")), tiny_tokens(batch=2, length=9)
+    runtime, ids = LayerSkipRuntime(lively_model("llama")), tiny_tokens(batch=2, length=9)
     full = runtime.generate(ids, max_new_tokens=NEW)
     texts = [Letters.decode(row[9:]) for row in full]
     stop = texts[0][:5]
@@ -251,7 +256,7 @@ def test_one_row_stops_while_others_go_on():
 
 
 def test_keep_cannot_change_during_a_request():
-    runtime, ids = LayerSkipRuntime(tiny_model("llama")), tiny_tokens(batch=1, length=9)
+    runtime, ids = LayerSkipRuntime(lively_model("llama")), tiny_tokens(batch=1, length=9)
 
     class Meddler(Recorder):
         def put(self, value):
@@ -283,23 +288,23 @@ def test_keep_cannot_change_during_a_request():
     ],
 )
 def test_bad_arguments_are_refused(options, message):
-    runtime = LayerSkipRuntime(tiny_model("llama"), keep=[0, 1, 2])
+    runtime = LayerSkipRuntime(lively_model("llama"), keep=[0, 1, 2])
     with pytest.raises(ValueError, match=message):
         runtime.generate(tiny_tokens(batch=1, length=9), **{"max_new_tokens": 4} | options)
 
 
 def test_speculation_and_streaming_take_one_sequence():
-    runtime, ids = LayerSkipRuntime(tiny_model("llama")), tiny_tokens(batch=2, length=9)
+    runtime, ids = LayerSkipRuntime(lively_model("llama")), tiny_tokens(batch=2, length=9)
     with pytest.raises(ValueError, match="speculative decoding takes one sequence, not 2"):
         runtime.generate(ids, max_new_tokens=4, draft_keep=[0])
     with pytest.raises(ValueError, match="streamer takes one sequence"):
         runtime.generate(ids, max_new_tokens=4, streamer=Recorder())
 
 
-@pytest.mark.parametrize("part", ["model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("part", ["model.norm.weight", "lm_head.weight"])
 def test_logits_that_are_not_finite_stop_the_request(part):
     """All of them, or that of one token of the vocabulary."""
-    model, ids = tiny_model("llama"), tiny_tokens(batch=1, length=9)
+    model, ids = lively_model("llama"), tiny_tokens(batch=1, length=9)
     runtime = LayerSkipRuntime(model)
     with torch.no_grad():
         weight = model.get_parameter(part)
@@ -311,13 +316,13 @@ def test_logits_that_are_not_finite_stop_the_request(part):
 
 
 def test_the_largest_logit_of_a_large_vocabulary_is_taken_and_the_first_of_equals():
-    model, ids = tiny_model("llama", vocab_size=10_001), tiny_tokens(batch=2, length=9)
+    model, ids = lively_model("llama", vocab_size=10_001), tiny_tokens(batch=2, length=9)
     runtime = LayerSkipRuntime(model)
     text = runtime.generate(ids, max_new_tokens=NEW)
     assert torch.equal(text, hugging_face(model, ids))
     assert text.max() > 8192
     with torch.no_grad():
-        model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[:1].clone()
+        model.lm_head.weight[:] = model.lm_head.weight[:1].clone()
     assert (runtime.generate(ids, max_new_tokens=4)[:, 9:] == 0).all()
 
 
@@ -343,7 +348,7 @@ class Ban(LogitsProcessor):
 )
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_hugging_faces_generation_runs_on_the_runtime(model_type, options):
-    model = tiny_model(model_type)
+    model = lively_model(model_type)
     ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), tiny_tokens(batch=1, length=6)], dim=1)
     ids = torch.cat([ids, tiny_tokens(batch=1, length=9, seed=4)])
     options = {"attention_mask": (ids != 0).long()} | options
@@ -358,7 +363,7 @@ def test_hugging_faces_generation_runs_on_the_runtime(model_type, options):
 
 
 def test_hugging_faces_generation_respects_keep_and_streams():
-    model, ids = tiny_model("llama"), tiny_tokens(batch=1, length=9)
+    model, ids = lively_model("llama"), tiny_tokens(batch=1, length=9)
     recorder = Recorder()
     text = hugging_face(model, ids, custom_generate=LayerSkipRuntime(model, keep=[0, 3]), streamer=recorder)
     assert torch.equal(text, hugging_face(prune(model, [0, 3]), ids))
@@ -373,17 +378,17 @@ def test_hugging_faces_generation_respects_keep_and_streams():
     ],
 )
 def test_what_the_runtime_cannot_compute_is_refused_in_hugging_faces_generation(options, message):
-    model, ids = tiny_model("llama"), tiny_tokens(batch=1, length=9)
+    model, ids = lively_model("llama"), tiny_tokens(batch=1, length=9)
     with pytest.raises(ValueError, match=message):
         hugging_face(model, ids, custom_generate=LayerSkipRuntime(model), **options)
     with pytest.raises(ValueError, match="another model"):
-        hugging_face(tiny_model("llama"), ids, custom_generate=LayerSkipRuntime(model))
+        hugging_face(lively_model("llama"), ids, custom_generate=LayerSkipRuntime(model))
 
 
 def test_memory_does_not_grow_with_tokens():
     """Cache and scratch of a request are allocated once; many requests leave nothing behind."""
     resource = pytest.importorskip("resource")
-    model = tiny_model("llama", max_position_embeddings=600)
+    model = lively_model("llama", max_position_embeddings=600)
     runtime, ids = LayerSkipRuntime(model), tiny_tokens(batch=1, length=9)
     runtime.generate(ids, max_new_tokens=500)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
