@@ -7,12 +7,20 @@ import threading
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokens
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
+    PreTrainedTokenizerFast,
     StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import candidate_generator, logits_process, stopping_criteria, streamers, watermarking
@@ -295,6 +303,31 @@ def test_an_assistant_drafts_for_the_kept_layers(setting):
     text = hugging_face(model, ids, custom_generate=runtime, assistant_model=assistant)
     assert torch.equal(text, hugging_face(pruned, ids))
     assert calls
+
+
+def test_stop_strings_are_a_stopping_criterion(setting):
+    """transformers does not hand the tokenizer on to a callable."""
+    model, runtime, pruned, ids = setting
+    vocabulary = {chr(ord("!") + token): token for token in range(VOCAB_SIZE)}
+    letters = Tokenizer(WordLevel(vocabulary, unk_token="!"))
+    letters.pre_tokenizer, letters.decoder = Split("", "isolated"), Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
+    full = hugging_face(pruned, ids)
+    stop = "".join(chr(ord("!") + token) for token in full[0, 12:15].tolist())
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [stop])])
+    text = hugging_face(model, ids, custom_generate=runtime, stopping_criteria=criteria)
+    assert torch.equal(text, full[:, :15])
+    with pytest.raises(ValueError, match="tokenizer"):
+        hugging_face(model, ids, custom_generate=runtime, stop_strings=stop, tokenizer=tokenizer)
+
+
+def test_a_model_that_was_loaded_with_a_device_map_is_taken(setting, tmp_path):
+    pytest.importorskip("accelerate")
+    model, runtime, _, ids = setting
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    text = LayerSkipRuntime(loaded, KEEP).generate(ids, max_new_tokens=NEW)
+    assert torch.equal(text, runtime.generate(ids, max_new_tokens=NEW))
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ Keep = Sequence[int] | Mapping[str, Sequence[int]]
 class LayerSkipRuntime:
     """Runs the layers `keep` of `model` without Python in the loop.
 
-    The runtime shares the model's parameters: a change of their values is seen, a change of their dtype, device or
-    identity makes the next request raise RuntimeError. On a CPU, steps of up to 16 tokens (decoding, small batches,
-    verification of drafts) run in fused kernels with fp32 accumulation; longer prompts and other devices through ATen.
+    The runtime shares the model's parameters: a change of their values is seen, any other change of the model makes the
+    next request raise RuntimeError. On a CPU, steps of up to 16 tokens (decoding, small batches, verification of
+    drafts) run in fused kernels with fp32 accumulation; longer prompts and other devices through ATen.
 
     `keep` lists the layers to run, by index, in any order; None keeps all. A mapping {"attention": [...], "mlp": [...]}
     keeps the two blocks of a layer separately. It can be set between requests at no cost: only kept layers read weights
@@ -41,7 +41,8 @@ class LayerSkipRuntime:
     beam search) on top of the runtime.
 
     Raises ImportError where `e3kernels._runtime` is not built, ValueError or TypeError for a model that cannot be run
-    exactly (the message says why), ValueError for an empty, repeated or out-of-range `keep`.
+    exactly (the message says why), RuntimeError for one in training mode, with hooks, patched forwards or released
+    memory, ValueError for an empty, repeated or out-of-range `keep`.
     """
 
     def __init__(self, model: PreTrainedModel, keep: Keep | None = None) -> None:
