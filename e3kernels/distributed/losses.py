@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -74,37 +74,3 @@ def _summed(kernel: Callable[..., tuple[Tensor, ...]], position: int, columns: S
         return tuple(results)
 
     return call
-
-
-def local_tensors(
-    sharded: Mapping[str, Tensor | None], dim: int, replicated: Mapping[str, Tensor | None]
-) -> tuple[Any, list[Any]]:
-    """(process group, local parts in the order given) of DTensors whose dimension `dim` is the vocabulary.
-
-    Raises TypeError or ValueError naming a tensor that is no DTensor, or is not `Shard(dim)` (`Replicate()` for the
-    `replicated`, which may be plain tensors) on one and the same mesh of one dimension.
-    """
-    from torch.distributed.tensor import DTensor, Replicate, Shard  # whoever calls this has imported it already
-
-    mesh = next(tensor for tensor in sharded.values() if isinstance(tensor, DTensor)).device_mesh
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"{next(iter(sharded))} lies on a mesh of {mesh.ndim} dimensions; give to_local() and the group= of the "
-            "dimension that shards the vocabulary"
-        )
-    parts: list[Tensor | None] = []
-    for name, tensor in (*sharded.items(), *replicated.items()):
-        if tensor is None or (name in replicated and not isinstance(tensor, DTensor)):
-            parts.append(tensor)
-            continue
-        if not isinstance(tensor, DTensor):
-            raise TypeError(
-                f"{name} is a plain tensor beside DTensors; it must be one too, sharded along the vocabulary"
-            )
-        wanted = Replicate() if name in replicated else Shard(dim % tensor.ndim)
-        if tensor.device_mesh != mesh or tensor.placements != (wanted,):
-            raise ValueError(
-                f"{name} has placements {tensor.placements} on {tensor.device_mesh}; must be ({wanted},) on {mesh}"
-            )
-        parts.append(tensor.to_local())
-    return mesh.get_group(), parts

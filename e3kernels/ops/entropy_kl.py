@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from e3kernels.distributed.losses import local_tensors, sharded_loss
+from e3kernels.distributed.losses import sharded_loss
+from e3kernels.distributed.placement import on_this_rank
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape, last_size, rows_of
 from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
 from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
@@ -72,7 +73,8 @@ def entropy_kl(
         return_stats: also return `TokenStats`.
         group: the logits are this rank's columns of a vocabulary that the ranks of `group` share out in their order
             (vocabulary parallelism). Labels are ids of the whole, and the loss is that of the whole, on every rank.
-            DTensors sharded along the last dimension, on a mesh of one, imply their group. The reference serves it.
+            DTensors that one dimension of their mesh shards along the last dimension imply it; any other DTensor is
+            gathered. The reference serves it.
 
     Returns:
         The loss, 0-dim or (...) for "none", fp32 (fp64 for float64). No valid token gives 0, attached to the graph.
@@ -86,10 +88,10 @@ def entropy_kl(
         temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
         student_scale, reduction, return_stats,
     )  # fmt: skip
-    if hasattr(student_logits, "device_mesh"):
-        logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
-        whole = {"labels": labels, "token_mask": token_mask}
-        group, (student_logits, teacher_logits, labels, token_mask) = local_tensors(logits, -1, whole)
+    logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    beside = {"labels": labels, "token_mask": token_mask}
+    group, plain = on_this_rank(logits, -1, beside, student_logits, group)
+    student_logits, teacher_logits, labels, token_mask = plain
     check_dtype("student_logits", student_logits, FLOAT_DTYPES)
     check_dtype("teacher_logits", teacher_logits, (student_logits.dtype,))
     check_shape("teacher_logits", teacher_logits, student_logits.shape, "the shape of student_logits")

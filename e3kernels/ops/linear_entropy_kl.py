@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from e3kernels.distributed.losses import local_tensors, sharded_loss
+from e3kernels.distributed.losses import sharded_loss
+from e3kernels.distributed.placement import on_this_rank
 from e3kernels.ops.common.arguments import check_device, check_shape, rows_of
 from e3kernels.ops.common.head import autocast_dtype, check_head, head_dtypes
 from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
@@ -70,8 +71,13 @@ def linear_entropy_kl(
         student_weight, teacher_weight: (V, H), as in torch.nn.Linear.
         student_bias, teacher_bias: (V,).
         group: weights and biases are this rank's rows of heads that the ranks of `group` share out in their order, as
-            in `entropy_kl`; hidden states are whole on every rank, and so is their gradient. Of DTensors, weights and
-            biases are sharded along dimension 0.
+            in `entropy_kl`; hidden states are whole on every rank, and so is their gradient.
+
+    DTensors: hidden states that are plain tensors are this rank's own, and a weight or bias that is a DTensor, as FSDP
+    and tensor parallelism leave it, is gathered for them. Its gradient returns to where it lies and is the mean over
+    the ranks of its mesh, as FSDP takes it: that of one process where the ranks have the same tokens, or as many each.
+    Hidden states that are DTensors count as those of all ranks; heads on their mesh that one of its dimensions shards
+    along the vocabulary then imply its `group`. With `group` given, DTensors are cut to its parts.
 
     All six have one dtype; under autocast they may differ, and are multiplied in the autocast dtype. A gradient flows
     to the student's tensors that require one; a weight shared with the teacher gets the student's part. Every other
@@ -81,22 +87,21 @@ def linear_entropy_kl(
         temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
         student_scale, reduction, return_stats,
     )  # fmt: skip
-    if hasattr(student_weight, "device_mesh"):
-        heads = {
-            "student_weight": student_weight,
-            "teacher_weight": teacher_weight,
-            "student_bias": student_bias,
-            "teacher_bias": teacher_bias,
-        }
-        whole = {
-            "student_hidden": student_hidden,
-            "teacher_hidden": teacher_hidden,
-            "labels": labels,
-            "token_mask": token_mask,
-        }
-        group, parts = local_tensors(heads, 0, whole)
-        student_weight, teacher_weight, student_bias, teacher_bias = parts[:4]
-        student_hidden, teacher_hidden, labels, token_mask = parts[4:]
+    heads = {
+        "student_weight": student_weight,
+        "teacher_weight": teacher_weight,
+        "student_bias": student_bias,
+        "teacher_bias": teacher_bias,
+    }
+    beside = {
+        "student_hidden": student_hidden,
+        "teacher_hidden": teacher_hidden,
+        "labels": labels,
+        "token_mask": token_mask,
+    }
+    group, plain = on_this_rank(heads, 0, beside, student_hidden, group)
+    student_weight, teacher_weight, student_bias, teacher_bias = plain[:4]
+    student_hidden, teacher_hidden, labels, token_mask = plain[4:]
     compute_dtype = autocast_dtype(student_hidden)
     dtypes = head_dtypes(student_hidden, compute_dtype)
     check_head("student", student_hidden, student_weight, student_bias, dtypes)

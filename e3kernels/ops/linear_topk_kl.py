@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from e3kernels.distributed.losses import local_tensors, sharded_loss
+from e3kernels.distributed.losses import sharded_loss
+from e3kernels.distributed.placement import on_this_rank
 from e3kernels.ops.common.arguments import check_device, rows_of
 from e3kernels.ops.common.head import autocast_dtype, check_head, head_dtypes
 from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, make_tokens
@@ -67,17 +68,16 @@ def linear_topk_kl(
         temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
         student_scale, reduction, return_stats,
     )  # fmt: skip
-    if hasattr(student_weight, "device_mesh"):
-        head = {"student_weight": student_weight, "student_bias": student_bias}
-        whole = {
-            "student_hidden": student_hidden,
-            "teacher_logprobs": teacher_logprobs,
-            "teacher_ids": teacher_ids,
-            "labels": labels,
-            "token_mask": token_mask,
-        }
-        group, parts = local_tensors(head, 0, whole)
-        student_weight, student_bias, student_hidden, teacher_logprobs, teacher_ids, labels, token_mask = parts
+    head = {"student_weight": student_weight, "student_bias": student_bias}
+    beside = {
+        "student_hidden": student_hidden,
+        "teacher_logprobs": teacher_logprobs,
+        "teacher_ids": teacher_ids,
+        "labels": labels,
+        "token_mask": token_mask,
+    }
+    group, plain = on_this_rank(head, 0, beside, student_hidden, group)
+    student_weight, student_bias, student_hidden, teacher_logprobs, teacher_ids, labels, token_mask = plain
     compute_dtype = autocast_dtype(student_hidden)
     check_head("student", student_hidden, student_weight, student_bias, head_dtypes(student_hidden, compute_dtype))
     check_device(student_hidden.device, student_weight=student_weight, student_bias=student_bias)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from e3kernels.distributed.losses import local_tensors, sharded_loss
+from e3kernels.distributed.losses import sharded_loss
+from e3kernels.distributed.placement import on_this_rank
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, last_size, rows_of
 from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, make_tokens
 from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
@@ -70,15 +71,14 @@ def topk_kl(
         temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
         student_scale, reduction, return_stats,
     )  # fmt: skip
-    if hasattr(student_logits, "device_mesh"):
-        whole = {
-            "teacher_logprobs": teacher_logprobs,
-            "teacher_ids": teacher_ids,
-            "labels": labels,
-            "token_mask": token_mask,
-        }
-        group, parts = local_tensors({"student_logits": student_logits}, -1, whole)
-        student_logits, teacher_logprobs, teacher_ids, labels, token_mask = parts
+    beside = {
+        "teacher_logprobs": teacher_logprobs,
+        "teacher_ids": teacher_ids,
+        "labels": labels,
+        "token_mask": token_mask,
+    }
+    group, plain = on_this_rank({"student_logits": student_logits}, -1, beside, student_logits, group)
+    student_logits, teacher_logprobs, teacher_ids, labels, token_mask = plain
     check_dtype("student_logits", student_logits, FLOAT_DTYPES)
     options.check(has_labels=labels is not None)
     tail_code = check_tail(tail, divergence)
