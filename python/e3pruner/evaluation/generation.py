@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from e3pruner.models.stack import returning_dicts
 from e3pruner.runtime import LayerSkipRuntime
 
 
@@ -24,16 +26,17 @@ def continue_prompt(
     text = chat_text(tokenizer, prompt) if in_chat else prompt
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not in_chat).to(model.device)
     network: Any = model
-    ids = network.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-        pad_token_id=tokenizer.eos_token_id,
-        **options,
-    )
+    with returning_dicts(model) if isinstance(model, PreTrainedModel) else nullcontext():
+        ids = network.generate(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            pad_token_id=tokenizer.eos_token_id,
+            **options,
+        )
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
 

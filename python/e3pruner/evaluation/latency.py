@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from e3pruner.models import output_head
-from e3pruner.models.stack import evaluating
+from e3pruner.models.stack import evaluating, returning_dicts
 
 
 class _Clock(BaseStreamer):
@@ -47,7 +47,7 @@ def latency(
     vocabulary = output_head(model).weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
-    with evaluating(model):
+    with evaluating(model), returning_dicts(model):
         _generate(model, prompt, 2)
         runs = [_generate(model, prompt, new_tokens) for _ in range(repeats)]
     return {

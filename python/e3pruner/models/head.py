@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakSet
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from e3pruner.models.stack import evaluating, stack_name
+from e3pruner.models.stack import evaluating, returning_dicts, stack_name
 
 # Settings that multiply the logits (1) or divide them (-1).
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
@@ -31,6 +31,10 @@ class OutputHead:
     bias: Tensor | None
     softcap: float | None
     scale: float
+
+    def to(self, dtype: torch.dtype) -> OutputHead:
+        """This head with weight and bias in `dtype`: those of the model where they have it."""
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., H), in the dtype of the weight."""
@@ -52,9 +56,8 @@ def last_hidden(
     (B, T) of packed documents, each counted from 0.
     """
     positions = position_arguments(model, attention_mask, position_ids)
-    output = decoder_of(model)(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **positions
-    )
+    with returning_dicts(model):
+        output = decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return output.last_hidden_state
 
 
@@ -116,8 +119,8 @@ def output_head(model: PreTrainedModel) -> OutputHead:
 @torch.no_grad()
 def _verify(model: PreTrainedModel, head: OutputHead) -> None:
     ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
-    with evaluating(model):
-        expected = model(input_ids=ids, use_cache=False, return_dict=True).logits.float()
+    with evaluating(model), returning_dicts(model):
+        expected = model(input_ids=ids, use_cache=False).logits.float()
         rebuilt = head.logits(last_hidden(model, ids)).float()
     # A missed factor changes logits by its own size; rounding in the order of operations by a few ulp.
     tolerance = 8 * torch.finfo(head.weight.dtype).eps * expected.abs().max()

@@ -67,6 +67,21 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+@contextmanager
+def returning_dicts(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the parts of `model` give one another named outputs, also where `config.return_dict` is False:
+    many models of transformers cannot run that way, whatever is passed to their forward."""
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    asked = [config.return_dict for config in configs]
+    for config in configs:
+        config.return_dict = True
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, asked, strict=True):
+            config.return_dict = value
+
+
 def _refuse_unfit(model: PreTrainedModel) -> None:
     kind = type(model).__name__
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):

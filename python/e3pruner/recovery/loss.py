@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
-from e3pruner.models import last_hidden, output_head
+from e3pruner.models import OutputHead, last_hidden, output_head
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
 from e3pruner.text.batches import Batch, in_order
@@ -43,15 +43,19 @@ class DistillLoss:
         with self._autocast():
             with named_range("student forward"):
                 hidden = last_hidden(self.student, batch.input_ids, batch.attention_mask, batch.position_ids)
-            return self.of_hidden(hidden, batch, targets, reduction)
+            return self.of_hidden(hidden, output_head(self.student), batch, targets, reduction)
 
-    def of_hidden(self, hidden: Tensor, batch: Batch, targets: Any, reduction: str) -> tuple[Tensor, Any]:
-        """The same from the student's last hidden states (B, S, H), for a loop that runs the model itself."""
+    def of_hidden(
+        self, hidden: Tensor, head: OutputHead, batch: Batch, targets: Any, reduction: str
+    ) -> tuple[Tensor, Any]:
+        """The same from the student's last hidden states (B, S, H) and head, for a loop that runs the model itself."""
         options = self.options
+        if hasattr(head.weight, "device_mesh") and not torch.is_autocast_enabled(hidden.device.type):
+            head = head.to(hidden.dtype)  # as FSDP does, whose mixed precision stores another dtype than it multiplies
         with named_range("loss"):
             return self.teacher.loss(
                 hidden[:, :-1],
-                output_head(self.student),
+                head,
                 targets,
                 batch.labels,
                 temperature=options.temperature,

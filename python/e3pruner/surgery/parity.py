@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from e3pruner.compat import CACHE
 from e3pruner.models.gates import skipped
 from e3pruner.models.head import check_finite
-from e3pruner.models.stack import evaluating, find_layers
+from e3pruner.models.stack import evaluating, find_layers, returning_dicts
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 _STATE_NAMES = ("training", "gradient_checkpointing")
@@ -37,9 +38,14 @@ def assert_parity(
     tokens = torch.arange(_BATCH * (_PROMPT + _STEPS), device=pruned.device) * 7919 + 5
     ids = (tokens % vocab_size).view(_BATCH, -1)
     removed = sorted(set(range(len(find_layers(model)))) - set(kept))
-    with torch.no_grad(), evaluating(model), evaluating(pruned), skipped(model, removed, sublayers):
-        expected = model(input_ids=ids, use_cache=False, return_dict=True).logits
-        uncached = pruned(input_ids=ids, use_cache=False, return_dict=True).logits
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for each in (model, pruned):
+            stack.enter_context(evaluating(each))
+            stack.enter_context(returning_dicts(each))
+        stack.enter_context(skipped(model, removed, sublayers))
+        expected = model(input_ids=ids, use_cache=False).logits
+        uncached = pruned(input_ids=ids, use_cache=False).logits
         cached = _decode(pruned, ids)
     kind = model.config.model_type
     if not torch.equal(uncached, expected):
@@ -80,13 +86,13 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 def _decode(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits (B, T, V) of a prompt and then of one token after another through the model's own cache."""
-    output = model(input_ids=ids[:, :_PROMPT], use_cache=True, return_dict=True)
+    output = model(input_ids=ids[:, :_PROMPT], use_cache=True)
     if output.get(CACHE) is None:
         raise ValueError(f"model ({model.config.model_type}) cannot be pruned: it returns no {CACHE}")
     logits = [output.logits]
     for step in range(_PROMPT, ids.shape[1]):
         token, cache = ids[:, step : step + 1], output[CACHE]
-        output = model(input_ids=token, use_cache=True, return_dict=True, **{CACHE: cache})
+        output = model(input_ids=token, use_cache=True, **{CACHE: cache})
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from e3pruner.compat import CACHE
+from e3pruner.models.stack import returning_dicts
 
 BATCH = 64
 TOP_K = 64
@@ -73,6 +74,7 @@ def write_documents(
     model.to(dtype=torch.bfloat16)
     starts = range(0, len(prompts), BATCH)
     rows = []
-    for i in track(starts, description="teacher writes", transient=True):
-        rows += _continue(model, prompts[i : i + BATCH], length, end, _mixed(seed, i))
+    with returning_dicts(model):
+        for i in track(starts, description="teacher writes", transient=True):
+            rows += _continue(model, prompts[i : i + BATCH], length, end, _mixed(seed, i))
     return rows

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import e3kernels
 from e3kernels.profiling import MemoryTimeline, Profile, RangeRecorder, Timeline
 from e3pruner.models import find_layers, output_head
-from e3pruner.models.stack import evaluating
+from e3pruner.models.stack import evaluating, returning_dicts
 from e3pruner.profiling.fit import check_decoding_fits
 from e3pruner.profiling.model.engines import (
     Eager,
@@ -134,7 +134,7 @@ def profile_decoder(
     check_decoding_fits(model, batch, prompt, tokens)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(output_head(model).weight.shape[0], (batch, prompt), generator=generator).to(model.device)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), returning_dicts(model), torch.no_grad():
         runtimes, runtime_refusal = _runtimes(model, prompt + tokens)
         counts = [count for count in removed if 0 < count < layers]
         pruned, removal_refusal = _pruned(model, counts, runtimes)

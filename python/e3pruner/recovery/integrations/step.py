@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
+from e3pruner.models import output_head
 from e3pruner.models.head import check_packing, decoder_of, position_arguments
+from e3pruner.models.stack import returning_dicts
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
@@ -73,10 +76,15 @@ class DistillStep:
             if isinstance(self.loss.teacher, LiveTeacher):
                 check_packing("teacher", self.loss.teacher.model)
             self._packs = True
+        before = output_head(self.loss.student)
         with named_range("student forward"):
             hidden = self._hidden(wrapper, batch.input_ids, batch.attention_mask, batch.position_ids)
+        head = output_head(self.loss.student)
+        # FSDP leaves its gathered weights, whose gradient it takes, or shards: those of the parameters themselves, or
+        # of copies over fewer ranks, whose gradient nobody takes.
+        head = before if hasattr(head.weight, "device_mesh") else head
         targets = self.loss.targets(batch)
-        loss, stats = self.loss.of_hidden(hidden, batch, targets, "sum")
+        loss, stats = self.loss.of_hidden(hidden, head, batch, targets, "sum")
         weight = stats.weight.sum()
         sums = torch.stack([loss.detach().to(weight.dtype), weight])
         shown = _mean(sums)
@@ -87,16 +95,22 @@ class DistillStep:
         """The student's last hidden states (B, S, H), running it as `wrapper`(…).
 
         DDP and FSDP act in the forward of their wrapper, so they are taken from within; of the logits that the model
-        computes on the way only the last position is asked for.
+        computes on the way only the last position is asked for. The wrapper must see them among its outputs too: FSDP
+        brings back the weights it has freed when the gradient of an output arrives.
         """
-        outputs: list[Any] = []
-        where = position_arguments(self.loss.student, mask, positions)
-        hook = decoder_of(self.loss.student).register_forward_hook(lambda *call: outputs.append(call[-1]))
-        try:
+        student, outputs = self.loss.student, list[Tensor]()
+        where = position_arguments(student, mask, positions)
+
+        def show(module: nn.Module, inputs: Any, output: Any) -> None:
+            output["hidden_states"] = (outputs[0],)
+
+        with ExitStack() as stack:
+            stack.enter_context(returning_dicts(student))
+            inner = decoder_of(student).register_forward_hook(lambda *call: outputs.append(call[-1].last_hidden_state))
+            stack.callback(inner.remove)
+            stack.callback(student.register_forward_hook(show, prepend=True).remove)  # before FSDP's own
             wrapper(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1, **where)
-        finally:
-            hook.remove()
-        return outputs[0].last_hidden_state
+        return outputs[0]
 
     @torch.no_grad()
     def mean(self) -> Tensor:
