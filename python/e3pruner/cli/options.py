@@ -38,6 +38,14 @@ MethodOptions = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="NAME=VALUE", help="A further option of the library call; may be repeated."),
 ]
+Vocabulary = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Columns of the predictions that count, from the first on; for models that pad their vocabularies "
+        "differently. If not given, what is beyond the tokenizer's last token is cut where it has to be.",
+    ),
+]
 Track = Annotated[
     str | None,
     typer.Option(

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3kernels as e3k
 from e3pruner.models import OutputHead, find_layers, last_hidden, output_head
 from e3pruner.models.stack import evaluating
+from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
 from e3pruner.precision import autocast_dtype, weights_in
 from e3pruner.text.given import Given, batches_of, is_whole
 from e3pruner.text.sequences import Sequences
@@ -41,6 +42,8 @@ def evaluate(
     token_batches: Given,
     teacher: PreTrainedModel | None = None,
     *,
+    vocabulary: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     precision: str = "fp32",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -51,24 +54,26 @@ def evaluate(
     dense one. precision: "fp32" computes in the type of the weights, "bf16" with the weights rounded to bfloat16
     meanwhile, "auto" in bf16 where the processor multiplies it. progress: show a bar on standard error.
 
+    vocabulary: the columns of both models' logits that count, from the first on; what is behind them is cut, for models
+    that pad their vocabularies differently. Unless told, all, where both have as many; else those that both have, if
+    `tokenizer`, which they share, has no token beyond.
+
     Returns "perplexity" = exp of the mean cross-entropy in nats, "tokens" (predicted ones), "layers", "parameters"
     (tied ones count once), and with a teacher "kl", the mean KL(teacher ‖ model) in nats a token over the full
     vocabulary, and "top1_agreement", the share of positions where both rank the same token first. Logits exist one tile
     at a time.
 
-    Raises `ValueError` for token batches as `e3pruner.search` does and for a teacher with another vocabulary, and
-    `FloatingPointError` naming the batch if a result is NaN.
+    Raises `ValueError` for token batches as `e3pruner.search` does and for a teacher with a vocabulary of another size
+    whose columns neither `vocabulary` nor `tokenizer` tells apart, and `FloatingPointError` naming the batch if a
+    result is NaN.
     """
     models = [model] if teacher is None else [model, teacher]
     heads = [output_head(each) for each in models]
-    sizes = [head.weight.shape[0] for head in heads]
-    if sizes[0] != sizes[-1]:
-        raise ValueError(
-            f"teacher has a vocabulary of {sizes[-1]} tokens, model one of {sizes[0]}: their predictions can be "
-            "compared only if they share a tokenizer"
-        )
     roles = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
-    batches = batches_of("token_batches", token_batches, sizes[0], **roles)
+    sizes = {role: head.weight.shape[0] for role, head in zip(roles, heads, strict=True)}
+    columns = common_vocabulary(sizes, vocabulary, tokenizer_size(tokenizer))
+    heads = [head.narrowed(columns) for head in heads]
+    batches = batches_of("token_batches", token_batches, columns, **roles)
     if is_whole(token_batches):
         batches = list(batches[0].split(max(1, _PASS_TOKENS // batches[0].shape[1])))
     dtype = autocast_dtype(precision, model.device)

@@ -36,6 +36,13 @@ class OutputHead:
         """This head with weight and bias in `dtype`: those of the model where they have it."""
         return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
+    def narrowed(self, vocabulary: int) -> OutputHead:
+        """The head of the first `vocabulary` tokens: views, no copies; itself if it has no more."""
+        if vocabulary == self.weight.shape[0]:
+            return self
+        bias = None if self.bias is None else self.bias[:vocabulary]
+        return replace(self, weight=self.weight[:vocabulary], bias=bias)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., H), in the dtype of the weight."""
         scaled = F.linear(hidden, self.weight, self.bias)

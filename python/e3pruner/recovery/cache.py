@@ -25,6 +25,7 @@ from e3pruner.form import positive
 from e3pruner.models import OutputHead, last_hidden, output_head
 from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import evaluating
+from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
 from e3pruner.precision import autocast_dtype
 from e3pruner.storage import fingerprint, read_checked, remove_temporaries, write_checked, write_tensors
 from e3pruner.text.batches import Batch
@@ -41,6 +42,7 @@ FORM = {
     "sequences": positive,
     "length": positive,
     "vocabulary": positive,
+    "tokens": (int, None),
     "k": positive,
     "temperature": float,
     "batch_size": positive,
@@ -83,6 +85,7 @@ class TeacherCache:
         self.folder, self.tail = Path(folder), tail
         self.manifest = _read_manifest(self.folder)
         self.vocabulary: int = self.manifest["vocabulary"]
+        self.tokens: int | None = self.manifest["tokens"]
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._checked: set[int] = set()
         if missing := [f.name for f in _shard_files(self.folder, self.manifest) if not f.exists()]:
@@ -95,6 +98,13 @@ class TeacherCache:
     @property
     def identity(self) -> str:
         return fingerprint(self.manifest, self.tail)
+
+    def narrow(self, vocabulary: int) -> None:
+        """Raises ValueError: what is stored is normalised over all of its vocabulary."""
+        raise ValueError(
+            f"{self.folder} holds predictions over {self.vocabulary} tokens; to learn from the first {vocabulary} of "
+            f"them, make a cache with vocabulary={vocabulary}"
+        )
 
     def check(self, data: Sequences, temperature: float) -> None:
         """Raises ValueError unless the cache is of `data` at `temperature`."""
@@ -176,12 +186,17 @@ def cache_teacher(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     k: int = 10,
+    vocabulary: int | None = None,
     temperature: float = 1.0,
     batch_size: int = 8,
     precision: str = "auto",
     force: bool = False,
 ) -> TeacherCache:
     """Store the `k` likeliest next tokens of every position of `data` in `folder`: what `distill` takes.
+
+    vocabulary: how many columns of the teacher's logits count, from the first on; what is behind them is cut before the
+    softmax, as padding that no token uses. Unless told, the size of `tokenizer`, and without one all; a student learns
+    the same ones.
 
     A folder in which an earlier call was cut short, even by a kill, is completed: whole shards are kept.
 
@@ -190,8 +205,12 @@ def cache_teacher(
     `force`; OSError if the disk has too little room, before it starts.
     """
     folder = Path(folder)
-    head = output_head(teacher)
-    vocabulary = head.weight.shape[0]
+    head, tokens = output_head(teacher), tokenizer_size(tokenizer)
+    columns = head.weight.shape[0]
+    if vocabulary is None and tokens is not None:
+        vocabulary = min(tokens, columns)
+    vocabulary = common_vocabulary({"teacher": columns}, vocabulary, tokens)
+    head = head.narrowed(vocabulary)
     rows = sequences_of("data", data, vocabulary, teacher=teacher)
     length = rows.shape[1]
     if not 1 <= k <= vocabulary:
@@ -204,6 +223,7 @@ def cache_teacher(
         "sequences": len(rows),
         "length": length,
         "vocabulary": vocabulary,
+        "tokens": tokens,
         "k": k,
         "temperature": temperature,
         "batch_size": batch_size,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.models import output_head
+from e3pruner.models.vocabulary import tokenizer_size
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.loop import DistillResult, Training
 from e3pruner.recovery.loss import DistillLoss
@@ -29,6 +30,7 @@ def distill(
     pruned: PreTrainedModel,
     *,
     teacher: PreTrainedModel | Teacher,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     data: Given,
     held_out: Given | None = None,
     plan: PruningPlan | None = None,
@@ -42,10 +44,11 @@ def distill(
     """Train `pruned`, in place, on the divergence of its predictions from those of `teacher`.
 
     `data` and `held_out`: as the token batches of `e3pruner.search`; padding, and what labels leave out, is not learnt.
-    `plan`: by which `pruned`
-    was cut, for trainable="cuts". `options`: those of `DistillOptions`. AdamW runs on fp32 master weights, without
-    dropout; the weights end in the dtype they came in, those with requires_grad=False untrained. A step minimises
-    Σwℓ / Σw over all its tokens, however `batch_size · accumulation` is split.
+    `plan`: by which `pruned` was cut, for trainable="cuts". `tokenizer`: the one that both models share, which proves
+    what of vocabularies of different sizes is padding (see `DistillOptions.vocabulary`). `options`: those of
+    `DistillOptions`. AdamW runs on fp32 master weights, without dropout; the weights end in the dtype they came in,
+    those with requires_grad=False untrained. A step minimises Σwℓ / Σw over all its tokens, however
+    `batch_size · accumulation` is split.
 
     With `output`, a folder, states are saved there every `save_every` steps, on Ctrl-C, when the loss is no longer
     finite, and at the end; `resume=True` goes on from the last one to the same bits as an uninterrupted run.
@@ -53,11 +56,12 @@ def distill(
     `track` shows the curves meanwhile: "tensorboard" (event files in `track_folder`, else in `output`), "wandb" or
     "trackio". A resumed run goes on with the same curves.
 
-    Raises ValueError for an illegal option or token, a teacher with another vocabulary or with weights shared with
-    `pruned`, a student that is frozen wherever `trainable` points, a damaged state, a resume with other options, data
-    or teacher; FileExistsError if `output` is not empty and neither `resume` nor `force` is given; ModuleNotFoundError
-    if the package that `track` names is not installed; FloatingPointError naming the step whose loss or gradient is not
-    finite, which then has changed no weight; KeyboardInterrupt after Ctrl-C, once the state is saved.
+    Raises ValueError for an illegal option or token, a teacher with a vocabulary of another size that is not known to
+    be padding, or with weights shared with `pruned`, a student that is frozen wherever `trainable` points, a damaged
+    state, a resume with other options, data or teacher; FileExistsError if `output` is not empty and neither `resume`
+    nor `force` is given; ModuleNotFoundError if the package that `track` names is not installed; FloatingPointError
+    naming the step whose loss or gradient is not finite, which then has changed no weight; KeyboardInterrupt after
+    Ctrl-C, once the state is saved.
     """
     chosen = DistillOptions(**options)
     if resume and output is None:
@@ -73,17 +77,17 @@ def distill(
         casts: AbstractContextManager[None] = narrowed(teacher, dtype)
     else:
         source, casts = teacher, nullcontext()
-    loss = DistillLoss(pruned, source, chosen, dtype)
-    vocabulary = output_head(pruned).weight.shape[0]
+    loss = DistillLoss(pruned, source, chosen, dtype, tokenizer_size(tokenizer))
     models = {"teacher": teacher} if isinstance(teacher, PreTrainedModel) else {}
     models["pruned"] = pruned
-    sequences = sequences_of("data", data, vocabulary, **models)
+    sequences = sequences_of("data", data, loss.vocabulary, **models)
     source.check(sequences, chosen.temperature)
-    watched = None if held_out is None else sequences_of("held_out", held_out, vocabulary, **models)
+    watched = None if held_out is None else sequences_of("held_out", held_out, loss.vocabulary, **models)
     steps = chosen.steps or math.ceil(len(sequences) / (chosen.batch_size * chosen.accumulation))
     # What "one pass" and "auto" came to is part of the run: other data or another machine would change it.
     settings = asdict(chosen) | {
         "steps": steps,
+        "vocabulary": None if loss.vocabulary == output_head(pruned).weight.shape[0] else loss.vocabulary,
         "precision": str(dtype or torch.float32),
         "data": sequences.identity,
         "teacher": source.identity,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
 from e3pruner.models import OutputHead, last_hidden, output_head
+from e3pruner.models.vocabulary import common_vocabulary
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
 from e3pruner.text.batches import Batch, in_order
@@ -19,20 +20,23 @@ from e3pruner.text.sequences import IGNORED, Rows
 
 @dataclass
 class DistillLoss:
-    """Loss of `student` against `teacher` on a batch, under autocast to `dtype` (None: none)."""
+    """Loss of `student` against `teacher` on a batch, under autocast to `dtype` (None: none).
+
+    `tokens`: the size of the tokenizer that both share, where it is known: see `DistillOptions.vocabulary`.
+    """
 
     student: PreTrainedModel
     teacher: Teacher
     options: DistillOptions
     dtype: torch.dtype | None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        vocabulary = output_head(self.student).weight.shape[0]
-        if vocabulary != self.teacher.vocabulary:
-            raise ValueError(
-                f"teacher has a vocabulary of {self.teacher.vocabulary} tokens and the student one of {vocabulary}; "
-                "distillation compares their predictions token by token, so both need the same tokenizer"
-            )
+        sizes = {"student": output_head(self.student).weight.shape[0], "teacher": self.teacher.vocabulary}
+        tokens = self.teacher.tokens if self.tokens is None else self.tokens
+        self.vocabulary = common_vocabulary(sizes, self.options.vocabulary, tokens)
+        if self.vocabulary != self.teacher.vocabulary:
+            self.teacher.narrow(self.vocabulary)
 
     def targets(self, batch: Batch) -> Any:
         with self._autocast(), named_range("teacher forward"):
@@ -55,7 +59,7 @@ class DistillLoss:
         with named_range("loss"):
             return self.teacher.loss(
                 hidden[:, :-1],
-                head,
+                head.narrowed(self.vocabulary),
                 targets,
                 batch.labels,
                 temperature=options.temperature,
@@ -78,7 +82,9 @@ class HeldOut:
     def __init__(self, loss: DistillLoss, data: Rows, batch_size: int) -> None:
         self.has_kl = loss.teacher.any_text
         # Cross-entropy needs no teacher. Where the real one cannot serve, the student stands in; no KL is reported.
-        self.loss = loss if self.has_kl else replace(loss, teacher=LiveTeacher(loss.student))
+        itself = LiveTeacher(loss.student)
+        options = replace(loss.options, vocabulary=loss.vocabulary)
+        self.loss = loss if self.has_kl else replace(loss, teacher=itself, options=options)
         self.batches = [batch.to(loss.student.device) for batch in in_order(data, batch_size)]
         self.targets = [self.loss.targets(batch) for batch in self.batches]
 

@@ -15,6 +15,8 @@ class DistillOptions:
     accumulation: batches whose gradients make one step. lr: peak of AdamW's learning rate, reached after the fraction
     `warmup` of the steps and taken to 0 by a cosine. max_grad_norm: global gradient norm that a step is clipped to.
     temperature, weighting, gamma, kd_ratio, divergence: the loss, as in `e3kernels.linear_entropy_kl`.
+    vocabulary: how many columns of both models' predictions count, from the first on, where they pad their vocabularies
+    differently. None: all, where both have as many; else those that both have, if the tokenizer has no token beyond.
     trainable: "all" parameters; the "decoder" layers only (embeddings, final norm and output head stay frozen); "lora":
     matrices of rank `lora_rank` beside all linear layers, merged at the end; "cuts": the layers beside the cuts only;
     "norms": norms and biases only (PERP, arXiv 2312.15230).
@@ -37,6 +39,7 @@ class DistillOptions:
     gamma: float = 1.0
     kd_ratio: float = 0.9
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    vocabulary: int | None = None
     trainable: Literal["all", "decoder", "lora", "cuts", "norms"] = "all"
     lora_rank: int = 16
     spike: float = 3.0
@@ -51,7 +54,7 @@ class DistillOptions:
             value = getattr(self, name)
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ValueError(f"{name}={value!r} must be one of {get_args(kind)}")
-        for name in ("steps", "batch_size", "accumulation", "lora_rank", "eval_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulation", "lora_rank", "eval_every", "save_every", "vocabulary"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")

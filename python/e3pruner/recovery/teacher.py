@@ -21,15 +21,20 @@ from e3pruner.text.sequences import Sequences
 
 
 class Teacher(Protocol):
-    """`vocabulary`: columns of its predictions. `any_text`: whether it has predictions for text other than the training
-    data. `identity`: a hash by which a resume knows that it is the same one.
+    """`vocabulary`: columns of its predictions. `tokens`: the size of its tokenizer, where it is known. `any_text`:
+    whether it has predictions for text other than the training data. `identity`: a hash by which a resume knows that it
+    is the same one.
     """
 
     vocabulary: int
+    tokens: int | None
     any_text: bool
 
     @property
     def identity(self) -> str: ...
+
+    def narrow(self, vocabulary: int) -> None:
+        """From now on, predict the first `vocabulary` tokens only. Raises ValueError if it cannot."""
 
     def check(self, data: Sequences, temperature: float) -> None:
         """Raises ValueError if it cannot teach `data` at `temperature`."""
@@ -61,6 +66,7 @@ class LiveTeacher:
     """
 
     any_text = True
+    tokens: int | None = None
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
         self.model = model
@@ -71,6 +77,10 @@ class LiveTeacher:
     @property
     def identity(self) -> str:
         return model_identity(self.model)
+
+    def narrow(self, vocabulary: int) -> None:
+        """Cut its head, without a copy."""
+        self.head, self.vocabulary = self.head.narrowed(vocabulary), vocabulary
 
     def check(self, data: Sequences, temperature: float) -> None:
         """A model can teach any text that it can run on."""

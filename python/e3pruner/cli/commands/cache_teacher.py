@@ -24,6 +24,7 @@ def cache_teacher(
     verify: Annotated[bool, typer.Option("--verify", help="Make nothing: read all of --out and check it.")] = False,
     k: Annotated[int, typer.Option(min=1, help="Likeliest next tokens to store for each position.")] = 10,
     temperature: Annotated[float, typer.Option(help="Temperature of the predictions, and of the training.")] = 1.0,
+    vocabulary: options.Vocabulary = None,
     text: options.Text = None,
     length: options.Length = 256,
     batch: options.Batch = 8,
@@ -62,6 +63,14 @@ def cache_teacher(
             f"{free:,} free"
         )
         e3pruner.cache_teacher(
-            model, tokens, folder, tokenizer=tokenizer, k=k, temperature=temperature, batch_size=batch, force=True
+            model,
+            tokens,
+            folder,
+            tokenizer=tokenizer,
+            k=k,
+            vocabulary=vocabulary,
+            temperature=temperature,
+            batch_size=batch,
+            force=True,
         )
     print(f"{out}: {len(tokens)} sequences of {length} tokens, the {k} likeliest next tokens of each position")

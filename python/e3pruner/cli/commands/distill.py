@@ -45,6 +45,7 @@ def distill(
     length: options.Length = 256,
     held_out: options.HeldOut = 16,
     batch: options.Batch = 4,
+    vocabulary: options.Vocabulary = None,
     option: options.MethodOptions = None,
     track: options.Track = None,
     seed: options.Seed = 0,
@@ -74,11 +75,13 @@ def distill(
     evaluated = take(tokens.held_out, held_out, "--held-out")
     student = load_model(model, device, dtype)
     with output_folder(ctx, out, force) as folder:
-        settings: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "seed": seed, **extra}
+        settings: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "seed": seed}
+        settings |= {"vocabulary": vocabulary, **extra}
         training = folder / TRAINING
         result = e3pruner.distill(
             student,
             teacher=source,
+            tokenizer=tokenizer,
             data=tokens.training,
             held_out=evaluated,
             plan=PruningPlan.load(plan) if plan else None,

@@ -14,7 +14,9 @@ from e3pruner.cli.output import output_folder
 from e3pruner.cli.results import run_results
 from e3pruner.cli.tables import print_table, print_tasks
 from e3pruner.evaluation import evaluate_tasks, latency
+from e3pruner.models import output_head
 from e3pruner.models.loading import load_model, load_tokenizer
+from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
 from e3pruner.report import save_results
 from e3pruner.text.splits import batches, take, token_splits
 
@@ -34,6 +36,7 @@ def evaluate(
     task_folder: Annotated[
         Path | None, typer.Option(help="Folder of YAML files that define the tasks, in place of the harness's own.")
     ] = None,
+    vocabulary: options.Vocabulary = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     dtype: options.DtypeOption = options.Dtype.AUTO,
@@ -57,6 +60,8 @@ def evaluate(
     sequences = batches(take(tokens, held_out, "--held-out"), batch)
     with nullcontext() if out is None else output_folder(ctx, out, force) as folder:
         networks = {name: load_model(name, device, dtype) for name in names}
+        sizes = {name: output_head(network).weight.shape[0] for name, network in networks.items()}
+        columns = common_vocabulary(sizes, vocabulary, tokenizer_size(tokenizer))  # the same ones for all
         # First, so that a task that is not defined is said before anything is measured.
         scores = {
             name: evaluate_tasks(network, tokenizer, task, folder=task_folder, batch_size=batch, seed=seed)
@@ -65,7 +70,9 @@ def evaluate(
         }
         dense = networks[teacher] if teacher is not None else None
         rows = [
-            {"name": name, **e3pruner.evaluate(network, sequences, dense), **(latency(network) if speed else {})}
+            {"name": name}
+            | e3pruner.evaluate(network, sequences, dense, vocabulary=columns)
+            | (latency(network) if speed else {})
             for name, network in networks.items()
         ]
         results = run_results(ctx, f"{model} on held-out text") | {"models": rows}

@@ -7,7 +7,7 @@ from typing import Any
 from lightning import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.recovery.integrations.step import DistillStep, batch_of
 from e3pruner.recovery.options import DistillOptions
@@ -22,12 +22,16 @@ class DistillMixin(LightningModule):
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | Teacher, distill: DistillOptions | None = None
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | Teacher,
+        distill: DistillOptions | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         # In a tuple, so that a teacher's weights are neither trained nor saved with the student's.
-        self._step = (DistillStep(student, teacher, distill),)
+        self._step = (DistillStep(student, teacher, distill, tokenizer),)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         loss, _ = self._step[0].backward_loss(self.student, batch_of(batch))

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3kernels.profiling import named_range
 from e3pruner.models import output_head
 from e3pruner.models.head import check_packing, decoder_of, position_arguments
 from e3pruner.models.stack import returning_dicts
+from e3pruner.models.vocabulary import tokenizer_size
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
@@ -52,15 +53,20 @@ class DistillStep:
 
     The sum of the weights of a step is known only after its last batch: hence the division of the gradients, before
     anything clips them. With torch.distributed running, Σw goes over all ranks, for gradients that are *averaged* over
-    them, as DDP and FSDP do.
+    them, as DDP and FSDP do. `tokenizer`, which both models share, proves what of vocabularies of different sizes is
+    padding; see `DistillOptions.vocabulary`.
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | Teacher, options: DistillOptions | None = None
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | Teacher,
+        options: DistillOptions | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         source = LiveTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
         # The caller's loop decides about autocast; the loss follows it.
-        self.loss = DistillLoss(student, source, options or DistillOptions(), None)
+        self.loss = DistillLoss(student, source, options or DistillOptions(), None, tokenizer_size(tokenizer))
         self._sums: Tensor | None = None  # Σw·ℓ and Σw of the batches since the last step
         self._packs = False
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from e3pruner.recovery.integrations.step import DistillStep, batch_of
 from e3pruner.recovery.options import DistillOptions
@@ -33,7 +33,9 @@ class DistillMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.distill_step = DistillStep(self.accelerator.unwrap_model(self.model), teacher, distill)  # type: ignore[attr-defined]
+        student, tokenizer = self.accelerator.unwrap_model(self.model), getattr(self, "processing_class", None)  # type: ignore[attr-defined]
+        known = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+        self.distill_step = DistillStep(student, teacher, distill, known)
         self._evaluated = copy(self.distill_step)  # sums of its own
 
     def compute_loss(
