@@ -67,7 +67,7 @@ def native_kernels() -> Iterator[NativeKernel]:
         if has_cpu_kernel(f"e3::{dense}.native"):
             forward, backward = (getattr(torch.ops.e3, f"{dense}_tile{part}").default for part in ("", "_backward"))
             tile = TileKernel(forward, backward, _TILE_LOGITS, lean=True, products=native_products(isa()))
-            problem = importlib.import_module(f"e3kernels.reference.{operation}").problem
+            problem = importlib.import_module(f"e3kernels.tiled.{operation}").problem
             yield NativeKernel(operation, *kernels(problem, tile))
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from e3kernels.backends import requested
 from e3kernels.contract import accumulate_dtype
 from e3kernels.distributed.columns import ShardedColumns
-from e3kernels.reference import linear_entropy_kl, linear_topk_kl
 from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
 from e3kernels.reference.topk_kl import topk_kl, topk_kl_backward
 from e3kernels.registration import Operator
+from e3kernels.tiled import linear_entropy_kl, linear_topk_kl
 from e3kernels.tiled.linear import REFERENCE_LOGITS, LinearLoss, TileKernel, kernels
 
 if TYPE_CHECKING:

@@ -1,54 +1,35 @@
-"""`linear_entropy_kl` by the tile loop of `linear.py`, for any backend's `entropy_kl` kernel."""
+"""`linear_entropy_kl` as it is defined: all logits, then `entropy_kl`, and its gradient back through the head."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
-from e3kernels.tiled.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels, product_dtype
-
-KERNEL = TileKernel(entropy_kl, entropy_kl_backward, REFERENCE_LOGITS)
+from e3kernels.reference.entropy_kl import entropy_kl
 
 
-def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """z = h·Wᵀ + b, (N, V)."""
+    return torch.nn.functional.linear(hidden, weight, bias)
 
 
-def problem(
-    kernel: TileKernel,
-    needs: tuple[bool, bool, bool],
+def head_gradients(grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """∂/∂h = g·W (N, H), ∂/∂W = gᵀ·h (V, H), ∂/∂b = Σ g (V,), for the gradient g (N, V) of the logits."""
+    return grad_logits @ weight, grad_logits.t() @ hidden, grad_logits.sum(0)
+
+
+def linear_entropy_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Tensor | None,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    token_mask: Tensor | None,
-    scalars: Tensor,
-    weighting: int,
-    divergence: int,
-    ignore_index: int,
-    compute_dtype: torch.dtype | None,
-) -> LinearLoss:
-    """The linear loss of the operator's arguments, with `kernel` as its dense operation."""
-    dtype = product_dtype(student_hidden, compute_dtype)
-    student = Head(student_hidden, student_weight, student_bias, dtype, kernel.products)
-    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, dtype, kernel.products)
-    shared = _same(student_weight, teacher_weight) and _same(student_bias, teacher_bias)
-
-    def tile(rows: slice, workspace: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        logits, teacher_logits = workspace.chunk(2)
-        if shared:  # one head for both models: its weight is read, and cast, once
-            student.project(torch.cat((student_hidden[rows], teacher_hidden[rows])), workspace)
-        else:
-            student.project(student_hidden[rows], logits)
-            teacher.project(teacher_hidden[rows], teacher_logits)
-        return logits, (teacher_logits,)
-
-    codes = (scalars, weighting, divergence, ignore_index)
-    return LinearLoss(student, 2, tile, labels, token_mask, codes, needs, kernel)
-
-
-linear_entropy_kl, linear_entropy_kl_backward = kernels(problem, KERNEL)
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """(loss, stats, gradients of hidden, weight and bias); `rest` are the arguments of `entropy_kl` from labels on, up
+    to `num_items`. The backends compute it tile by tile (`e3kernels.tiled`)."""
+    student = linear_logits(student_hidden, student_weight, student_bias)
+    teacher = linear_logits(teacher_hidden, teacher_weight, teacher_bias)
+    loss, stats, grad = entropy_kl(student, teacher, *rest, True)
+    return loss, stats, *head_gradients(grad, student_hidden, student_weight)

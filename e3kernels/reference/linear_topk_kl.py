@@ -1,40 +1,17 @@
-"""`linear_topk_kl` by the tile loop of `linear.py`, for any backend's `topk_kl` kernel."""
+"""`linear_topk_kl` as it is defined: all logits, then `topk_kl`, and its gradient back through the head."""
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from e3kernels.reference.topk_kl import topk_kl, topk_kl_backward
-from e3kernels.tiled.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKernel, kernels, product_dtype
-
-KERNEL = TileKernel(topk_kl, topk_kl_backward, REFERENCE_LOGITS)
+from e3kernels.reference.linear_entropy_kl import head_gradients, linear_logits
+from e3kernels.reference.topk_kl import topk_kl
 
 
-def problem(
-    kernel: TileKernel,
-    needs: tuple[bool, bool, bool],
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_logprobs: Tensor,
-    teacher_ids: Tensor,
-    labels: Tensor | None,
-    token_mask: Tensor | None,
-    scalars: Tensor,
-    weighting: int,
-    divergence: int,
-    ignore_index: int,
-    tail: int,
-    compute_dtype: torch.dtype | None,
-) -> LinearLoss:
-    """The linear loss of the operator's arguments, with `kernel` as its sparse operation."""
-    dtype = product_dtype(student_hidden, compute_dtype)
-    student = Head(student_hidden, student_weight, student_bias, dtype, kernel.products)
-
-    def tile(rows: slice, workspace: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return student.project(student_hidden[rows], workspace), (teacher_logprobs[rows], teacher_ids[rows])
-
-    codes = (scalars, weighting, divergence, ignore_index, tail)
-    return LinearLoss(student, 1, tile, labels, token_mask, codes, needs, kernel)
-
-
-linear_topk_kl, linear_topk_kl_backward = kernels(problem, KERNEL)
+def linear_topk_kl(
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """(loss, stats, gradients of hidden, weight and bias); `rest` are the arguments of `topk_kl` from the teacher's
+    log-probabilities on, up to `num_items`. The backends compute it tile by tile (`e3kernels.tiled`)."""
+    loss, stats, grad = topk_kl(linear_logits(student_hidden, student_weight, student_bias), *rest, True)
+    return loss, stats, *head_gradients(grad, student_hidden, student_weight)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from e3kernels.contract import DIVERGENCES, REDUCTIONS
-from e3kernels.reference.linear_entropy_kl import problem
 from e3kernels.tiled.linear import TileKernel, kernels
+from e3kernels.tiled.linear_entropy_kl import problem
 from e3kernels.triton.entropy_kl import (
     Tokens,
     entropy_kl,

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
-from e3kernels.reference.linear_topk_kl import problem
 from e3kernels.tiled.linear import TileKernel, kernels
+from e3kernels.tiled.linear_topk_kl import problem
 from e3kernels.triton.on_chip import TILE_LOGITS, projected_tile, suits_chip, tiling
 from e3kernels.triton.reduction import reduced_loss
 from e3kernels.triton.scalars import TEMPERATURE, scalar, student_transform

@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from e3kernels.contract import REDUCTIONS
+from e3kernels.reference import linear_entropy_kl as definition
 from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
-from e3kernels.reference.linear_entropy_kl import problem
 from e3kernels.tiled import linear
 from e3kernels.tiled.linear import TileKernel
+from e3kernels.tiled.linear_entropy_kl import problem
 
 SCALARS = torch.tensor([1.5, 1.0, 0.7, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
 
@@ -39,6 +40,14 @@ def test_tiles_and_blocks_do_not_matter(monkeypatch, reduction, dtype, compute_d
         tiled = run(TileKernel(entropy_kl, entropy_kl_backward, logits), dtype, compute_dtype, reduction)
         tolerance = 1e-12 if compute_dtype is None else 2.0**-7
         torch.testing.assert_close(tiled, whole, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_tiles_are_the_definition(reduction):
+    *inputs, compute_dtype = arguments(torch.float64, None, 6)
+    code = REDUCTIONS.index(reduction)
+    ours = run(TileKernel(entropy_kl, entropy_kl_backward, 60), torch.float64, compute_dtype, reduction)
+    torch.testing.assert_close(ours, [*definition.linear_entropy_kl(*inputs, code, None)], rtol=1e-12, atol=1e-12)
 
 
 def test_no_tile_has_more_logits_than_the_kernel_allows():
