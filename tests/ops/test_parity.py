@@ -79,6 +79,7 @@ LOSS_EDGES: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], None] | N
     "no valid token": ({"labels": torch.full((operations.TOKENS,), -100), "reduction": "mean"}, _nan),
     "excluded by both": ({}, _excluded_by_both),
     "excluded by the student": ({"labels": None, "kd_ratio": 1.0}, _excluded_by_the_student),
+    "padded": ({"divergence": "forward"}, _set("teacher_logprobs", (slice(None), -1), -INF)),
     "excluded by the teacher": ({}, _excluded_by_the_teacher),
     "NaN": ({}, _nan),
 }
@@ -95,6 +96,7 @@ GATE_EDGES: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], None] | N
     "per row": ({}, None),
     "closed": ({"gate": torch.zeros(())}, None),
     "open": ({"gate": torch.ones(1)}, None),
+    "closed on infinity": ({"gate": torch.zeros(operations.TOKENS, 1)}, _set("branch_out", (0, 1), INF)),
     "per column": ({"gate": torch.linspace(0, 1, operations.VOCABULARY)}, None),
     "per element": ({"gate": torch.linspace(-1, 2, 21).view(operations.TOKENS, operations.VOCABULARY)}, None),
     "NaN": ({}, _set("branch_out", (0, 1), NAN)),
