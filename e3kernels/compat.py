@@ -1,10 +1,13 @@
 """Every private or version-dependent name of torch and triton that e3kernels touches; tested with torch 2.13 and
 triton 3.9."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library.triton import (
     get_inner_triton_kernels,
     is_wrap_triton_enabled,
@@ -12,16 +15,23 @@ from torch._library.triton import (
     triton_ops_to_kernels,
 )
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 __all__ = [
     "FunctionalTensorMode",
+    "apply_at_this_level",
+    "below_autograd",
     "constant_when_traced",
     "device_keys",
     "export_keeps_operators",
     "get_inner_triton_kernels",
+    "graph_is_kept",
     "has_cpu_kernel",
+    "has_readable_value",
+    "inside_transform",
     "is_observed",
     "is_wrap_triton_enabled",
+    "outer_levels_differentiate",
     "set_wrap_triton_enabled",
     "triton_ops_to_kernels",
 ]
@@ -57,3 +67,42 @@ def export_keeps_operators() -> bool:
     from torch.export._trace import custom_triton_ops_decomposition_disabled  # torch.export is a second's import
 
     return custom_triton_ops_decomposition_disabled()
+
+
+def inside_transform() -> bool:
+    """Whether a function transform (torch.func.grad, vmap, …) is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Calls inside go to an operator's kernel, past its autograd formula."""
+    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
+
+
+def apply_at_this_level(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply` from a kernel of an operator's Autograd key, which serves one level of function transforms: the
+    operator that its forward calls is dispatched to the next."""
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+@contextmanager
+def outer_levels_differentiate() -> Iterator[None]:
+    """In the forward of an autograd function that is applied at one level of function transforms: it turned gradients
+    off for its own level, but what is called inside belongs to the others."""
+    if inside_transform():
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            yield
+    else:
+        yield
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that runs now leaves the graph for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def has_readable_value(tensor: Tensor) -> bool:
+    """Whether `tensor` is an eager CPU tensor that neither a function transform nor batched gradients wrap."""
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not inside_transform()
+    return plain and torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.CPU)

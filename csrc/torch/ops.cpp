@@ -43,6 +43,11 @@ e3::Parallel torch_pool() {
   return {static_cast<int>(torch::stable::get_num_threads()), run};
 }
 
+// The tensor without gaps; without the dispatcher's cost where nothing is to do.
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+OptionalTensor dense(const OptionalTensor& tensor) { return tensor.has_value() ? dense(*tensor) : tensor; }
+
 e3::DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return e3::DType::float32;
@@ -59,12 +64,13 @@ e3::Rows rows_of(const Tensor& tensor, const char* name) {
   return {dtype_of(tensor, name), tensor.const_data_ptr(), tensor.stride(0)};
 }
 
+// Of a tensor without gaps, which the caller keeps.
 template <class T>
 const T* vector_of(const OptionalTensor& tensor, ScalarType dtype, int64_t length, const char* name) {
   if (!tensor.has_value()) return nullptr;
   STD_TORCH_CHECK(tensor->scalar_type() == dtype && tensor->dim() == 1 && tensor->size(0) == length &&
                       tensor->is_contiguous(),
-                  name, " must be a contiguous vector of ", length, " values of the dtype in docs/dispatcher.md");
+                  name, " must be a vector of ", length, " values of the dtype in docs/dispatcher.md");
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
@@ -110,8 +116,8 @@ e3::Objective objective_of(const Scalars& s, int64_t weighting, int64_t reductio
 
 std::optional<double> number_of(const OptionalTensor& tensor) {
   if (!tensor.has_value()) return std::nullopt;
+  STD_TORCH_CHECK(tensor->numel() == 1 && tensor->is_cpu(), "num_items must be one number on the CPU");
   const Tensor number = torch::stable::to(*tensor, ScalarType::Double);
-  STD_TORCH_CHECK(number.numel() == 1, "num_items must be one number");
   return *static_cast<const double*>(number.const_data_ptr());
 }
 
@@ -127,9 +133,6 @@ Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const std::vect
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
-
-// Without the dispatcher's cost where nothing is to do.
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 #if defined(__linux__)
 // Never destroyed: a result may outlive every static object.
@@ -214,6 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> entropy_kl(Tensor student, Tensor teacher, Op
                                               int64_t divergence, int64_t ignore_index, int64_t reduction,
                                               OptionalTensor num_items, bool need_student) {
   const std::optional<double> items = number_of(num_items);
+  labels = dense(labels), token_mask = dense(token_mask);
   const e3::EntropyKl problem =
       entropy_kl_problem(student, teacher, labels, token_mask, scalars_of(scalars, true), weighting, divergence,
                          ignore_index, reduction, items);
@@ -226,6 +230,7 @@ template <Target kTarget>
 Tensor entropy_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, OptionalTensor labels,
                            OptionalTensor token_mask, Tensor scalars, int64_t weighting, int64_t divergence,
                            int64_t ignore_index) {
+  labels = dense(labels), token_mask = dense(token_mask);
   const e3::EntropyKl problem = entropy_kl_problem(student, teacher, labels, token_mask, scalars_of(scalars, true),
                                                    weighting, divergence, ignore_index, 0, std::nullopt);
   const Tensor incoming = dense(grad_loss), grad = gradient_of(student, kTarget);
@@ -235,6 +240,7 @@ Tensor entropy_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, Opt
   return grad;
 }
 
+// Of stored predictions and tokens without gaps, which the caller keeps.
 e3::TopkKl topk_kl_problem(const Tensor& student, const Tensor& logprobs, const Tensor& ids,
                            const OptionalTensor& labels, const OptionalTensor& mask, const Scalars& scalars,
                            int64_t weighting, int64_t divergence, int64_t ignore_index, int64_t tail, int64_t reduction,
@@ -242,8 +248,8 @@ e3::TopkKl topk_kl_problem(const Tensor& student, const Tensor& logprobs, const 
   const e3::Rows student_rows = rows_of(student, "student");
   const int64_t count = student.size(0), vocabulary = student.size(1);
   for (const Tensor* stored : {&logprobs, &ids}) {
-    STD_TORCH_CHECK(stored->dim() == 2 && stored->size(0) == count && stored->size(1) > 0 && stored->is_contiguous(),
-                    "teacher_logprobs and teacher_ids must be contiguous (", count, ", k)");
+    STD_TORCH_CHECK(stored->dim() == 2 && stored->size(0) == count && stored->size(1) > 0,
+                    "teacher_logprobs and teacher_ids must be (", count, ", k)");
   }
   STD_TORCH_CHECK(logprobs.size(1) == ids.size(1), "teacher_ids must have the shape of teacher_logprobs");
   STD_TORCH_CHECK(logprobs.scalar_type() == ScalarType::Float, "teacher_logprobs must be float32");
@@ -273,6 +279,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_kl(Tensor student, Tensor teacher_logpro
                                            int64_t weighting, int64_t divergence, int64_t ignore_index, int64_t tail,
                                            int64_t reduction, OptionalTensor num_items, bool need_student) {
   const std::optional<double> items = number_of(num_items);
+  teacher_logprobs = dense(teacher_logprobs), teacher_ids = dense(teacher_ids);
+  labels = dense(labels), token_mask = dense(token_mask);
   const e3::TopkKl problem =
       topk_kl_problem(student, teacher_logprobs, teacher_ids, labels, token_mask, scalars_of(scalars, false), weighting,
                       divergence, ignore_index, tail, reduction, items);
@@ -285,6 +293,8 @@ template <Target kTarget>
 Tensor topk_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher_logprobs, Tensor teacher_ids,
                         OptionalTensor labels, OptionalTensor token_mask, Tensor scalars, int64_t weighting,
                         int64_t divergence, int64_t ignore_index, int64_t tail) {
+  teacher_logprobs = dense(teacher_logprobs), teacher_ids = dense(teacher_ids);
+  labels = dense(labels), token_mask = dense(token_mask);
   const e3::TopkKl problem =
       topk_kl_problem(student, teacher_logprobs, teacher_ids, labels, token_mask, scalars_of(scalars, false), weighting,
                       divergence, ignore_index, tail, 0, std::nullopt);
@@ -430,6 +440,7 @@ e3::Rows operand_of(const Tensor& operand, const char* name, const Tensor& out, 
 void linear_logits(Tensor hidden, Tensor weight, OptionalTensor bias, Tensor out) {
   const int64_t rows = hidden.size(0), width = hidden.size(1), vocabulary = weight.size(0);
   STD_TORCH_CHECK(weight.size(1) == width, "weight must be (vocabulary, ", width, ")");
+  bias = dense(bias);
   kernels().linear_logits({rows, width, vocabulary, operand_of(hidden, "hidden", out, rows, vocabulary),
                            operand_of(weight, "weight", out, rows, vocabulary),
                            vector_of<void>(bias, out.scalar_type(), vocabulary, "bias"), out.mutable_data_ptr()},

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from e3kernels.backends import requested
@@ -14,7 +13,7 @@ from e3kernels.contract import accumulate_dtype
 from e3kernels.distributed.columns import ShardedColumns
 from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
 from e3kernels.reference.topk_kl import topk_kl, topk_kl_backward
-from e3kernels.registration import Operator
+from e3kernels.registration import Operator, differentiable
 from e3kernels.tiled import linear_entropy_kl, linear_topk_kl
 from e3kernels.tiled.linear import REFERENCE_LOGITS, LinearLoss, TileKernel, kernels
 
@@ -56,13 +55,7 @@ def sharded_loss(
         forward, backward = kernels(problem, TileKernel(forward, backward, rows * width))
         # Each rank's columns give a part of the gradient of the hidden states, which come behind (loss, stats).
         forward, backward = _summed(forward, 2, columns), _summed(backward, 0, columns)
-    methods = {
-        "forward": staticmethod(lambda *arguments: forward(*arguments)),  # autograd wants no partial
-        "setup_context": staticmethod(operator.setup_context),
-        "backward": staticmethod(operator.make_backward(backward)),
-    }
-    function: Any = type("ShardedLoss", (torch.autograd.Function,), methods)
-    return function.apply, columns.size
+    return differentiable(operator, forward, backward), columns.size
 
 
 def _summed(kernel: Callable[..., tuple[Tensor, ...]], position: int, columns: ShardedColumns) -> Callable[..., Any]:

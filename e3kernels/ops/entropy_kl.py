@@ -106,7 +106,6 @@ def entropy_kl(
         (rows_of(student_logits), rows_of(teacher_logits.detach())),
         tokens,
         options,
-        differentiable=(student_logits,),
         teacher_scalars=(0.0 if teacher_softcap is None else teacher_softcap, teacher_scale),
         kernel=kernel,
     )

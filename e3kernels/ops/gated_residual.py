@@ -1,24 +1,22 @@
 """Interpolation between a layer's input and its output by a gate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from e3kernels.backends import resolve
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape
 from e3kernels.registration import Operator, declare
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _remember(_: Any, inputs: tuple[Tensor, ...], __: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs
 
 
 def _make_backward(overload: Any) -> Callable[..., Any]:
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return overload(grad, *ctx.saved_tensors)
+    def backward(_: Any, saved: Sequence[Tensor], grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, None) if grad is None else overload(grad, *saved)
 
     return backward
 
@@ -30,7 +28,7 @@ OPERATOR = declare(
         fake=lambda hidden, *_: hidden.new_empty(hidden.shape),
         backward_schema="(Tensor grad, Tensor hidden, Tensor branch_out, Tensor gate) -> (Tensor, Tensor, Tensor)",
         backward_fake=lambda _, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs),
-        setup_context=_setup_context,
+        remember=_remember,
         make_backward=_make_backward,
     )
 )

@@ -1,6 +1,6 @@
 """Gumbel-TopK sampling of exactly k ones, with a straight-through gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache, partial
 from importlib import import_module
@@ -8,42 +8,37 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.forward_ad import unpack_dual
 
 from e3kernels.backends import resolve
-from e3kernels.compat import device_keys, is_observed
+from e3kernels.compat import device_keys, inside_transform, is_observed
 from e3kernels.contract import RELAXATIONS
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, check_number, code, scalar_tensor
-from e3kernels.registration import Operator, declare
+from e3kernels.registration import Operator, declare, differentiable
 
 
 def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape), logits.new_empty(logits.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     logits, scalars, *ctx.codes = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, output[1], scalars)
+    return logits, outputs[1], scalars
 
 
 def _make_backward(overload: Any) -> Callable[..., Any]:
-    def backward(ctx: Any, grad_mask: Tensor | None, grad_probs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: Sequence[Tensor], grad_mask: Tensor | None, grad_probs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         # Straight-through: the mask's gradient is that of probs, so the two incoming gradients add.
         incoming = [gradient for gradient in (grad_mask, grad_probs) if gradient is not None]
         if not incoming:
             return (None,) * 6
-        logits, probs, scalars = ctx.saved_tensors
+        logits, probs, scalars = saved
         total = incoming[0] if len(incoming) == 1 else incoming[0] + incoming[1]
         return overload(total, logits, probs, scalars, *ctx.codes), *(None,) * 5
 
-    guarded = once_differentiable(backward)
-
-    def guarded_if_needed(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        # The guard against a second differentiation costs as much as the kernel; without create_graph there is none.
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
-
-    return guarded_if_needed
+    return backward
 
 
 _ARGUMENTS = "Tensor scalars, SymInt k, SymInt seed, SymInt step, int relaxation"
@@ -55,7 +50,7 @@ OPERATOR = declare(
         fake=_fake,
         backward_schema=f"(Tensor grad, Tensor logits, Tensor probs, {_ARGUMENTS}) -> Tensor",
         backward_fake=lambda grad, logits, *_: logits.new_empty(logits.shape),
-        setup_context=_setup_context,
+        remember=_remember,
         make_backward=_make_backward,
     )
 )
@@ -105,7 +100,7 @@ def gumbel_topk(
     length = logits.shape[-1] if logits.dim() else 0
     if length == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (..., L) with L at least 1")
-    if logits.dtype.itemsize == 2 and logits.requires_grad and torch.is_grad_enabled():
+    if logits.dtype.itemsize == 2 and (logits.requires_grad or inside_transform()) and torch.is_grad_enabled():
         # The gradient is made of p·(1 − p): rounded to 16 bits, a p near 1 would leave little of it.
         wide = gumbel_topk(
             logits.float(), k, tau=tau, noise_scale=noise_scale, seed=seed, step=step, relaxation=relaxation
@@ -152,12 +147,18 @@ def _checked(length: int, k: int, tau: float, noise_scale: float, relaxation: st
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Eager, with no tensor subclass, dispatch mode or profiler that would have to see the operator."""
-    return not torch.compiler.is_compiling() and not is_observed() and type(tensor) in (Tensor, torch.nn.Parameter)
+    """Eager, with no tensor subclass, transform, tangent, mode or profiler that would have to see the operator."""
+    return (
+        not torch.compiler.is_compiling()
+        and not is_observed()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not inside_transform()
+        and unpack_dual(tensor).tangent is None
+    )
 
 
 @cache
-def _direct(backend: str, device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _direct(backend: str, device: str) -> Callable[..., tuple[Tensor, ...]]:
     """The kernel with its gradient, called below the dispatcher's Python autograd layer.
 
     That layer costs several times the kernel, which takes microseconds; the formulas are those registered with it. For
@@ -167,20 +168,7 @@ def _direct(backend: str, device: str) -> Callable[..., tuple[Tensor, Tensor]]:
         with suppress(ImportError):  # `info()` says why
             return import_module("e3kernels._runtime").gumbel_topk  # type: ignore[no-any-return]
     keys = device_keys(device)
-    sample = partial(getattr(OPERATOR.packet, backend).redispatch, keys)
-    formula = _make_backward(partial(getattr(OPERATOR.backward_packet, backend).redispatch, keys))
-
-    class Sample(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-            output = sample(*inputs)
-            _setup_context(ctx, inputs, output)
-            return output
-
-        backward = staticmethod(formula)
-
-    def call(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        differentiable = logits.requires_grad and torch.is_grad_enabled()
-        return (Sample.apply if differentiable else sample)(logits, *rest)  # type: ignore[no-any-return]
-
-    return call
+    sample, gradient = (
+        partial(getattr(packet, backend).redispatch, keys) for packet in (OPERATOR.packet, OPERATOR.backward_packet)
+    )
+    return differentiable(OPERATOR, sample, gradient)

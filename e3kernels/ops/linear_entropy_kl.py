@@ -132,7 +132,7 @@ def linear_entropy_kl(
         (*student, *teacher),
         tokens,
         options,
-        differentiable=student,
+        gradients=3,
         teacher_scalars=(0.0 if teacher_softcap is None else teacher_softcap, teacher_scale),
         codes=(compute_dtype,),
         kernel=kernel,

@@ -92,7 +92,7 @@ def linear_topk_kl(
         (*student, *teacher),
         tokens,
         options,
-        differentiable=student,
+        gradients=3,
         codes=(tail_code, compute_dtype),
         kernel=kernel,
     )

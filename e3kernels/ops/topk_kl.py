@@ -91,7 +91,6 @@ def topk_kl(
         (rows_of(student_logits), *teacher),
         tokens,
         options,
-        differentiable=(student_logits,),
         codes=(tail_code,),
         kernel=kernel,
     )

@@ -229,7 +229,7 @@ def gumbel_topk_backward(
     steps = torch.empty((rows.numel() if successive else 0) * k, dtype=torch.float64, device=logits.device)
     out = torch.empty_like(rows)
     wrap_triton(gumbel_topk_gradient)[(rows.numel() // L,)](
-        grad.contiguous(), rows, probs, on_device(scalars, logits.device), steps, out, L, k, seed, step,
+        grad.contiguous(), rows, probs.contiguous(), on_device(scalars, logits.device), steps, out, L, k, seed, step,
         RELAXATION=relaxation, **_launch(L),
     )  # fmt: skip
     return out

@@ -24,6 +24,7 @@ from e3kernels.triton.entropy_kl import (
     rows_at_once,
     token_statistics,
 )
+from e3kernels.triton.launch import contiguous
 from e3kernels.triton.on_chip import TILE_LOGITS, projected_tile, suits_chip, tiling
 from e3kernels.triton.reduction import reduced_loss
 from e3kernels.triton.scalars import TEMPERATURE, scalar, student_transform, teacher_transform
@@ -103,7 +104,8 @@ def on_chip_tokens(
     flags = d.flags()
     del flags["HAS_MASK"]
     wrap_triton(linear_entropy_kl_statistics)[(tiles.blocks, tiles.splits)](
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        student_hidden, student_weight, contiguous(student_bias),
+        teacher_hidden, teacher_weight, contiguous(teacher_bias),
         d.labels, d.scalars, partial, N, V, width, teacher_hidden.shape[1],
         student_hidden.stride(0), student_weight.stride(0), teacher_hidden.stride(0), teacher_weight.stride(0),
         tiles.split_size,

@@ -33,8 +33,11 @@ def _case(backend: str, *values: object, id: str) -> object:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with a `backend` argument runs on each backend that serves the module's OPERATION on this machine's CPU;
     with `dtype` beside it, in each dtype that the backend serves. Under Triton's interpreter these tests are slow; the
-    quick ones of that backend are in test_triton_kernels.py."""
-    if "backend" not in metafunc.fixturenames:
+    quick ones of that backend are in test_triton_kernels.py. A test with `any_backend` runs on each that there is."""
+    if "any_backend" in metafunc.fixturenames:
+        names = sorted({name for name, _ in backends.services})
+        metafunc.parametrize("any_backend", [_case(name, id=name) for name in names], indirect=True)
+    if "backend" not in metafunc.fixturenames or not hasattr(metafunc.module, "OPERATION"):
         return
     serving = {
         name: service.dtypes
@@ -53,6 +56,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with e3k.use_backend(request.param):
         yield request.param
+
+
+any_backend = backend
 
 
 @pytest.fixture(scope="session")

@@ -367,6 +367,10 @@ def test_compiled_gradient(backend, compiled_calls):
         ({"reduction": "sum", "num_items": 3}, "num_items is given with reduction='sum'"),
         ({"num_items": 0}, "num_items is 0"),
         ({"num_items": torch.ones(2)}, r"num_items has shape \(2,\)"),
+        ({"num_items": torch.tensor(-1)}, "num_items is -1; it must be finite, greater than 0"),
+        ({"num_items": torch.tensor(0)}, "num_items is 0; it must be finite, greater than 0"),
+        ({"num_items": torch.tensor(math.nan)}, "num_items is nan"),
+        ({"num_items": torch.tensor(3, device="meta")}, "num_items is on meta; it must be on cpu"),
         ({"student_softcap": 0.0}, "student_softcap is 0.0"),
         ({"teacher_scale": INF}, "teacher_scale is inf"),
         ({"labels": torch.tensor([0, 6, -100])}, "labels holds 6; values must be at least 0 and less than 6"),
@@ -397,6 +401,8 @@ def test_wrong_values_are_named(options, message):
         ({"teacher_logits": torch.zeros(3, 6).half()}, "teacher_logits has dtype torch.float16; .* torch.float32"),
         ({"labels": torch.zeros(3)}, "labels has dtype torch.float32"),
         ({"token_mask": torch.zeros(3)}, "token_mask has dtype torch.float32"),
+        ({"num_items": torch.tensor(True)}, "num_items has dtype torch.bool"),
+        ({"num_items": torch.tensor(1j)}, "num_items has dtype torch.complex64"),
     ],
 )
 def test_wrong_dtypes_are_named(options, message):

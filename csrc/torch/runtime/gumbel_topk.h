@@ -57,12 +57,12 @@ struct GumbelTopkFunction : torch::autograd::Function<GumbelTopkFunction> {
     const auto saved = context->get_saved_variables();
     const auto codes = context->saved_data["codes"].toIntVector();
     const GumbelDraw draw{saved[2], codes[0], codes[1], codes[2], codes[3]};
-    at::Tensor gradient = gumbel_topk_backward_kernel(total, saved[0], saved[1], draw);
+    const at::Tensor gradient = gumbel_topk_backward_kernel(total, saved[0], saved[1], draw);
     if (!at::GradMode::is_enabled()) return {gradient, at::Tensor()};
+    // The gradient depends on the logits and on what came in: whoever differentiates it by either meets the refusal.
     const auto refusal =
-        std::make_shared<torch::autograd::DelayedError>("gumbel_topk is once_differentiable: its gradient has no gradient", 1);
-    gradient.set_requires_grad(true);  // else nothing would be recorded, and the refusal be lost
-    return {(*refusal)({gradient})[0], at::Tensor()};
+        std::make_shared<torch::autograd::DelayedError>("gumbel_topk is once_differentiable: its gradient has no gradient", 3);
+    return {(*refusal)({gradient, total, saved[0]})[0], at::Tensor()};
   }
 };
 

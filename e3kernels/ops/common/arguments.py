@@ -1,8 +1,8 @@
 """Checks of arguments: each error names the argument, its value and what would be right.
 
 Checks of values are left out where they would cost more than they give: while torch.compile traces (a check would
-specialise the graph on the value), and for tensors on a device other than the CPU (reading them would wait for it)
-unless the environment's E3_CHECK_VALUES=1 asks for it.
+specialise the graph on the value), inside a function transform (which hides the values), and for tensors on a device
+other than the CPU (reading them would wait for it) unless the environment's E3_CHECK_VALUES=1 asks for it.
 """
 
 import math
@@ -10,6 +10,8 @@ import os
 
 import torch
 from torch import Tensor
+
+from e3kernels.compat import inside_transform
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -22,10 +24,14 @@ def code(name: str, value: str, choices: tuple[str, ...]) -> int:
     return choices.index(value)
 
 
-def check_number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = True) -> None:
+def check_number(
+    name: str, value: float | Tensor, low: float, high: float = math.inf, *, open_low: bool = True
+) -> None:
     """ValueError unless `value` is finite and low < value <= high, or low <= value where `open_low` is False."""
     if torch.compiler.is_compiling():
         return
+    if isinstance(value, Tensor):
+        value = value.item()
     if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
         above = f"greater than {low}" if open_low else f"at least {low}"
         below = "" if high == math.inf else f" and at most {high}"
@@ -60,7 +66,7 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
 
 def checks_values(device: torch.device) -> bool:
     """Whether the values of tensors on `device` are checked."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or inside_transform():
         return False
     return device.type == "cpu" or os.environ.get("E3_CHECK_VALUES") == "1"
 

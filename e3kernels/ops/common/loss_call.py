@@ -9,12 +9,14 @@ from torch import Tensor
 from e3kernels.backends import resolve
 from e3kernels.contract import DIVERGENCES, REDUCTIONS, WEIGHTINGS
 from e3kernels.ops.common.arguments import (
+    FLOAT_DTYPES,
     INTEGER_DTYPES,
     check_device,
     check_dtype,
     check_number,
     check_range,
     check_shape,
+    checks_values,
     code,
     scalar_tensor,
 )
@@ -86,18 +88,23 @@ class LossOptions(NamedTuple):
             self.ignore_index,
         )
 
-    def item_count(self) -> Tensor | None:
-        """`num_items` as a 0-dim tensor."""
-        if self.num_items is None:
+    def item_count(self, device: torch.device) -> Tensor | None:
+        """`num_items` as a 0-dim tensor, for a loss on `device`. Its value is checked where reading it waits for
+        nothing: a number, or a tensor on the CPU."""
+        items = self.num_items
+        if items is None:
             return None
-        if isinstance(self.num_items, Tensor):
-            if self.num_items.dim():
-                raise ValueError(
-                    f"num_items has shape {tuple(self.num_items.shape)}; it must be an int or 0-dim tensor"
-                )
-            return self.num_items
-        check_number("num_items", self.num_items, 0)
-        return scalar_tensor((self.num_items,))[0]
+        if not isinstance(items, Tensor):
+            check_number("num_items", items, 0)
+            return scalar_tensor((items,))[0]
+        if items.dim():
+            raise ValueError(f"num_items has shape {tuple(items.shape)}; it must be an int or 0-dim tensor")
+        check_dtype("num_items", items, (*INTEGER_DTYPES, *FLOAT_DTYPES))
+        if items.device.type != "cpu":
+            check_device(device, num_items=items)
+        if checks_values(items.device):
+            check_number("num_items", items, 0)
+        return items.detach()
 
 
 def check_model(model: str, softcap: float | None, scale: float) -> None:
@@ -149,22 +156,18 @@ def call_loss(
     inputs: tuple[Tensor | None, ...],
     tokens: Tokens,
     options: LossOptions,
-    differentiable: tuple[Tensor | None, ...],
+    gradients: int = 1,
     teacher_scalars: tuple[float, ...] = (),
     codes: tuple[Any, ...] = (),
     kernel: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> LossResult:
-    """Call the operator on flattened `inputs`; `differentiable` are those of them that may get a gradient.
+    """Call the operator, which has `gradients` differentiable inputs, on flattened `inputs`.
 
     `kernel` serves in the place of the operator's backends.
     """
     first = inputs[0]
     assert first is not None
     kernel = kernel or getattr(operator.packet, resolve(operator.name, first.device.type, first.dtype))
-    needs = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad and options.reduction != "none"
-        for tensor in differentiable
-    ]
     loss, stats, *_ = kernel(
         *inputs,
         tokens.labels,
@@ -173,8 +176,8 @@ def call_loss(
         *options.codes,
         *codes,
         code("reduction", options.reduction, REDUCTIONS),
-        options.item_count(),
-        *needs,
+        options.item_count(first.device),
+        *(False,) * gradients,  # autograd asks for those that it wants
     )
     if options.reduction == "none":
         loss = loss.reshape(tokens.shape)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from e3kernels.compat import graph_is_kept, has_readable_value
 from e3kernels.contract import REDUCTIONS, accumulate_dtype
 from e3kernels.registration import Operator, declare
 
@@ -91,42 +91,57 @@ def _backward_fake(signature: LossSignature) -> Callable[..., Any]:
     return fake
 
 
-def _setup_context(signature: LossSignature) -> Callable[..., None]:
+def _ask(signature: LossSignature) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Ask the forward pass for the gradients of the inputs that require one."""
+    count = len(signature.differentiable)
+
+    def ask(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if arguments[-count - 2] == NONE:
+            return arguments
+        inputs = [arguments[position] for position in signature.positions]
+        wanted = (tensor is not None and tensor.requires_grad for tensor in inputs)
+        return *arguments[:-count], *(asked or want for asked, want in zip(arguments[-count:], wanted, strict=True))
+
+    return ask
+
+
+def _remember(signature: LossSignature) -> Callable[..., tuple[Tensor | None, ...]]:
     count, last = len(signature.differentiable), len(signature.tensors) + 1
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+    def remember(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        ctx.mark_non_differentiable(*outputs[1:])
         ctx.reduction = inputs[-count - 2]
         ctx.codes = inputs[last : -count - 2]
         ctx.arity = len(inputs)
-        ctx.save_for_backward(*(inputs[:last] if ctx.reduction == NONE else output[2:]))
+        return inputs[:last] if ctx.reduction == NONE else outputs[2:]
 
-    return setup_context
+    return remember
 
 
 def _scaled(gradient: Tensor, incoming: Tensor) -> Tensor:
-    """`gradient` · `incoming`; an eager CPU tensor equal to 1 saves the pass over memory."""
-    if type(incoming) is Tensor and incoming.device.type == "cpu" and incoming.item() == 1:
+    """`gradient` · `incoming`. An eager CPU tensor equal to 1 saves the pass over memory, if no later backward pass
+    needs the gradient: whoever gets it may change it."""
+    if has_readable_value(incoming) and not graph_is_kept() and incoming.item() == 1:
         return gradient
     return gradient * incoming
 
 
 def _make_backward(signature: LossSignature) -> Callable[[Any], Callable[..., Any]]:
     def make_backward(overload: Any) -> Callable[..., Any]:
-        @once_differentiable
-        def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        def backward(
+            ctx: Any, saved: Sequence[Tensor | None], grad_loss: Tensor | None, *_: Any
+        ) -> tuple[Tensor | None, ...]:
             result: list[Tensor | None] = [None] * ctx.arity
             if grad_loss is None:
                 return tuple(result)
             needs = [ctx.needs_input_grad[position] for position in signature.positions]
             if ctx.reduction == NONE:
-                arguments = (grad_loss, *ctx.saved_tensors, *ctx.codes)
+                arguments = (grad_loss, *saved, *ctx.codes)
                 gradients = [overload(*arguments)] if len(needs) == 1 else overload(*arguments, *needs)
             else:
                 gradients = [
-                    _scaled(saved, grad_loss) if need else None
-                    for saved, need in zip(ctx.saved_tensors, needs, strict=True)
+                    _scaled(gradient, grad_loss) if need and gradient is not None else None
+                    for gradient, need in zip(saved, needs, strict=True)
                 ]
             for position, need, gradient in zip(signature.positions, needs, gradients, strict=True):
                 result[position] = gradient if need else None
@@ -146,7 +161,8 @@ def declare_loss(signature: LossSignature) -> Operator:
             fake=_fake(signature),
             backward_schema=signature.backward_schema,
             backward_fake=_backward_fake(signature),
-            setup_context=_setup_context(signature),
+            remember=_remember(signature),
             make_backward=_make_backward(signature),
+            ask=_ask(signature),
         )
     )
