@@ -10,11 +10,12 @@ import typer
 
 import e3pruner
 from e3pruner.cli import options
-from e3pruner.cli.output import output_folder
-from e3pruner.cli.results import run_results
+from e3pruner.cli.command import command_line
+from e3pruner.cli.config import resolved, result_folder
 from e3pruner.cli.tables import print_table, print_tasks
 from e3pruner.evaluation import evaluate_tasks, latency
 from e3pruner.models.loading import load_model, load_tokenizer
+from e3pruner.pipelines.results import run_results
 from e3pruner.report import save_results
 from e3pruner.text.splits import batches, take, token_splits
 
@@ -27,7 +28,7 @@ def evaluate(
     held_out: options.HeldOut = 16,
     length: options.Length = 256,
     batch: options.Batch = 4,
-    speed: Annotated[bool, typer.Option(help="Measure decode and prefill tokens/s.")] = True,
+    speed: options.Speed = True,
     task: Annotated[
         list[str] | None, typer.Option(help="Task of lm-evaluation-harness to score as well; may be repeated.")
     ] = None,
@@ -35,8 +36,9 @@ def evaluate(
         Path | None, typer.Option(help="Folder of YAML files that define the tasks, in place of the harness's own.")
     ] = None,
     seed: options.Seed = 0,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
+    trust_remote_code: options.TrustRemoteCode = False,
     out: Annotated[Path | None, typer.Option(help="Folder to keep the figures in, as results.json.")] = None,
     force: options.Force = False,
     config: options.Config = None,
@@ -52,11 +54,12 @@ def evaluate(
     `e3 eval --model recovered --teacher smollm2 --task my_task --task-folder tasks`
     """
     names = [name for name in (teacher, model) if name is not None]
-    tokenizer = load_tokenizer(names[0])
-    tokens = token_splits(tokenizer, text, length=length, seed=seed).held_out
-    sequences = batches(take(tokens, held_out, "--held-out"), batch)
-    with nullcontext() if out is None else output_folder(ctx, out, force) as folder:
-        networks = {name: load_model(name, device, dtype) for name in names}
+    trust = {"trust_remote_code": trust_remote_code}
+    with nullcontext() if out is None else result_folder(ctx, out, force) as folder:
+        tokenizer = load_tokenizer(names[0], **trust)
+        tokens = token_splits(tokenizer, text, length=length, seed=seed).held_out
+        sequences = batches(take(tokens, held_out, "--held-out"), batch)
+        networks = {name: load_model(name, device, dtype, **trust) for name in names}
         # First, so that a task that is not defined is said before anything is measured.
         scores = {
             name: evaluate_tasks(network, tokenizer, task, folder=task_folder, batch_size=batch, seed=seed)
@@ -68,7 +71,8 @@ def evaluate(
             {"name": name, **e3pruner.evaluate(network, sequences, dense), **(latency(network) if speed else {})}
             for name, network in networks.items()
         ]
-        results = run_results(ctx, f"{model} on held-out text") | {"models": rows}
+        about = run_results(f"{model} on held-out text", resolved(ctx)) | {"command": command_line()}
+        results = about | {"models": rows}
         if task:
             results["tasks"] = scores
         if folder is not None:
