@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import typer
@@ -22,10 +23,6 @@ OK, FAILURE, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 128 + signal.SIGINT, 128 
 
 # What the library raises for an argument, a file or a model that it cannot take; anything else failed while running.
 USAGE_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: it ends a command as Ctrl-C does, so that what is done is kept."""
 
 
 def error_line(error: BaseException) -> str:
@@ -47,19 +44,25 @@ def command_line() -> str:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Inside the block SIGTERM raises `Terminated`. Signals reach the main thread only: elsewhere nothing changes."""
+def terminable() -> Iterator[list[int]]:
+    """Inside the block SIGTERM does what Ctrl-C does, which a training puts off until its state is saved.
 
-    def stop(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what follows is orderly
-        raise Terminated
+    Yields the list of those that came. Signals reach the main thread only: elsewhere nothing changes.
+    """
+    came: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        handler = signal.getsignal(signal.SIGINT)
+        # A shell has what it runs in the background ignore Ctrl-C; SIGTERM is meant all the same.
+        (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
     previous = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield came
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -75,16 +78,16 @@ class Command(TyperCommand):
     """A sub-command whose failure is one line on stderr and an exit code; `E3_DEBUG=1` lets the traceback through."""
 
     def invoke(self, ctx: Any) -> Any:
+        came: list[int] = []
         try:
             check_finite(ctx.params)
-            with terminable():
+            with terminable() as came:
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, typer.BadParameter):  # Typer prints wrong usage itself
             raise
-        except KeyboardInterrupt as interrupt:
-            terminated = isinstance(interrupt, Terminated)
-            stderr.print(f"[bold]{name_of(ctx)}[/]: {'terminated' if terminated else 'interrupted'}")
-            raise typer.Exit(TERMINATED if terminated else INTERRUPTED) from None
+        except KeyboardInterrupt:
+            stderr.print(f"[bold]{name_of(ctx)}[/]: {'terminated' if came else 'interrupted'}")
+            raise typer.Exit(TERMINATED if came else INTERRUPTED) from None
         except Exception as error:
             if os.environ.get("E3_DEBUG") == "1":
                 raise
