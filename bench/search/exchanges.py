@@ -23,7 +23,6 @@ from rich.progress import track
 
 from e3pruner.models import find_layers
 from e3pruner.pipelines.comparison import CELLS_FILE, Comparison, Measurements, read_rows
-from e3pruner.pipelines.matrix import load_matrix
 from e3pruner.report import describe_environment
 from e3pruner.storage import write_json
 
@@ -90,12 +89,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--method", default="greedy")
     parser.add_argument("--drop", type=int, default=8)
     given = parser.parse_args(arguments)
-    settings = load_matrix(given.matrix)
     rows = read_rows(given.compared / CELLS_FILE)
     rows = [row for row in rows if row["method"] == given.method and row["drop"] == given.drop]
     if not rows:
         parser.error(f"{given.compared} has no cell of {given.method} with {given.drop} layers removed")
-    comparison = Comparison.load(settings, given.compared)
+    comparison = Comparison.from_yaml(given.matrix, given.compared)
     held_out = Texts(comparison, given.drop, list(comparison.held_out.values()))
     calibration = Texts(comparison, given.drop, [comparison.measurements(comparison.text.calibration)])
     layers = len(find_layers(comparison.model))

@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -51,29 +53,78 @@ def remove_temporaries(folder: str | Path) -> None:
 
 
 @contextmanager
+def locked(path: str | Path, *, wait: bool = False) -> Iterator[None]:
+    """Inside the block no other process or thread is inside a block of the same `path`: it holds the file `path`.lock.
+
+    The system lets go of the lock when its owner ends, however that happens, so that none is ever left behind.
+    Raises FileExistsError, naming the owner's process and host, if `path` is locked and `wait` is not set.
+    """
+    path = Path(path)
+    file = path.with_name(f"{path.name}.lock")
+    created = created_parents(path)
+    lock = FileLock(file, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        owner = file.read_text(encoding="utf-8") if file.exists() else ""
+        raise FileExistsError(
+            f"{path} is being written by {owner or 'another process'}: wait for it, or name another"
+        ) from None
+    try:
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # held elsewhere, Windows does not delete it
+            file.unlink()
+        lock.release()
+        for parent in created:
+            with suppress(OSError):  # not empty: it serves
+                parent.rmdir()
+
+
+def created_parents(path: Path) -> list[Path]:
+    """Makes the folders that `path` lies in; those that were not there, the innermost first."""
+    missing = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+@contextmanager
 def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder that takes the name `path` when the block ends well and vanishes when it raises.
 
-    Raises FileExistsError at once if `path` exists, unless `force`: then the old folder goes when the new one is whole;
-    without `force`, also at the end if another process has made `path` meanwhile.
+    Raises FileExistsError at once if `path` exists, unless `force`: then the folder that is there now goes when the new
+    one is whole. Also at the end, if `path` is then no longer what it was at the beginning: what others put there
+    meanwhile is never deleted.
     """
     path = Path(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists and is never overwritten unasked: choose another folder, or force")
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = _content(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
-        if force:
-            shutil.rmtree(path, ignore_errors=True)
+        if _content(path) != before:
+            raise FileExistsError(f"{path} was made by another process meanwhile, or changed")
+        if before is not None:
+            shutil.rmtree(path)
         try:
             temporary.rename(path)
         except OSError as error:
-            if force or not path.is_dir():  # with force, what is in the way may be what could not be removed
+            if not path.is_dir():
                 raise
             raise FileExistsError(f"{path} was made by another process meanwhile") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _content(path: Path) -> dict[str, tuple[int, int, int]] | None:
+    """By what a folder is known to be as it was: number, size and time of change of each file; None: there is none."""
+    if not path.exists():
+        return None
+    stats = {file.relative_to(path).as_posix(): file.lstat() for file in (path, *path.rglob("*")) if not file.is_dir()}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -11,8 +11,7 @@ from typer.testing import CliRunner, Result
 
 from e3pruner.cli import options
 from e3pruner.cli.command import Command, error_line
-from e3pruner.cli.config import parse_options
-from e3pruner.cli.output import output_folder
+from e3pruner.cli.config import parse_options, result_folder
 
 
 class Colour(StrEnum):
@@ -40,17 +39,17 @@ def work(
     drop: Annotated[int, typer.Option(min=1)] = 8,
     colour: Colour = Colour.RED,
     protect: Annotated[list[int] | None, typer.Option()] = None,
-    option: options.MethodOptions = None,
+    search: options.Search = None,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
     """Writes its arguments, or fails as told."""
-    with output_folder(ctx, out, force) as folder:
+    with result_folder(ctx, out, force) as folder:
         if leave:
             (folder / "checkpoint").write_text("state")
         if fail:
             raise BEHAVIOUR[fail]
-        (folder / "result").write_text(f"{drop} {colour} {protect} {parse_options(option)}")
+        (folder / "result").write_text(f"{drop} {colour} {protect} {parse_options(search)}")
 
 
 @app.command("other", cls=Command)

@@ -13,15 +13,15 @@ from tiny_models import NUM_LAYERS
 from transformers import AutoModelForCausalLM
 
 import e3pruner
+from e3pruner.pipelines import Matrix
 from e3pruner.pipelines.comparison import CELLS_FILE, Comparison, read_rows
-from e3pruner.pipelines.matrix import load_matrix
 from e3pruner.text.kinds import KindsOfText, kinds_of_text, windows
 
 MATRIX = {
-    "methods": ["greedy", "last-n", {"method": "gumbel-topk", "name": "short", "options": {"steps": 2, "samples": 3}}],
+    "methods": ["greedy", "last-n", {"method": "gumbel-topk", "name": "short", "search": {"steps": 2, "samples": 3}}],
     "drop": [1, 3],
     "seeds": [0, 1],
-    "calibration": 4,
+    "sequences": 4,
     "held_out": 3,
     "length": 32,
     "precision": "fp32",
@@ -55,7 +55,7 @@ def compared(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory,
 
 def comparison(settings: dict[str, Any], folder: Path) -> Comparison:
     folder.mkdir(exist_ok=True)
-    matrix = load_matrix(written(folder / "matrix.yaml", settings))
+    matrix = Matrix.from_yaml(written(folder / "matrix.yaml", settings))
     text = kinds_of_text(byte_tokenizer(), matrix.text, length=matrix.length, held_out=matrix.held_out)
     model = AutoModelForCausalLM.from_pretrained(matrix.model, dtype=torch.float32).eval()
     return Comparison(matrix, model, text, folder)
@@ -156,7 +156,7 @@ def test_cells_share_what_they_measure_and_pay_for_it_all_the_same(settings: dic
 
 
 def test_recoveries_heal_what_was_cut(settings: dict[str, Any], tmp_path: Path) -> None:
-    recoveries = ["none", "compensate", {"distill": {"steps": 12, "lr": 1e-3}, "name": "trained"}]
+    recoveries = ["none", "compensate", {"recover": {"steps": 12, "lr": 1e-3}, "name": "trained"}]
     changes = {"methods": ["last-n"], "drop": [3], "seeds": [0], "recoveries": recoveries}
     rows = comparison(settings | changes, tmp_path / "recovered").run()
     assert [row["recovery"] for row in rows] == ["none", "compensate", "trained"]
@@ -185,7 +185,7 @@ def test_a_compensation_is_judged_on_a_kind_that_it_is_not_fitted_to(settings: d
 
 def test_a_recovery_may_train_the_layers_beside_the_cuts(settings: dict[str, Any], tmp_path: Path) -> None:
     options = {"steps": 2, "lr": 1e-3}
-    recoveries = [{"distill": options | {"trainable": kind}, "name": kind} for kind in ("cuts", "all")]
+    recoveries = [{"recover": options | {"trainable": kind}, "name": kind} for kind in ("cuts", "all")]
     changes = {"methods": ["last-n"], "drop": [1], "seeds": [0], "recoveries": recoveries}
     cuts, whole = figures(comparison(settings | changes, tmp_path / "beside").run())
     assert cuts["held_out"] != whole["held_out"]
@@ -250,15 +250,15 @@ def test_what_is_left_of_the_longer_kinds_follows_unless_balanced(tmp_path: Path
     ("change", "message"),
     [
         ({"methods": ["magic"]}, r"method='magic' is not known"),
-        ({"methods": [{"method": "greedy", "options": {"steps": 3}}]}, r"steps is no option of method='greedy'"),
+        ({"methods": [{"method": "greedy", "search": {"steps": 3}}]}, r"steps is no option of method='greedy'"),
         ({"methods": ["greedy", "greedy"]}, r"methods holds a name twice"),
         ({"methods": []}, r"lacks methods"),
         ({"drop": [0]}, r"drop=0"),
         ({"drop": [6]}, r"drop=6 must be from 1 to 5"),
         ({"seeds": [-1]}, r"seeds=-1"),
-        ({"colour": "red"}, r"must be a mapping with keys among"),
+        ({"colour": "red"}, r"has unknown keys: colour; it may have drop, fraction"),
         ({"recoveries": ["pray"]}, r"recoveries='pray' must be one of none, compensate"),
-        ({"recoveries": [{"distill": {"stepz": 3}}]}, r"stepz"),
+        ({"recoveries": [{"recover": {"stepz": 3}}]}, r"stepz"),
         ({"recoveries": [{"name": "hope"}]}, r"recoveries: .* does nothing"),
         ({"recoveries": ["compensate"], "text": ["manual"]}, r"text=\['manual'\] must name two or more"),
         ({"precision": "fp8"}, r"precision='fp8'"),

@@ -15,7 +15,7 @@ from e3pruner.pipelines.comparison import CELLS_FILE, read_rows
 @pytest.fixture
 def matrix(model_folder: Path, text_file: Path, tmp_path: Path) -> Path:
     settings = {"model": str(model_folder), "text": [str(text_file)], "methods": ["greedy"], "drop": [2], "seeds": [0]}
-    sizes = {"calibration": 4, "held_out": 12, "length": 32, "precision": "fp32"}
+    sizes = {"sequences": 4, "held_out": 12, "length": 32, "precision": "fp32"}
     path = tmp_path / "matrix.yaml"
     path.write_text(yaml.safe_dump(settings | sizes), encoding="utf-8")
     return path

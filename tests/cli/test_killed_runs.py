@@ -15,7 +15,7 @@ import torch
 from cli.conftest import Command, pipeline_file
 from typer.testing import Result
 
-from e3pruner.cli.output import output_folder
+from e3pruner.pipelines.output import output_folder
 
 WORK = output_folder.__wrapped__.__code__  # type: ignore[attr-defined]
 

@@ -63,7 +63,7 @@ def test_search_leaves_a_plan_and_its_options(searched: Path) -> None:
     assert plan.method == "gumbel-topk"
     options = yaml.safe_load((searched / "e3.yaml").read_text())
     assert options["drop"] == 2
-    assert options["option"] == ["steps=5"]
+    assert options["search"] == {"steps": 5}
     assert options["batch"] == 4
 
 

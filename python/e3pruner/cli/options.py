@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from e3pruner.cli.config import load_config
+from e3pruner.cli.config import PAIRS, check_device, load_config
 from e3pruner.models.loading import Dtype
 
 Model = Annotated[
@@ -20,7 +20,16 @@ Teacher = Annotated[
 Out = Annotated[Path, typer.Option(help="Folder for the result; it appears when the result is complete.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run left at --out.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all randomness; the same seed gives the same result.")]
-Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, xpu, ...")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where the models run: cpu, cuda, cuda:1, xpu, ...; auto takes a GPU if there is one, and says so.",
+        callback=check_device,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that a checkpoint brings. It has all your rights.")
+]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Weights' type in memory; auto takes the checkpoint's.")]
 SavedDtype = Annotated[Dtype, typer.Option("--dtype", help="Weights' type in what comes out; auto takes --model's.")]
 Text = Annotated[
@@ -34,10 +43,6 @@ Sequences = Annotated[int, typer.Option(min=1, help="Number of calibration seque
 HeldOut = Annotated[int, typer.Option(min=1, help="Number of held-out sequences, from another part of the text.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences that go through the model at a time.")]
-MethodOptions = Annotated[
-    list[str] | None,
-    typer.Option("--option", metavar="NAME=VALUE", help="A further option of the library call; may be repeated."),
-]
 Vocabulary = Annotated[
     int | None,
     typer.Option(
@@ -46,6 +51,23 @@ Vocabulary = Annotated[
         "differently. If not given, what is beyond the tokenizer's last token is cut where it has to be.",
     ),
 ]
+Drop = Annotated[int | None, typer.Option(help="Number of layers to remove; 8 where no other target is given.")]
+Fraction = Annotated[float | None, typer.Option(help="Share of the layers to remove, instead of --drop.")]
+Protect = Annotated[list[int] | None, typer.Option(help="A layer that must stay; may be repeated.")]
+Speed = Annotated[bool, typer.Option(help="Measure decode and prefill tokens/s.")]
+
+
+def search_option(*names: str) -> Any:
+    return typer.Option(*names, metavar=PAIRS, help="An option of the search method; may be repeated.")
+
+
+def recover_option(*names: str) -> Any:
+    return typer.Option(*names, metavar=PAIRS, help="An option of `e3pruner.distill`; may be repeated.")
+
+
+# Where a command has one step only, --option is the same.
+Search = Annotated[list[str] | None, search_option("--search", "--option")]
+Recover = Annotated[list[str] | None, recover_option("--recover", "--option")]
 Track = Annotated[
     str | None,
     typer.Option(

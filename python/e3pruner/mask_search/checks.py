@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from e3pruner.vocabulary import did_you_mean
+
 
 def check_integer(name: str, value: int, least: int) -> None:
     """Raises `ValueError` unless `value` is an integer from `least`."""
@@ -20,7 +22,7 @@ def check_positive(name: str, value: float) -> None:
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     """Raises `ValueError` unless `value` is one of `known`."""
     if value not in known:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}{did_you_mean(value, known)}")
 
 
 def check_drop(drop: int, num_layers: int, num_protected: int = 0) -> None:

@@ -22,6 +22,7 @@ from e3pruner.models.stack import check_indices
 from e3pruner.precision import autocast_dtype
 from e3pruner.surgery import PruningPlan
 from e3pruner.text.given import Given, batches_of
+from e3pruner.vocabulary import check_options, did_you_mean
 
 
 def search(
@@ -94,7 +95,7 @@ def search(
             cost = problem.account.cost
             (kl,) = problem.score([problem.mask(removed)])
     finally:
-        if store is not None and ranks.first:
+        if store is not None and ranks.first and store.measured:
             store.save()
     metrics = {"kl": kl, "tokens": problem.tokens, "cost": cost}
     layers, sublayers = units.removed(removed)
@@ -123,13 +124,15 @@ def run_search(problem: SearchProblem, running: Search) -> tuple[list[dict[str, 
         history.append({"step": len(history), "cost": problem.account.cost, **record})
 
 
-def find_method(name: str, options: Iterable[str]) -> Method:
-    """The method of this name. Raises `ValueError` if there is none, `TypeError` if it has not all these options."""
+def find_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of this name. Raises `ValueError` if there is none, `TypeError` for an option that it does not have or
+    a value of another type.
+    """
     if name not in METHODS:
-        raise ValueError(f"method={name!r} is not known; it is one of {', '.join(METHODS)}")
-    known = METHODS[name].options
-    if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"{unknown[0]} is no option of method={name!r}; it has {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"method={name!r} is not known{did_you_mean(name, METHODS)}; it is one of {', '.join(METHODS)}"
+        )
+    check_options(f"method={name!r}", options, METHODS[name])
     return METHODS[name]
 
 

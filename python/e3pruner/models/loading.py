@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from e3pruner.models.device import AUTO, usable_device
 from e3pruner.models.smollm2 import smollm2_folder
+from e3pruner.storage import read_json
 
 BUILT_IN = "smollm2"
+# What belongs to a tokenizer: of the fast kind, of the old kinds (vocabulary and merges, SentencePiece, tiktoken), its
+# chat templates, and its own code.
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json"),
+    *("added_tokens.json", "special_tokens_map.json", "chat_template*", "additional_chat_templates"),
+    "tokenization_*.py",
+)
+# Errors that speak of this machine or of the weights' file, not of what the folder describes.
+_FAILURES = (OSError, SafetensorError, MemoryError, torch.OutOfMemoryError)
 
 
 class Dtype(StrEnum):
@@ -32,34 +48,98 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def load_model(name: str, device: str = "cpu", dtype: Dtype = Dtype.AUTO) -> PreTrainedModel:
-    """The model in evaluation mode. Raises what `model_folder` and `from_pretrained` raise."""
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=str(dtype), local_files_only=True)
-    return model.to(device).eval()
+def load_model(
+    name: str, device: str = AUTO, dtype: Dtype = Dtype.AUTO, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model in evaluation mode, on `usable_device(device)`.
+
+    Raises FileNotFoundError for no checkpoint folder, ValueError naming it where it describes no model, lacks weights
+    of it, or brings its own code and `trust_remote_code` is not set; OSError or SafetensorError for damaged weights.
+    """
+    where = usable_device(device)
+    folder = checked_folder(name, trust_remote_code)
+    options: dict[str, Any] = {"dtype": str(dtype), "local_files_only": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # to say which, below
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except _FAILURES:
+        raise
+    except Exception as error:
+        raise ValueError(f"--model {name} cannot be loaded: {_said(error)}") from error
+    model, found = loaded
+    if wrong := sorted((*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"]))):
+        raise ValueError(
+            f"--model {name}: {len(wrong)} tensors that its config.json asks for are not in its weights, or have "
+            f"another shape: {wrong[0]}{', ...' if wrong[1:] else ''}"
+        )
+    if device == AUTO:
+        _say_device(str(where))
+    return model.to(where).eval()
 
 
-def weights_dtype(name: str, dtype: Dtype = Dtype.AUTO) -> torch.dtype:
+@cache
+def _say_device(chosen: str) -> None:
+    """Once per process: what "auto" came to."""
+    print(f"--device auto: {chosen}", file=sys.stderr)
+
+
+def weights_dtype(name: str, dtype: Dtype = Dtype.AUTO, *, trust_remote_code: bool = False) -> torch.dtype:
     """What `load_model` of the same arguments loads the weights in, without reading them."""
     if dtype != Dtype.AUTO:
         return getattr(torch, dtype)  # type: ignore[no-any-return]
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder(name), dtype="auto", local_files_only=True, device_map="meta"
-    )
+    options: dict[str, Any] = {"dtype": "auto", "local_files_only": True, "device_map": "meta"}
+    folder = checked_folder(name, trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     return model.dtype
 
 
-def has_tokenizer(name: str) -> bool:
-    return any(model_folder(name).glob("tokenizer*"))
+def checked_folder(name: str, trust_remote_code: bool) -> Path:
+    """`model_folder`, whose config.json can be read. Raises ValueError naming the file where it cannot, or where only
+    code that the checkpoint brings could, and `trust_remote_code` is not set.
+    """
+    folder = model_folder(name)
+    file = folder / "config.json"
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(content).__name__}")
+    if content.get("auto_map") and not trust_remote_code and content.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"--model {name} brings its own code (auto_map in its config.json), which runs with your rights: read it, "
+            "then allow it by --trust-remote-code"
+        )
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(f"{file} describes no model: {_said(error)}") from error
+    return folder
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model. Raises ValueError when the folder has none."""
-    if not has_tokenizer(name):
+def tokenizer_files(name: str) -> list[Path]:
+    """The files and folders beside the model that belong to its tokenizer."""
+    folder = model_folder(name)
+    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model. Raises ValueError when the folder has none, or a damaged one."""
+    if not tokenizer_files(name):
         raise ValueError(f"--model {name} has no tokenizer beside it; save one with tokenizer.save_pretrained")
-    return AutoTokenizer.from_pretrained(model_folder(name), local_files_only=True)
+    folder = checked_folder(name, trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(f"--model {name}: its tokenizer cannot be loaded: {_said(error)}") from error
 
 
-def copy_tokenizer(name: str, folder: Path) -> None:
-    """Saves the model's tokenizer, if it has one, into `folder`: what is exported can be used as it is."""
-    if has_tokenizer(name):
-        load_tokenizer(name).save_pretrained(folder)
+def copy_tokenizer(name: str, folder: Path) -> bool:
+    """Copies the files of the model's tokenizer into `folder`, byte for byte; whether there were any."""
+    files = tokenizer_files(name)
+    for file in files:
+        (shutil.copytree if file.is_dir() else shutil.copy2)(file, folder / file.name)
+    return bool(files)
+
+
+def _said(error: BaseException) -> str:
+    """The first sentence of an error, with its type where it has not many words."""
+    message = " ".join(str(error).split()).partition(". ")[0]
+    return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"

@@ -1,11 +1,11 @@
-"""The cells of a comparison, one after another: each is measured once, whatever interrupts the run."""
+"""Search methods side by side, on the same tokens: each cell is measured once, whatever interrupts the run."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import e3kernels as e3k
 import e3pruner
+from e3pruner.evaluation import layers_to_drop
 from e3pruner.form import natural
 from e3pruner.mask_search.checkpoint import Checkpoint
 from e3pruner.mask_search.method import METHODS
@@ -22,15 +23,20 @@ from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.search import run_search
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import find_layers
+from e3pruner.models.device import AUTO
 from e3pruner.models.identity import model_identity
 from e3pruner.models.loading import Dtype, load_model, load_tokenizer
 from e3pruner.pipelines.matrix import Cell, Matrix, Recovery
+from e3pruner.pipelines.results import run_results
 from e3pruner.precision import autocast_dtype
-from e3pruner.storage import fingerprint, read_json_lines, write_json_lines
+from e3pruner.report import build_report, save_results
+from e3pruner.report.comparison import markdown, summary
+from e3pruner.storage import fingerprint, locked, read_json_lines, replacing_file, write_json_lines
 from e3pruner.surgery import PruningPlan
 from e3pruner.text.kinds import KindsOfText, kinds_of_text
 
 CELLS_FILE, MEASURED_FOLDER = "cells.jsonl", "measured"
+TABLE_FILE = "comparison.md"
 _COMPENSATION = 32  # training sequences of each kind: the closed forms are fitted to those of all but the last
 _BATCH = 4
 _ROW = {"key": str, "drop": natural, "removed": [natural], "cost": float, "seconds": float}
@@ -60,6 +66,8 @@ class Measurements:
 class Comparison:
     """A matrix on one model and one set of texts, its results in `folder`.
 
+    `Comparison.from_yaml("matrix.yaml", "compared").run()` does what `e3 compare` measures; `save` writes its tables.
+
     Raises `ValueError` before anything is measured if the matrix does not fit the model.
     """
 
@@ -69,13 +77,36 @@ class Comparison:
     folder: Path
 
     @classmethod
-    def load(cls, matrix: Matrix, folder: Path, device: str = "cpu") -> Comparison:
-        """The comparison of the model and the texts that `matrix` names."""
-        text = kinds_of_text(load_tokenizer(matrix.model), matrix.text, length=matrix.length, held_out=matrix.held_out)
+    def from_yaml(
+        cls, path: str | Path, folder: str | Path, device: str = AUTO, *, trust_remote_code: bool = False
+    ) -> Comparison:
+        """The comparison that a YAML file describes; see `Matrix` for its keys, and `load`."""
+        return cls.load(Matrix.from_yaml(path), folder, device, trust_remote_code=trust_remote_code)
+
+    @classmethod
+    def load(
+        cls, matrix: Matrix, folder: str | Path, device: str = AUTO, *, trust_remote_code: bool = False
+    ) -> Comparison:
+        """The comparison of the model and the texts that `matrix` names.
+
+        Raises FileExistsError, before anything is loaded, for a `folder` that holds something else; ValueError for a
+        model, a text or a device that cannot be taken.
+        """
+        folder, trust = Path(folder), {"trust_remote_code": trust_remote_code}
+        if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / CELLS_FILE).is_file())):
+            raise FileExistsError(
+                f"--out {folder} holds no {CELLS_FILE}, so no comparison goes on there; name another folder"
+            )
+        tokenizer = load_tokenizer(matrix.model, **trust)
+        text = kinds_of_text(tokenizer, matrix.text, length=matrix.length, held_out=matrix.held_out)
         # In fp32 whatever the checkpoint: `precision` says what is computed in, and recovery needs the master weights.
-        return cls(matrix, load_model(matrix.model, device, Dtype.FLOAT32), text, folder)
+        return cls(matrix, load_model(matrix.model, device, Dtype.FLOAT32, **trust), text, folder)
 
     def __post_init__(self) -> None:
+        if self.matrix.fraction:
+            protect = self.matrix.protect
+            drops = [layers_to_drop(self.model, fraction=share, protect=protect) for share in self.matrix.fraction]
+            self.matrix = replace(self.matrix, drop=list(dict.fromkeys(drops)), fraction=[])
         self.units = {drop: units_of(self.model, drop, self.matrix.protect) for drop in self.matrix.drop}
         self.dtype = autocast_dtype(self.matrix.precision, self.model.device)
         self.identity = {"dtype": str(self.dtype), "model": model_identity(self.model)}
@@ -97,21 +128,34 @@ class Comparison:
         `advance(row)` is called after each.
         """
         file = self.folder / CELLS_FILE
-        rows = {row["key"]: row for row in read_rows(file)}
-        chosen = []
-        for cell in self.matrix.cells():
-            key = self.key(cell)
-            if key not in rows:
-                rows[key] = {"key": key, **self.measure(cell)}
-                write_json_lines(file, rows.values())
-            chosen.append(rows[key] | {"method": cell.contestant.name, "recovery": cell.recovery.name})
-            advance(chosen[-1])
+        with locked(self.folder):
+            rows = {row["key"]: row for row in read_rows(file)}
+            chosen = []
+            for cell in self.matrix.cells():
+                key = self.key(cell)
+                if key not in rows:
+                    rows[key] = {"key": key, **self.measure(cell)}
+                    write_json_lines(file, rows.values())
+                chosen.append(rows[key] | {"method": cell.contestant.name, "recovery": cell.recovery.name})
+                advance(chosen[-1])
         return chosen
+
+    def save(self, rows: list[Row], about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Writes results.json, `TABLE_FILE` and the report of `rows`; the results, with the parts `about` added."""
+        matrix = self.matrix
+        title = matrix.title or f"{matrix.model}: {len(matrix.methods)} methods, {len(matrix.seeds)} seeds"
+        settings = matrix.settings()
+        results = run_results(title, settings) | {"matrix": settings, "comparison": summary(rows)} | dict(about or {})
+        save_results(results, self.folder)
+        with replacing_file(self.folder / TABLE_FILE) as temporary:
+            temporary.write_text(markdown(results), encoding="utf-8")
+        build_report(self.folder)
+        return results
 
     def calibration(self, seed: int) -> Measurements:
         """The calibration tokens of a seed, the same for every method."""
         if seed not in self._searched:
-            self._searched[seed] = self.measurements(self.text.calibration_of(seed, self.matrix.calibration))
+            self._searched[seed] = self.measurements(self.text.calibration_of(seed, self.matrix.sequences))
         return self._searched[seed]
 
     def measure(self, cell: Cell) -> Row:
@@ -133,7 +177,7 @@ class Comparison:
         try:
             with problem:
                 began = time.perf_counter()
-                running = METHODS[cell.contestant.method](problem, **cell.contestant.options)
+                running = METHODS[cell.contestant.method](problem, **cell.contestant.search)
                 _, removed = run_search(problem, running)
                 took = time.perf_counter() - began
                 cost, seconds = problem.account.cost, problem.account.seconds
@@ -143,7 +187,7 @@ class Comparison:
             shared.store.save()
         return {
             "method": cell.contestant.name,
-            "options": cell.contestant.options,
+            "options": cell.contestant.search,
             "drop": cell.drop,
             "seed": cell.seed,
             "recovery": cell.recovery.name,
@@ -189,8 +233,8 @@ class Comparison:
         if recovery.compensates:
             fitted, judge = self._compensation()
             e3pruner.compensate(student, self.model, plan, fitted, judge=judge)
-        if recovery.options is not None:
-            options = {"seed": seed, "plan": plan, **recovery.options}
+        if recovery.recover is not None:
+            options = {"seed": seed, "plan": plan, **recovery.recover}
             e3pruner.distill(student, teacher=self.model, data=self.text.training, **options)
         took = time.perf_counter() - began
         keys = ("kl", "perplexity", "top1_agreement")

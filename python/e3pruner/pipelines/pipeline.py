@@ -1,195 +1,66 @@
-"""The whole way from a dense model to a recovered one, in stages that are kept: an interrupted run repeats none."""
+"""The whole way from a dense model to a recovered one, as one set of options says."""
 
 from __future__ import annotations
 
-import math
-import shutil
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-import e3pruner
-from e3pruner.evaluation import latency
-from e3pruner.evaluation.generation import continue_prompt
-from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.units import units_of
-from e3pruner.models.loading import Dtype, load_model
-from e3pruner.pipelines.results import recovery_results, search_results
-from e3pruner.pipelines.stages import Stages
-from e3pruner.precision import autocast_dtype
-from e3pruner.recovery.state import going_on
-from e3pruner.surgery import PruningPlan
-from e3pruner.surgery.plan import PLAN_FILE
-from e3pruner.text.sequences import Rows
-from e3pruner.text.splits import Tokens, batches, take
-
-METHOD, RIVALS = "gumbel-topk", ("leave-one-out", "bi")
-MEASURED_FILE = "measured.json"
-PRUNED, RECOVERED = "pruned", "recovered"
-MODELS = ("dense", PRUNED, RECOVERED)
-PROMPTS = (
-    "What is the capital of France?",
-    "Explain in two sentences what a hash table is.",
-    "Write the first sentence of a story about a lighthouse.",
-)
+from e3pruner.pipelines.options import PipelineOptions
+from e3pruner.pipelines.output import output_folder
+from e3pruner.pipelines.results import run_results
+from e3pruner.pipelines.settings import check_keys, parse_pairs, read_settings
+from e3pruner.pipelines.work import Work
+from e3pruner.report import build_report, save_results
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What a run may spend: sequences, steps, points of the curve, new tokens a prompt, and timings a model."""
+class Pipeline(PipelineOptions):
+    """Search, cut, compensate, recover, judge and report, in one or several rounds.
 
-    calibration: int = 16
-    held_out: int = 16
-    search_steps: int = 16
-    curve_points: int = 4
-    training_steps: int = 50
-    new_tokens: int = 48
-    repeats: int = 3
-    batch: int = 4
+    `Pipeline(model="smollm2", drop=8, out="run").run()` does what `e3 run` does, and
+    `Pipeline.from_yaml("pipeline.yaml").run()` what `e3 run pipeline.yaml` does. See `PipelineOptions` for the options.
+    """
 
+    @classmethod
+    def from_yaml(cls, path: str | Path, **changes: Any) -> Pipeline:
+        """The pipeline of a YAML file, such as the e3.yaml in the folder of a result; `changes` win over it.
 
-FULL = Budget()
-QUICK = Budget(
-    calibration=4,
-    held_out=4,
-    search_steps=4,
-    curve_points=0,
-    training_steps=6,
-    new_tokens=16,
-    repeats=1,
-)
+        Raises ValueError naming the file and its fault, besides what the constructor raises.
+        """
+        values = read_settings(path)
+        check_keys(str(path), values, [each.name for each in fields(cls)])
+        for name in ("search", "recover"):
+            if isinstance(values.get(name), list):  # as on the command line
+                values[name] = parse_pairs(values[name], name)
+        values = {name: value for name, value in (values | changes).items() if value is not None}
+        if missing := [name for name in ("model", "out") if name not in values]:
+            raise ValueError(f"{path} lacks {' and '.join(missing)}; give it as an argument, or in the file")
+        return cls(**values)
 
+    def run(
+        self,
+        *,
+        force: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        command: str = "e3 run",
+        about: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Does all of it and returns the results (see `e3pruner.report.results`).
 
-@dataclass(frozen=True)
-class Pipeline(Stages):
-    """One run of the demo."""
+        `out` then holds the pruned and the recovered model as Hugging Face folders, pruning.json, results.json and the
+        report. Interrupted or killed at any point, the same call goes on and ends with the same weights. `force`
+        replaces an earlier result. `settings`: what to keep as the options of the run, for `command`, in place of
+        `self.settings()`. `about`: parts of the results to set, such as "title".
 
-    dense: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    tokens: Tokens
-    budget: Budget
-    drop: int
-    seed: int
-
-    def run(self) -> dict[str, Any]:
-        """All stages in their order; the parts of the results that they give (see `e3pruner.report.results`)."""
-        found = self.stage("1-search", self.search)
-        models = self.stage("2-prune", lambda: self.prune(found))
-        curve = self.stage("3-compare", lambda: self.curve(found, models))
-        recovery = self.stage("4-recover", self.recover)
-        recovered = self.stage("5-evaluate", lambda: self.evaluate(self.load(RECOVERED)))
-        speeds = self.stage("6-time", self.time)
-        answers = self.stage("7-generate", self.generate)
-        measured = {"dense": models["dense"], PRUNED: models[METHOD], RECOVERED: recovered}
-        return {
-            **search_results(PruningPlan.load(self.folder / PLAN_FILE)),
-            "methods": [{"method": method, **found[method], **models[method]} for method in found],
-            "curve": curve,
-            "recovery": recovery,
-            "models": [{"name": name, **values, **speeds[name]} for name, values in measured.items()],
-            "generations": answers,
-            "seconds": self.seconds(),
-        }
-
-    def clean(self) -> None:
-        """Deletes what only a resumed run would need."""
-        self.clear()
-        (self.folder / MEASURED_FILE).unlink()
-        shutil.rmtree(self.folder / "training", ignore_errors=True)
-
-    @property
-    def calibration(self) -> list[Rows]:
-        return batches(take(self.tokens.calibration, self.budget.calibration, "calibration"), self.budget.batch)
-
-    @property
-    def held_out(self) -> list[Rows]:
-        return batches(take(self.tokens.held_out, self.budget.held_out, "held-out"), self.budget.batch)
-
-    def search(self) -> dict[str, Any]:
-        """For the method and its rivals, on the same tokens: the mask, the order of layers behind it, and the cost."""
-        return {method: self.search_by(method) for method in (METHOD, *RIVALS)}
-
-    def search_by(self, method: str) -> dict[str, Any]:
-        checkpoint = self.folder / MEASURED_FILE  # one for all: a mask measured for one method is known to the next
-        began = time.perf_counter()
-        options: dict[str, Any] = {"steps": self.budget.search_steps} if method == METHOD else {}
-        plan = e3pruner.search(
-            self.dense, self.calibration, self.drop, method, self.seed, checkpoint=checkpoint, **options
-        )
-        if method == METHOD:
-            plan.save(self.folder / PLAN_FILE)
-        seconds = round(time.perf_counter() - began, 1)
-        return {"removed": plan.removed, "order": order(plan), "cost": plan.metrics["cost"], "seconds": seconds}
-
-    def prune(self, found: dict[str, Any]) -> dict[str, Any]:
-        """Exports the pruned model; held-out figures of the dense model and of every mask."""
-        measured = {"dense": self.evaluate(self.dense)}
-        for method, mask in found.items():
-            plan = PruningPlan.of_removed(mask["removed"], len(mask["order"]))
-            pruned = e3pruner.prune(self.dense, plan, copy_weights=False)
-            measured[method] = self.evaluate(pruned)
-            if method == METHOD:
-                self.export(pruned, self.tokenizer, PRUNED)
-        return measured
-
-    def load(self, name: str) -> PreTrainedModel:
-        """A model of this run: the dense one, or one that an earlier stage exported."""
-        return self.dense if name == "dense" else load_model(str(self.folder / name), dtype=Dtype.FLOAT32)
-
-    def recover(self) -> dict[str, Any]:
-        student = self.load(PRUNED)
-        training = self.folder / "training"
-        state = going_on(training)
-        result = e3pruner.distill(
-            student,
-            teacher=self.dense,
-            data=self.tokens.training,
-            held_out=self.held_out,
-            **state,
-            steps=self.budget.training_steps,
-            batch_size=self.budget.batch,
-            seed=self.seed,
-        )
-        self.export(student, self.tokenizer, RECOVERED)
-        return recovery_results(result)["recovery"]
-
-    def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
-        return e3pruner.evaluate(model, self.held_out, self.dense, precision="auto")
-
-    def curve(self, found: dict[str, Any], models: dict[str, Any]) -> dict[str, list[list[float]]]:
-        """Held-out KL without each method's first choices: some numbers of layers, and `drop` as in `models`."""
-        points = self.budget.curve_points
-        if not points:
-            return {}
-        counts = sorted({math.ceil(self.drop * point / points) for point in range(1, points)} - {self.drop})
-        precision = autocast_dtype("auto", self.dense.device)
-        with SearchProblem(
-            self.dense, self.held_out, units=units_of(self.dense, self.drop), dtype=precision
-        ) as problem:
-            masks = {(m, n): problem.mask(mask["order"][:n]) for m, mask in found.items() for n in counts}
-            values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
-        return {
-            method: [*([n, values[method, n]] for n in counts), [self.drop, models[method]["kl"]]] for method in found
-        }
-
-    def time(self) -> dict[str, Any]:
-        return {name: latency(self.load(name), repeats=self.budget.repeats) for name in MODELS}
-
-    def generate(self) -> list[dict[str, Any]]:
-        models = {name: self.load(name) for name in MODELS}
-        return [
-            {"prompt": prompt, "answers": {name: self.answer(model, prompt) for name, model in models.items()}}
-            for prompt in PROMPTS
-        ]
-
-    def answer(self, model: PreTrainedModel, prompt: str) -> str:
-        ids = continue_prompt(model, self.tokenizer, prompt, self.budget.new_tokens)
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
-def order(plan: PruningPlan) -> list[int]:
-    """The layers from the first to go to the last: what the search removes, then the others, by its final values."""
-    values = next(record[key] for record in reversed(plan.history) for key in ("logits", "importance") if key in record)
-    return sorted(range(plan.num_layers), key=lambda layer: (layer not in plan.removed, values[layer], -layer))
+        Raises what `output_folder` raises for `out`; ValueError for a model, a text or a number of layers that does not
+        fit, before anything is measured; KeyboardInterrupt after Ctrl-C, once what is done is kept.
+        """
+        kept = self.settings() if settings is None else settings
+        with output_folder(self.out, kept, force=force, command=command) as folder:
+            work = Work.load(self, folder)
+            results = run_results(work.title, kept) | dict(about or {}) | work.run()
+            save_results(results, folder)
+            build_report(folder)
+            work.clean()
+        return results

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from e3pruner.recovery import DistillResult
+from e3pruner.report import describe_environment
 from e3pruner.surgery import PruningPlan
+
+
+def run_results(title: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What every run has: its title, where it ran, with which options."""
+    return {"title": title, "environment": describe_environment(), "config": dict(settings)}
 
 
 def search_results(plan: PruningPlan) -> dict[str, Any]:

@@ -53,10 +53,8 @@ class Stages:
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage, in their order. Of a stage that was interrupted: of its last part."""
-        return {
-            path.stem.removeprefix("stage-"): _read(path)["seconds"]
-            for path in sorted(self.folder.glob("stage-*.json"))
-        }
+        files = sorted(self.folder.glob("stage-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return {path.stem.removeprefix("stage-"): _read(path)["seconds"] for path in files}
 
     def clear(self) -> None:
         """Forgets the stages."""

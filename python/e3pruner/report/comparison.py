@@ -66,14 +66,15 @@ def markdown(results: dict[str, Any]) -> str:
     """The title, where it was measured, and one table for each number of removed layers and recovery."""
     matrix, environment = results["matrix"], results["environment"]
     machine = environment["machine"]
+    command = f"`{results['command']}` " if "command" in results else ""
     parts = [
         f"# {results['title']}",
-        f"`{results['command']}` at commit {(environment['commit'] or 'unknown')[:12]}, {machine['processor']}, "
+        f"{command}at commit {(environment['commit'] or 'unknown')[:12]}, {machine['processor']}, "
         f"{machine['cores']} cores, torch {environment['versions']['torch']}, transformers "
         f"{environment['versions']['transformers']}, {environment['date'][:10]}.",
-        f"Mean (least–largest) over {len(matrix['seeds'])} seeds. Calibration: {matrix['calibration']} sequences of "
+        f"Mean (least–largest) over {len(matrix['seeds'])} seeds. Calibration: {matrix['sequences']} sequences of "
         f"{matrix['length']} tokens, the same for every method; held out: {matrix['held_out']} of each kind of text. "
-        "KL in nats a token; cost in tokens times dense forward passes; seconds as its measurements took.",
+        "KL in nats per token; cost in tokens times dense forward passes; seconds as its measurements took.",
     ]
     for caption, lines in panels(results):
         parts += [f"## {caption}", markdown_table(headings(lines), map(cells_of, lines))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +10,11 @@ from typing import Annotated
 import typer
 
 import e3pruner
+from e3pruner.cli.children import run_child
 from e3pruner.cli.command import FAILURE
 from e3pruner.cli.tables import console, rich_table
 from e3pruner.report.benchmarks import Change, compare, read, slower
+from e3pruner.storage import locked
 
 
 def bench(
@@ -87,9 +88,10 @@ def measure(out: Path, only: str | None) -> None:
     root = folder.parents[1]
     command = [sys.executable, "-m", "pytest", "-c", str(root / "pyproject.toml"), "--rootdir", str(root), str(folder)]
     options = ["--benchmark-only", "--benchmark-quiet", "-p", "no:cacheprovider", "--jsonl", str(out.resolve())]
-    done = subprocess.run([*command, *options, *selection], check=False)
-    if done.returncode:
-        raise RuntimeError(f"the benchmarks ended with exit code {done.returncode}; what they print says why")
+    with locked(out):
+        code = run_child([*command, *options, *selection])
+    if code:
+        raise RuntimeError(f"the benchmarks ended with exit code {code}; what they print says why")
 
 
 def print_changes(changes: list[Change]) -> None:

@@ -10,7 +10,8 @@ import typer
 import e3pruner
 from e3pruner.cli import options
 from e3pruner.cli.command import stderr
-from e3pruner.cli.output import output_folder
+from e3pruner.cli.config import result_folder
+from e3pruner.mask_search.checks import check_positive
 from e3pruner.models import output_head
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.recovery.cache import cache_bytes
@@ -29,8 +30,9 @@ def cache_teacher(
     length: options.Length = 256,
     batch: options.Batch = 8,
     seed: options.Seed = 0,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
+    trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -52,11 +54,12 @@ def cache_teacher(
         return
     if teacher is None:
         raise typer.BadParameter("is needed, unless --verify checks what is there", param_hint="--teacher")
-    tokenizer = load_tokenizer(teacher)
-    tokens = token_splits(tokenizer, text, length=length, seed=seed).training
-    model = load_model(teacher, device, dtype)
-    need = cache_bytes(len(tokens), length, output_head(model).weight.shape[0], k)
-    with output_folder(ctx, out, force) as folder:
+    check_positive("temperature", temperature)
+    with result_folder(ctx, out, force) as folder:
+        tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
+        tokens = token_splits(tokenizer, text, length=length, seed=seed).training
+        model = load_model(teacher, device, dtype, trust_remote_code=trust_remote_code)
+        need = cache_bytes(len(tokens), length, output_head(model).weight.shape[0], k)
         free = shutil.disk_usage(folder).free
         stderr.print(
             f"{len(tokens) * length:,} tokens, {need / (len(tokens) * length):.1f} bytes each: {need:,} bytes of "

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from e3pruner.cli import options
-from e3pruner.cli.output import output_folder
-from e3pruner.cli.results import run_results
+from e3pruner.cli.command import command_line
+from e3pruner.cli.config import resolved
 from e3pruner.cli.tables import print_table
-from e3pruner.mask_search.checks import check_drop
-from e3pruner.models import find_layers
-from e3pruner.models.loading import BUILT_IN, load_model, load_tokenizer, weights_dtype
-from e3pruner.pipelines.pipeline import FULL, METHOD, QUICK, Pipeline
-from e3pruner.report import REPORT_FILE, build_report, save_results
-from e3pruner.text.splits import token_splits
+from e3pruner.models.loading import BUILT_IN
+from e3pruner.pipelines import Pipeline
+from e3pruner.report import REPORT_FILE
 
-BUILT_IN_TITLE = "SmolLM2-135M-Instruct"
+METHOD, RIVALS = "gumbel-topk", ["leave-one-out", "bi"]
 SUMMARY = f"Layers chosen by {METHOD}, cut out, the rest recovered by distillation from the dense model."
+PROMPTS = [
+    "What is the capital of France?",
+    "Explain in two sentences what a hash table is.",
+    "Write the first sentence of a story about a lighthouse.",
+]
+FULL: dict[str, Any] = {"search": {"steps": 16}, "curve": 4}
+QUICK: dict[str, Any] = {"search": {"steps": 4}, "steps": 6, "sequences": 4, "held_out": 4, "new_tokens": 16}
 
 
 def demo(
     ctx: typer.Context,
-    drop: Annotated[int, typer.Option(help="Number of layers to remove.")] = 8,
+    drop: options.Drop = None,
+    fraction: options.Fraction = None,
+    protect: options.Protect = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer tokens and steps.")] = False,
     model: options.Model = BUILT_IN,
     text: options.Text = None,
     length: options.Length = 256,
     out: options.Out = Path("demo-out"),
     seed: options.Seed = 0,
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -46,21 +53,25 @@ def demo(
 
     `e3 demo --drop 12 --out deep`
     """
-    with output_folder(ctx, out, force) as folder:
-        began = time.perf_counter()
-        dense, tokenizer = load_model(model, dtype=options.Dtype.FLOAT32), load_tokenizer(model)
-        layers = len(find_layers(dense))
-        check_drop(drop, layers)  # the search would say so too, after the teacher has written its text
-        tokens = token_splits(tokenizer, text, length=length, seed=seed, teacher=None if quick else dense)
-        loading = round(time.perf_counter() - began, 1)
-        pipeline = Pipeline(
-            folder, weights_dtype(model), dense, tokenizer, tokens, QUICK if quick else FULL, drop, seed
-        )
-        title = f"{BUILT_IN_TITLE if model == BUILT_IN else model}, {layers} to {layers - drop} layers"
-        results = run_results(ctx, title) | {"summary": SUMMARY} | pipeline.run()
-        results["seconds"] = {"0-text": loading} | results["seconds"]
-        save_results(results, folder)
-        build_report(folder)
-        pipeline.clean()
+    pipeline = Pipeline(
+        model=model,
+        out=out,
+        drop=drop,
+        fraction=fraction,
+        protect=protect or [],
+        method=METHOD,
+        rivals=RIVALS,
+        text=text,
+        written=text is None and not quick,
+        length=length,
+        speed=True,
+        prompts=PROMPTS,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        **(QUICK if quick else FULL),
+    )
+    about = {"summary": SUMMARY, "command": command_line()}
+    results = pipeline.run(force=force, settings=resolved(ctx), command="e3 demo --config", about=about)
     print_table(results)
     print(out / REPORT_FILE)

@@ -10,14 +10,14 @@ import typer
 
 import e3pruner
 from e3pruner.cli import options
-from e3pruner.cli.config import parse_options
-from e3pruner.cli.output import output_folder
-from e3pruner.cli.results import run_results
+from e3pruner.cli.command import command_line
+from e3pruner.cli.config import parse_options, resolved, result_folder
 from e3pruner.models.loading import load_model, load_tokenizer
-from e3pruner.pipelines.results import recovery_results
+from e3pruner.pipelines.results import recovery_results, run_results
+from e3pruner.pipelines.settings import check_recover
 from e3pruner.recovery import TeacherCache
 from e3pruner.recovery.state import STATE, going_on
-from e3pruner.recovery.tracking import TRACKED, check_tracker
+from e3pruner.recovery.tracking import TRACKED
 from e3pruner.report import save_results
 from e3pruner.surgery import PruningPlan
 from e3pruner.text.splits import take, token_splits
@@ -35,7 +35,8 @@ def distill(
         typer.Option(help="Folder of `e3 cache-teacher`, made with the same text, length and seed: no teacher then."),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="The plan of --model, for --option trainable=cuts.", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(help="The plan of --model, for --recover trainable=cuts.", exists=True, dir_okay=False),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps; one pass over the text if not given.")
@@ -46,37 +47,43 @@ def distill(
     held_out: options.HeldOut = 16,
     batch: options.Batch = 4,
     vocabulary: options.Vocabulary = None,
-    option: options.MethodOptions = None,
+    recover: options.Recover = None,
     track: options.Track = None,
     seed: options.Seed = 0,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.SavedDtype = options.Dtype.AUTO,
+    trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
     """Train a pruned model to predict what its teacher predicts, and save a vanilla Hugging Face checkpoint.
 
     States are saved on the way, so an interrupted run goes on to the same weights. Everything that
-    `e3pruner.distill` takes can be given as --option: weighting, kd_ratio, temperature, trainable, precision, ...
+    `e3pruner.distill` takes can be given as --recover: weighting, kd_ratio, temperature, trainable, precision, ...
 
     Examples:
 
     `e3 distill --model pruned --teacher smollm2 --steps 50 --out recovered`
 
-    `e3 distill --model pruned --teacher-cache cache --text my.txt --option save_every=20 --out recovered`
+    `e3 distill --model pruned --teacher-cache cache --text my.txt --recover save_every=20 --out recovered`
     """
-    extra = parse_options(option)
-    check_tracker(track)
     if (teacher is None) == (teacher_cache is None):
         raise typer.BadParameter("give one of them", param_hint="--teacher, --teacher-cache")
-    tokenizer = load_tokenizer(teacher or model)
-    source = TeacherCache(teacher_cache, tokenizer=tokenizer) if teacher_cache else load_model(str(teacher), device)
-    tokens = token_splits(tokenizer, text, length=length, seed=seed)
-    evaluated = take(tokens.held_out, held_out, "--held-out")
-    student = load_model(model, device, dtype)
-    with output_folder(ctx, out, force) as folder:
-        settings: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "seed": seed}
-        settings |= {"vocabulary": vocabulary, **extra}
+    settings: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "seed": seed, "vocabulary": vocabulary}
+    settings |= parse_options(recover, "--recover")
+    check_recover(settings, track)
+    chosen = PruningPlan.load(plan) if plan else None
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    with result_folder(ctx, out, force) as folder:
+        tokenizer = load_tokenizer(teacher or model, **trust)
+        source: Any = (
+            TeacherCache(teacher_cache, tokenizer=tokenizer)
+            if teacher_cache
+            else load_model(str(teacher), device, **trust)
+        )
+        tokens = token_splits(tokenizer, text, length=length, seed=seed)
+        evaluated = take(tokens.held_out, held_out, "--held-out")
+        student = load_model(model, device, dtype, **trust)
         training = folder / TRAINING
         result = e3pruner.distill(
             student,
@@ -84,7 +91,7 @@ def distill(
             tokenizer=tokenizer,
             data=tokens.training,
             held_out=evaluated,
-            plan=PruningPlan.load(plan) if plan else None,
+            plan=chosen,
             **going_on(training),
             track=track,
             track_folder=folder / TRACKED,
@@ -93,7 +100,8 @@ def distill(
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         title = f"{model}, distilled from {teacher or teacher_cache}"
-        save_results(run_results(ctx, title) | recovery_results(result), folder)
+        about = run_results(title, resolved(ctx)) | {"command": command_line()}
+        save_results(about | recovery_results(result), folder)
         # The state first: should the rest be cut short, the same command trains again instead of finding half of it.
         (training / STATE).unlink()
         shutil.rmtree(training)

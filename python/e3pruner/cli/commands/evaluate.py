@@ -10,13 +10,14 @@ import typer
 
 import e3pruner
 from e3pruner.cli import options
-from e3pruner.cli.output import output_folder
-from e3pruner.cli.results import run_results
+from e3pruner.cli.command import command_line
+from e3pruner.cli.config import resolved, result_folder
 from e3pruner.cli.tables import print_table, print_tasks
 from e3pruner.evaluation import evaluate_tasks, latency
 from e3pruner.models import output_head
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
+from e3pruner.pipelines.results import run_results
 from e3pruner.report import save_results
 from e3pruner.text.splits import batches, take, token_splits
 
@@ -29,7 +30,7 @@ def evaluate(
     held_out: options.HeldOut = 16,
     length: options.Length = 256,
     batch: options.Batch = 4,
-    speed: Annotated[bool, typer.Option(help="Measure decode and prefill tokens/s.")] = True,
+    speed: options.Speed = True,
     task: Annotated[
         list[str] | None, typer.Option(help="Task of lm-evaluation-harness to score as well; may be repeated.")
     ] = None,
@@ -38,8 +39,9 @@ def evaluate(
     ] = None,
     vocabulary: options.Vocabulary = None,
     seed: options.Seed = 0,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
+    trust_remote_code: options.TrustRemoteCode = False,
     out: Annotated[Path | None, typer.Option(help="Folder to keep the figures in, as results.json.")] = None,
     force: options.Force = False,
     config: options.Config = None,
@@ -55,11 +57,12 @@ def evaluate(
     `e3 eval --model recovered --teacher smollm2 --task my_task --task-folder tasks`
     """
     names = [name for name in (teacher, model) if name is not None]
-    tokenizer = load_tokenizer(names[0])
-    tokens = token_splits(tokenizer, text, length=length, seed=seed).held_out
-    sequences = batches(take(tokens, held_out, "--held-out"), batch)
-    with nullcontext() if out is None else output_folder(ctx, out, force) as folder:
-        networks = {name: load_model(name, device, dtype) for name in names}
+    trust = {"trust_remote_code": trust_remote_code}
+    with nullcontext() if out is None else result_folder(ctx, out, force) as folder:
+        tokenizer = load_tokenizer(names[0], **trust)
+        tokens = token_splits(tokenizer, text, length=length, seed=seed).held_out
+        sequences = batches(take(tokens, held_out, "--held-out"), batch)
+        networks = {name: load_model(name, device, dtype, **trust) for name in names}
         sizes = {name: output_head(network).weight.shape[0] for name, network in networks.items()}
         columns = common_vocabulary(sizes, vocabulary, tokenizer_size(tokenizer))  # the same ones for all
         # First, so that a task that is not defined is said before anything is measured.
@@ -75,7 +78,8 @@ def evaluate(
             | (latency(network) if speed else {})
             for name, network in networks.items()
         ]
-        results = run_results(ctx, f"{model} on held-out text") | {"models": rows}
+        about = run_results(f"{model} on held-out text", resolved(ctx)) | {"command": command_line()}
+        results = about | {"models": rows}
         if task:
             results["tasks"] = scores
         if folder is not None:

@@ -30,19 +30,20 @@ def generate(
     ] = False,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")] = True,
     seed: options.Seed = 0,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
+    trust_remote_code: options.TrustRemoteCode = False,
     config: options.Config = None,
 ) -> None:
     """Stream a continuation of a prompt to stdout and its tokens/s to stderr.
 
     Example: `e3 generate --model recovered --prompt "What is a hash table?"`
     """
-    tokenizer = load_tokenizer(model)
     layers = _kept_layers(keep, plan)
     if speculative and layers is None:
         raise ValueError("--speculative needs the layers that draft: give --keep or --plan")
-    network = load_model(model, device, dtype)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
     runtime = None if layers is None else LayerSkipRuntime(network, None if speculative else layers)
     extra = {} if runtime is None else {"seed": seed, "draft_keep": layers if speculative else None}
     torch.manual_seed(seed)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from e3pruner.cli import options
-from e3pruner.cli.command import Command
-from e3pruner.cli.output import output_folder
+from e3pruner.cli.command import Command, command_line
+from e3pruner.cli.config import result_folder
 from e3pruner.cli.tables import console, rich_table
+from e3pruner.models.device import usable_device
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.profiling.ceilings import measure_ceilings
 from e3pruner.profiling.model.page import decoder_page
@@ -34,7 +33,7 @@ Rounds = Annotated[int, typer.Option(min=1, help="Rounds in which all take turns
 
 def finish(page: Page, folder: Path, out: Path) -> None:
     """Writes the page into `folder`, and prints its tables."""
-    write_page(page, folder, describe_environment(), shlex.join(["e3", *sys.argv[1:]]))
+    write_page(page, folder, describe_environment(), command_line())
     terminal = console()
     for section in page.sections:
         for table in section.tables:
@@ -56,8 +55,9 @@ def model(
     ] = None,
     speedup: Annotated[float, typer.Option(help="How many layers must go to be this many times as fast?")] = 1.3,
     seed: options.Seed = 0,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
+    trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -67,8 +67,8 @@ def model(
     """
     if speedup <= 1:
         raise ValueError(f"--speedup {speedup} must be above 1")
-    network = load_model(model, device, dtype)
-    with output_folder(ctx, out, force) as folder:
+    with result_folder(ctx, out, force) as folder:
+        network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
         profile = profile_decoder(
             network,
             batch=batch,
@@ -96,8 +96,9 @@ def step(
     batch: options.Batch = 4,
     rounds: Rounds = 3,
     seed: options.Seed = 0,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
+    trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -105,10 +106,11 @@ def step(
 
     Example: `e3 profile step smollm2 --drop 8 --out profiled`
     """
-    splits = token_splits(load_tokenizer(model), text, length=length, seed=seed)
-    sequences = take(as_sequences(splits.training).input_ids, batch * (rounds + 3), "--batch")
-    network = load_model(model, device, dtype)
-    with output_folder(ctx, out, force) as folder:
+    trust = {"trust_remote_code": trust_remote_code}
+    with result_folder(ctx, out, force) as folder:
+        splits = token_splits(load_tokenizer(model, **trust), text, length=length, seed=seed)
+        sequences = take(as_sequences(splits.training).input_ids, batch * (rounds + 3), "--batch")
+        network = load_model(model, device, dtype, **trust)
         profile = profile_steps(network, sequences, drop=drop, batch=batch, rounds=rounds, seed=seed, folder=folder)
         title = f"{model}: one search step and one recovery step, {batch} × {length} tokens"
         finish(step_page(profile, title), folder, out)
@@ -131,7 +133,7 @@ def ops(
         list[str] | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)}; may be repeated. The first two.")
     ] = None,
     seed: options.Seed = 0,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -139,7 +141,7 @@ def ops(
 
     Example: `e3 profile ops --op entropy_kl --rows 2048 --out profiled`
     """
-    with output_folder(ctx, out, force) as folder:
+    with result_folder(ctx, out, force) as folder:
         found = profile_operations(
             operations=op,
             providers=provider,
@@ -147,7 +149,7 @@ def ops(
             rows=rows,
             vocabulary=vocabulary,
             hidden=hidden,
-            device=device,
+            device=str(usable_device(device)),
             seed=seed,
             folder=folder,
         )

@@ -10,7 +10,8 @@ import typer
 from e3pruner import PruningPlan
 from e3pruner import prune as prune_model
 from e3pruner.cli import options
-from e3pruner.cli.output import output_folder
+from e3pruner.cli.command import stderr
+from e3pruner.cli.config import result_folder
 from e3pruner.models.loading import copy_tokenizer, load_model
 from e3pruner.surgery.plan import PLAN_FILE
 
@@ -21,6 +22,7 @@ def prune(
     plan: Annotated[Path, typer.Option(help="The plan: pruning.json of `e3 search`.", exists=True, dir_okay=False)],
     out: options.Out,
     dtype: options.DtypeOption = options.Dtype.AUTO,
+    trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -32,8 +34,11 @@ def prune(
     Example: `e3 prune --model smollm2 --plan searched/pruning.json --out pruned`
     """
     chosen = PruningPlan.load(plan)
-    with output_folder(ctx, out, force) as folder:
-        prune_model(load_model(model, dtype=dtype), chosen).save_pretrained(folder)
-        copy_tokenizer(model, folder)
+    with result_folder(ctx, out, force) as folder:
+        prune_model(load_model(model, "cpu", dtype, trust_remote_code=trust_remote_code), chosen).save_pretrained(
+            folder
+        )
+        if not copy_tokenizer(model, folder):
+            stderr.print(f"{model} has no tokenizer beside it, so {out} has none either")
         chosen.save(folder / PLAN_FILE)
     print(f"{out}: {len(chosen.kept)} of {chosen.num_layers} layers kept, removed {chosen.removed}")

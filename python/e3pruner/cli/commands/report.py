@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from e3pruner.pipelines.output import add_files, files_of
 from e3pruner.report import build_report
 
 
@@ -17,4 +18,7 @@ def report(
 
     Example: `e3 report demo-out`
     """
-    print(build_report(folder))
+    before = files_of(folder) if folder.is_dir() else []
+    page = build_report(folder)
+    add_files(folder, set(files_of(folder)) - set(before))
+    print(page)
