@@ -54,6 +54,10 @@ def test_demo_keeps_its_figures(demo: tuple[Path, str]) -> None:
     assert [method["method"] for method in results["methods"]] == ["gumbel-topk", "leave-one-out", "bi"]
     assert len(results["generations"]) == 3
     assert all(set(item["answers"]) == {"dense", "pruned", "recovered"} for item in results["generations"])
+    dense, pruned, recovered = results["models"]
+    assert dense["unseen_kl"] == 0
+    assert min(pruned["unseen_kl"], recovered["unseen_kl"]) > 0
+    assert pruned["unseen_perplexity"] != pruned["perplexity"]
     for method in results["methods"]:
         (first, kl), last = results["curve"][method["method"]]
         assert first == 1

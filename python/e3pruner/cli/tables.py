@@ -10,7 +10,7 @@ from rich.table import Table
 from e3pruner.report import model_table
 
 # A pipe has no width: wide enough there that no figure is folded.
-PIPE_WIDTH = 140
+PIPE_WIDTH = 180
 
 
 def print_table(results: dict[str, Any]) -> None:

@@ -25,7 +25,8 @@ class PipelineOptions:
     of a run with one round. compensate: "none", "scale", "least-squares", or "auto", which needs `judge`, text of
     another kind than `text`. steps, recover: optimizer steps of each round, and further options of `e3pruner.distill`.
     track: a tracker for its curves. cached: train from a teacher cache, made first. text: where tokens come from, as
-    `--text`; None: built in. written: add training text that the model writes itself. length: tokens per sequence.
+    `--text`; None: built in. unseen: text of a kind that no step sees, on which every model is judged too: "manual",
+    "code", "library" or a file. written: add training text that the model writes itself. length: tokens per sequence.
     sequences, held_out: numbers of calibration and of held-out sequences. batch: sequences at a time. speed: measure
     tokens/s. prompts, new_tokens: what the models answer at the end, and in how many tokens. seed: of all randomness.
     device: "auto", "cpu", "cuda:1", ... dtype: of the weights that come out; "auto": as they came in.
@@ -52,6 +53,7 @@ class PipelineOptions:
     track: str | None = None
     cached: bool = False
     text: str | Path | None = None
+    unseen: str | Path | None = None
     written: bool = False
     length: int = 256
     sequences: int = 16

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3pruner
@@ -31,6 +32,7 @@ from e3pruner.recovery.state import going_on
 from e3pruner.recovery.tracking import TRACKED
 from e3pruner.surgery import PruningPlan
 from e3pruner.surgery.plan import PLAN_FILE
+from e3pruner.text.kinds import unseen_text
 from e3pruner.text.sequences import Rows
 from e3pruner.text.splits import Tokens, batches, take, token_splits
 
@@ -40,13 +42,15 @@ PRUNED, RECOVERED, DENSE = "pruned", "recovered", "dense"
 
 @dataclass(frozen=True)
 class Work(Stages):
-    """A run of `options` in a folder, with what it needs in memory. `judge`: the text that judges compensations."""
+    """A run of `options` in a folder, with what it needs in memory. `judge`: the text that judges compensations;
+    `unseen`: of a kind that no step sees."""
 
     options: PipelineOptions
     dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     tokens: Tokens
     judge: Rows | None
+    unseen: Tensor | None
     drop: int
     loading: float
 
@@ -70,6 +74,12 @@ class Work(Stages):
         take(tokens.calibration, options.sequences, "--sequences")
         take(tokens.held_out, options.held_out, "--held-out")
         judge = None if options.judge is None else parts(Path(options.judge)).training[: options.sequences]
+        unseen = None
+        if options.unseen is not None:
+            given = (tokens.training, tokens.calibration)
+            seen = [rows if isinstance(rows, Tensor) else rows.input_ids for rows in given]
+            size = {"length": options.length, "held_out": options.held_out}
+            unseen = unseen_text(tokenizer, str(options.unseen), seen=seen, **size)
         dtype = weights_dtype(name, Dtype(options.dtype), **trust)
         return cls(
             folder=folder,
@@ -79,6 +89,7 @@ class Work(Stages):
             tokenizer=tokenizer,
             tokens=tokens,
             judge=judge,
+            unseen=unseen,
             drop=drop,
             loading=round(time.perf_counter() - began, 1),
         )
@@ -248,7 +259,12 @@ class Work(Stages):
         return self.stage(f"{number}-evaluate-{kind}", lambda: self.evaluate(self.load_checkpoint(number, kind)))
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
-        return e3pruner.evaluate(model, self.held_out, self.dense, precision="auto")
+        figures = e3pruner.evaluate(model, self.held_out, self.dense, precision="auto")
+        if self.unseen is None:
+            return figures
+        rows = batches(self.unseen, self.options.batch)
+        elsewhere = e3pruner.evaluate(model, rows, self.dense, precision="auto")
+        return figures | {f"unseen_{name}": elsewhere[name] for name in ("kl", "perplexity")}
 
     def last(self) -> dict[str, PreTrainedModel]:
         """The dense model, and those of the last round, as the table calls them."""

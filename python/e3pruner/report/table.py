@@ -21,6 +21,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "kl": ("held-out KL", "{:.3f}".format),
     "perplexity": ("perplexity", "{:.2f}".format),
     "top1_agreement": ("top-1 agreement", "{:.1%}".format),
+    "unseen_kl": ("unseen kind: KL", "{:.3f}".format),
+    "unseen_perplexity": ("perplexity there", "{:.2f}".format),
     "decode_tokens_per_s": ("decode tokens/s", "{:.1f}".format),
     "prefill_tokens_per_s": ("prefill tokens/s", "{:.0f}".format),
 }

@@ -57,12 +57,26 @@ def kinds_of_text(
     seen = torch.cat([windows(calibration), windows(training)]).unique()
     unseen = {}
     for kind in kinds:
-        sequences = splits[kind]["held_out"]
-        fresh = sequences[~torch.isin(windows(sequences), seen).any(1)]
-        if len(fresh) < held_out:
-            raise ValueError(f"held_out={held_out}: {kind!r} has {len(fresh)} sequences of {length} unseen tokens")
-        unseen[kind] = fresh[:held_out]
+        unseen[kind] = _fresh(splits[kind]["held_out"], seen, kind, held_out)
     return KindsOfText(calibration, training, unseen)
+
+
+def unseen_text(
+    tokenizer: PreTrainedTokenizerBase, kind: str, *, length: int, held_out: int, seen: Sequence[Tensor]
+) -> Tensor:
+    """`held_out` sequences of text of one of the kinds that `kinds_of_text` takes, none of which shares `WINDOW` tokens
+    in a row with the sequences (N, T) `seen`. Raises `ValueError` where too little text is left."""
+    passages = torch.cat([windows(sequences).flatten() for sequences in seen])
+    return _fresh(_splits(tokenizer, kind, length)["held_out"], passages, kind, held_out)
+
+
+def _fresh(sequences: Tensor, seen: Tensor, kind: str, held_out: int) -> Tensor:
+    fresh = sequences[~torch.isin(windows(sequences), seen).any(1)]
+    if len(fresh) < held_out:
+        raise ValueError(
+            f"held_out={held_out}: {kind!r} has {len(fresh)} sequences of {sequences.shape[1]} unseen tokens"
+        )
+    return fresh[:held_out]
 
 
 def windows(sequences: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from e3pruner.pipelines import Pipeline
 from e3pruner.report import REPORT_FILE
 
 METHOD, RIVALS = "gumbel-topk", ["leave-one-out", "bi"]
+UNSEEN = "code"  # of the standard library: no step reads any
 SUMMARY = f"Layers chosen by {METHOD}, cut out, the rest recovered by distillation from the dense model."
 PROMPTS = [
     "What is the capital of France?",
@@ -62,6 +63,7 @@ def demo(
         method=METHOD,
         rivals=RIVALS,
         text=text,
+        unseen=UNSEEN,
         written=text is None and not quick,
         length=length,
         speed=True,

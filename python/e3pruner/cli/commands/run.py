@@ -48,6 +48,10 @@ def run(
     track: options.Track = None,
     cached: Annotated[bool, typer.Option("--cached", help="Train from a teacher cache made first.")] = False,
     text: options.Text = None,
+    unseen: Annotated[
+        str | None,
+        typer.Option(help="Text of a kind that no step sees, to judge on too: manual, code, library, or a file."),
+    ] = None,
     written: Annotated[bool, typer.Option("--written", help="Add training text that the model writes itself.")] = False,
     length: options.Length = 256,
     sequences: options.Sequences = 16,
