@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from tiny_models import tiny_model, tiny_tokens
+from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokens
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,9 +29,9 @@ def own(tensor):
     return tensor.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def learn(student, teacher, labels, wrap=None, share=lambda tensor: tensor):
+def learn(student, teacher, labels, wrap=None, share=lambda tensor: tensor, **options):
     """The mean loss that is shown, and the gradients by name, of one step; `wrap` prepares the student for it."""
-    step = DistillStep(student, teacher, DistillOptions(weighting="none"))
+    step = DistillStep(student, teacher, DistillOptions(weighting="none", **options))
     wrapper = student if wrap is None else wrap(student)
     loss, shown = step.backward_loss(wrapper, batch_of({"input_ids": share(TOKENS), "labels": share(labels)}))
     loss.backward()
@@ -54,6 +54,20 @@ def test_fully_sharded(model_type, reshard, tmp_path):
         dist.all_gather(losses, shown)
         assert losses[0] != losses[1]
         torch.testing.assert_close(sum(losses) / 2, expected[0])
+
+    on_ranks(2, compare, tmp_path)
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_a_sharded_head_with_more_columns_than_the_teacher_s(reshard, tmp_path):
+    teacher, wide = tiny_model("phi"), tiny_model("phi", vocab_size=VOCAB_SIZE + 4)
+    cut = partial(learn, labels=TOKENS, vocabulary=VOCAB_SIZE)
+    expected = cut(prune(wide, KEPT), teacher)[1]
+
+    def compare():
+        wrap = partial(sharded, reshard_after_forward=reshard)
+        gradients = cut(prune(wide, KEPT), teacher, wrap=wrap, share=own)[1]
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
 
     on_ranks(2, compare, tmp_path)
 

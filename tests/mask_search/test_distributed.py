@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from ranks import on_ranks
 from tiny_models import tiny_model, tiny_tokens
 
 import e3pruner
@@ -76,3 +78,16 @@ def check_plans(folder, method):
     assert [record["removed"] for record in first.history] == [record["removed"] for record in one.history]
     for name, value in one.metrics.items():
         assert first.metrics[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_where_one_share_is_refused_no_rank_waits_for_another(tmp_path):
+    model = tiny_model("llama")
+
+    def compare():
+        first = dist.get_rank() == 0
+        share = tiny_tokens(1, 12) if first else tiny_tokens(1, 12) + 99
+        error, message = (RuntimeError, "token_batches of rank 1 cannot") if first else (ValueError, "holds token")
+        with pytest.raises(error, match=message):
+            e3pruner.search(model, [share], drop=2, method="bi", progress=False)
+
+    on_ranks(2, compare, tmp_path)

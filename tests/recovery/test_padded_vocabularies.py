@@ -3,15 +3,19 @@
 import pytest
 import torch
 from recovery.test_integrations import _tokenizer as word_tokenizer
+from recovery.test_integrations import arguments
 from tiny_models import tiny_model, tiny_tokens
 from torch.nn import functional as F
+from transformers import TrainingArguments
 
 import e3kernels as e3k
 import e3pruner
 from e3pruner.models import output_head
 from e3pruner.models.vocabulary import tokenizer_size
 from e3pruner.recovery import DistillOptions, TeacherCache, cache_teacher
+from e3pruner.recovery.integrations import lightning
 from e3pruner.recovery.integrations.step import DistillStep, batch_of
+from e3pruner.recovery.integrations.trainer import DistillTrainer
 
 TOKENS = tiny_tokens(4, 9)
 SIZE = tokenizer_size(word_tokenizer())
@@ -115,9 +119,9 @@ def test_what_is_not_proven_is_refused(tmp_path):
         lambda model, **how: e3pruner.distill(model, teacher=teacher, data=TOKENS, **how),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=rf"has {SIZE + 5}, teacher has {SIZE + 13}; .*tokenizer.*vocabulary="):
+        with pytest.raises(ValueError, match=rf"of {SIZE + 13} tokens.* one of {SIZE + 5}; .*tokenizer.*vocabulary="):
             call(model)
-        with pytest.raises(ValueError, match=rf"has {SIZE - 1}, teacher .* the tokenizer's ids go up to {SIZE - 1}"):
+        with pytest.raises(ValueError, match=rf"one of {SIZE - 1}, and the tokenizer's ids go up to {SIZE - 1}"):
             call(small, tokenizer=word_tokenizer())
         for wrong in (0, SIZE + 6):
             with pytest.raises(ValueError, match=f"vocabulary={wrong} must be"):
@@ -125,3 +129,14 @@ def test_what_is_not_proven_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"vocabulary={SIZE + 14} must be in 1 … {SIZE + 13}"):
         cache_teacher(teacher, TOKENS, tmp_path / "cache", vocabulary=SIZE + 14)
     assert not (tmp_path / "cache").exists()
+
+
+def test_trainers_take_the_proof_from_their_tokenizer(tmp_path):
+    student, teacher = pair("llama", SIZES[1])
+    settings = arguments(TrainingArguments, tmp_path, 2, 1)
+    data = [{"input_ids": TOKENS[0].tolist()}]
+    trained = DistillTrainer(student, settings, train_dataset=data, processing_class=word_tokenizer(), teacher=teacher)
+    assert trained.distill_step.loss.vocabulary == SIZE + 5
+    with pytest.raises(ValueError, match="vocabulary="):
+        DistillTrainer(student, settings, train_dataset=data, teacher=teacher)
+    assert lightning.DistillMixin(student, teacher, tokenizer=word_tokenizer())._step[0].loss.vocabulary == SIZE + 5

@@ -71,7 +71,7 @@ def evaluate(
     heads = [output_head(each) for each in models]
     roles = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
     sizes = {role: head.weight.shape[0] for role, head in zip(roles, heads, strict=True)}
-    columns = common_vocabulary(sizes, vocabulary, tokenizer_size(tokenizer))
+    columns = common_vocabulary(dict(reversed(sizes.items())), vocabulary, tokenizer_size(tokenizer))
     heads = [head.narrowed(columns) for head in heads]
     batches = batches_of("token_batches", token_batches, columns, **roles)
     if is_whole(token_batches):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed
 
 from e3pruner.storage import fingerprint
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -46,6 +48,21 @@ class Ranks:
         found = self.gather(parts)
         if others := [rank for rank, each in enumerate(found) if each != found[0]]:
             raise RuntimeError(f"{what} of rank {', '.join(map(str, others))} differ from those of rank 0")
+
+    def together(self, what: str, own: Callable[[], T]) -> T:
+        """What `own` gives for this rank's share. If it raises `ValueError` on a rank, none goes on to wait for that
+        rank: the others raise `RuntimeError` naming `what` and the ranks."""
+        result, error = None, None
+        try:
+            result = own()
+        except ValueError as found:
+            error = found
+        refused = [rank for rank, each in enumerate(self.gather([float(error is not None)])) if each[0]]
+        if error is not None:
+            raise error
+        if refused:
+            raise RuntimeError(f"{what} of rank {', '.join(map(str, refused))} cannot be used; its error says why")
+        return cast(T, result)
 
     def from_first(self, content: Any) -> Any:
         """`content` of rank 0, on every rank."""

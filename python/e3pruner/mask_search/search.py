@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from e3pruner.mask_search.checkpoint import Checkpoint
 from e3pruner.mask_search.method import METHODS, Method, Search
 from e3pruner.mask_search.problem import SearchProblem
+from e3pruner.mask_search.ranks import Ranks
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import find_layers, output_head
 from e3pruner.models.identity import model_identity
@@ -61,7 +62,7 @@ def search(
     progress: show a bar on standard error.
 
     Under `torch.distributed` every rank calls this with the same arguments but its own share of each batch, and gets
-    the same plan; rank 0 writes the checkpoint and shows the bar.
+    the same plan; rank 0 writes the checkpoint and shows the bar. Where one rank's share is refused, all raise.
 
     Returns the plan. Its `history` holds one record a step (see `method.Search`) with "step" and "cost", the dense
     forward passes times tokens up to there; its `metrics` the calibration "tokens", the mean "kl" of the final mask on
@@ -78,7 +79,10 @@ def search(
     dtype = autocast_dtype(precision, model.device)
     run = find_method(method, options)
     _check_fit(run, granularity, quota)
-    batches = batches_of("token_batches", token_batches, output_head(model).weight.shape[0], model=model)
+    columns = output_head(model).weight.shape[0]
+    batches = Ranks(model.device).together(
+        "token_batches", lambda: batches_of("token_batches", token_batches, columns, model=model)
+    )
     problem = SearchProblem(model, batches, units=units, seed=seed, dtype=dtype)
     ranks = problem.ranks
     ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), options])

@@ -206,12 +206,14 @@ def cache_teacher(
     """
     folder = Path(folder)
     head, tokens = output_head(teacher), tokenizer_size(tokenizer)
-    columns = head.weight.shape[0]
+    columns = {"teacher": head.weight.shape[0]}
+    rows = sequences_of("data", data, common_vocabulary(columns, vocabulary, tokens), teacher=teacher)
+    if tokens is not None and int(rows.input_ids.max()) >= tokens:
+        tokens = None  # not the tokenizer of this text: it does not prove what no token uses
     if vocabulary is None and tokens is not None:
-        vocabulary = min(tokens, columns)
-    vocabulary = common_vocabulary({"teacher": columns}, vocabulary, tokens)
+        vocabulary = min(tokens, columns["teacher"])
+    vocabulary = common_vocabulary(columns, vocabulary, tokens)
     head = head.narrowed(vocabulary)
-    rows = sequences_of("data", data, vocabulary, teacher=teacher)
     length = rows.shape[1]
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k={k} must be in 1 … {vocabulary}")

@@ -32,9 +32,9 @@ class DistillLoss:
     tokens: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = {"student": output_head(self.student).weight.shape[0], "teacher": self.teacher.vocabulary}
+        sizes = {"teacher": self.teacher.vocabulary, "student": output_head(self.student).weight.shape[0]}
         tokens = self.teacher.tokens if self.tokens is None else self.tokens
-        self.vocabulary = common_vocabulary(sizes, self.options.vocabulary, tokens)
+        self.vocabulary = common_vocabulary(sizes, self.options.vocabulary, tokens, joint=" and the ")
         if self.vocabulary != self.teacher.vocabulary:
             self.teacher.narrow(self.vocabulary)
 
