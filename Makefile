@@ -1,6 +1,6 @@
 # Everything runs in .venv, which the first call creates; a second call finds it ready.
 #   make demo [ARGS="--quick"]   search, cut, recover, export and show a real model
-#   make test                    ruff, mypy, the arrows between the rooms, pytest
+#   make test                    ruff, mypy, the arrows between the rooms, clang-format and -tidy, pytest
 #   make bench [ARGS="--compare OLD.jsonl --fail-if-slower 5%"]
 #                                every kernel against its peers and its physical floor, and its errors
 #   make fuzz                    the C++ kernels under the sanitizers
@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+CPP    := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+TABLES := csrc/kernels/ops_table.cpp csrc/decode/runtime_table.cpp
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -28,6 +30,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-tidy --quiet $(TABLES) -- -std=c++20 -Icsrc -DE3_ISA_NAMESPACE=baseline
 
 # On a machine with a GPU: the kernels against the oracle, then against their peers -> bench/results/gpu.json
 gpu: $(VENV)/bench

@@ -105,8 +105,7 @@ struct LayerGraph::Captured {
     check(cudaStreamGetCaptureInfo(stream, &status, nullptr, nullptr, &last, nullptr, &count),
           "cudaStreamGetCaptureInfo");
 #else
-    check(cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, nullptr, &last, &count),
-          "cudaStreamGetCaptureInfo");
+    check(cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, nullptr, &last, &count), "cudaStreamGetCaptureInfo");
 #endif
     const Nodes after(last, last + count);
     check(cudaStreamEndCapture(stream, &target), "cudaStreamEndCapture");
@@ -144,7 +143,7 @@ struct LayerGraph::Captured {
       const int count = int(handles.size());
       set_conditions<<<blocks_for(count), kThreads, 0, stream>>>(conditions.data(), layer_states.data(), count);
       embed<T><<<blocks_for(decoder.hidden), kThreads, 0, stream>>>(state.data(), decoder.embedding,
-                                                                   decoder.embedding_scale, x.data());
+                                                                    decoder.embedding_scale, x.data());
     });
     for (std::size_t l = 0; l < layers.size(); ++l) {
       last = capture_if(handles[2 * l], last, [&](cudaStream_t stream) { queue_attention<T>(l, stream); });
@@ -153,8 +152,8 @@ struct LayerGraph::Captured {
     capture(graph, last, [&](cudaStream_t stream) {
       queue_norm<T>(decoder.final_norm, decoder.hidden, x.data(), h.data(), stream);
       queue_gemv<T>(decoder.head, h.data(), logits.data(), stream);
-      finish_logits<<<blocks_for(decoder.head.rows), kThreads, 0, stream>>>(
-          decoder.logit_scale, decoder.logit_softcap, decoder.head.rows, logits.data());
+      finish_logits<<<blocks_for(decoder.head.rows), kThreads, 0, stream>>>(decoder.logit_scale, decoder.logit_softcap,
+                                                                            decoder.head.rows, logits.data());
     });
   }
 
@@ -172,7 +171,7 @@ struct LayerGraph::Captured {
   void queue_branch(const NormView& norm, const float* factor, cudaStream_t stream) {
     if (norm.weight) queue_norm<T>(norm, decoder.hidden, branch.data(), branch.data(), stream);
     add_gated<<<blocks_for(decoder.hidden), kThreads, 0, stream>>>(factor, decoder.residual_scale, branch.data(),
-                                                                  decoder.hidden, x.data());
+                                                                   decoder.hidden, x.data());
   }
 
   template <class T>
@@ -200,7 +199,7 @@ struct LayerGraph::Captured {
     queue_gemv<T>(layer.gate, h.data(), gate.data(), stream);
     queue_gemv<T>(layer.up, h.data(), up.data(), stream);
     glu<<<blocks_for(layer.gate.rows), kThreads, 0, stream>>>(gate.data(), up.data(), layer.gate.rows,
-                                                             decoder.activation);
+                                                              decoder.activation);
     queue_gemv<T>(layer.down, gate.data(), branch.data(), stream);
     queue_branch<T>(layer.mlp_post_norm, &layer_states.data()[index].mlp_gate, stream);
   }

@@ -5,8 +5,8 @@
 
 #include <limits>
 
-#include "simd/simd.h"
 #include "decode/softmax.h"
+#include "simd/simd.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 
@@ -72,8 +72,7 @@ inline void add_tile(float* out, const float* weights, const T* rows, std::int64
   Vf total[kTile];
   for (int i = 0; i < kTile; ++i) total[i] = load(out + i * kLanes);
   for (std::int64_t j = 0; j < count; ++j)
-    for (int i = 0; i < kTile; ++i)
-      total[i] = fma(broadcast(weights[j]), load(rows + j * dim + i * kLanes), total[i]);
+    for (int i = 0; i < kTile; ++i) total[i] = fma(broadcast(weights[j]), load(rows + j * dim + i * kLanes), total[i]);
   for (int i = 0; i < kTile; ++i) store(out + i * kLanes, total[i]);
 }
 
@@ -89,8 +88,8 @@ inline void add_weighted(float* out, const float* weights, const T* rows, std::i
 
 // `part.output` holds `dim` zeros at the start; keys and values are (position, dim), dense.
 template <class T>
-void attend(const float* query, const T* keys, const T* values, std::int64_t begin, std::int64_t end,
-            std::int64_t dim, float scale, float softcap, AttentionPart& part) {
+void attend(const float* query, const T* keys, const T* values, std::int64_t begin, std::int64_t end, std::int64_t dim,
+            float scale, float softcap, AttentionPart& part) {
   alignas(64) float scores[kPositionBlock];
   for (std::int64_t first = begin; first < end; first += kPositionBlock) {
     const std::int64_t last = first + kPositionBlock < end ? first + kPositionBlock : end;

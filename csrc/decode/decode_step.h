@@ -178,8 +178,8 @@ class StepThread {
         AttentionPart part{part_output(thread_, row), -std::numeric_limits<float>::infinity(), 0.0f};
         std::fill_n(part.output, d_.head_dim, 0.0f);
         attend(scratch_.queries + row * d_.head_dim, cached(layer.keys, token, head / group),
-               cached(layer.values, token, head / group), begin + own.begin, begin + own.end, d_.head_dim,
-               layer.scale, layer.softcap, part);
+               cached(layer.values, token, head / group), begin + own.begin, begin + own.end, d_.head_dim, layer.scale,
+               layer.softcap, part);
         scratch_.maxima[part_index(thread_, row)] = part.maximum;
         scratch_.totals[part_index(thread_, row)] = part.total;
       }
@@ -230,8 +230,7 @@ class StepThread {
   }
 
   T* cached(void* cache, const TokenView& token, std::int64_t head) const {
-    return static_cast<T*>(cache) +
-           (token.sequence * d_.key_value_heads + head) * step_.capacity * d_.head_dim;
+    return static_cast<T*>(cache) + (token.sequence * d_.key_value_heads + head) * step_.capacity * d_.head_dim;
   }
 
   std::int64_t part_index(int thread, std::int64_t row) const { return thread * step_.token_count * d_.heads + row; }

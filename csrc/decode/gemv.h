@@ -24,12 +24,12 @@ inline void dot_block(const T* weight, std::int64_t row_step, const float* x, st
                       float (&out)[R][M]) {
   Vf total[R][M] = {};
   std::int64_t k = 0;
-  constexpr std::int64_t line = kLineBytes / sizeof(T);
+  constexpr std::int64_t line = kLineBytes / sizeof(T), ahead = kAheadBytes / sizeof(T);
   constexpr std::int64_t step = line > kLanes ? line : kLanes;
   for (; k + step <= n; k += step) {
     for (int r = 0; r < R; ++r)
       for (std::int64_t part = 0; part < step; part += line)
-        __builtin_prefetch(weight + r * row_step + k + part + kAheadBytes / sizeof(T));
+        __builtin_prefetch(weight + r * row_step + k + part + ahead);
     for (std::int64_t part = 0; part < step; part += kLanes)
       for (int r = 0; r < R; ++r) {
         const Vf w = load(weight + r * row_step + k + part);
@@ -73,8 +73,8 @@ inline void dot_vectors(const T* weight, std::int64_t row_stride, std::int64_t f
 
 // Rows [begin, end) of the matrix; `out` points at row 0's place in vector 0.
 template <class T>
-void gemv(const T* weight, std::int64_t row_stride, const T* bias, std::int64_t begin, std::int64_t end,
-          std::int64_t n, const Vectors& x, float* out, std::int64_t out_stride) {
+void gemv(const T* weight, std::int64_t row_stride, const T* bias, std::int64_t begin, std::int64_t end, std::int64_t n,
+          const Vectors& x, float* out, std::int64_t out_stride) {
   const std::int64_t stream = (end - begin) / kStreams;
   for (std::int64_t row = begin; row < begin + stream; ++row)
     dot_vectors<kStreams>(weight, row_stride, row, stream, x, n, bias, out, out_stride);

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "decode/decoder_view.h"
-#include "simd/isa.h"
 #include "decode/spin_barrier.h"
+#include "simd/isa.h"
 
 namespace e3 {
 
@@ -17,12 +17,22 @@ struct RuntimeTable {
 };
 
 // Defined by runtime_table.cpp, in one object an instruction set.
-namespace baseline { extern const RuntimeTable runtime_table; }
+namespace baseline {
+extern const RuntimeTable runtime_table;
+}
 #if defined(__x86_64__)
-namespace avx2 { extern const RuntimeTable runtime_table; }
-namespace avx512 { extern const RuntimeTable runtime_table; }
-namespace avx512_bf16 { extern const RuntimeTable runtime_table; }
-namespace amx { extern const RuntimeTable runtime_table; }
+namespace avx2 {
+extern const RuntimeTable runtime_table;
+}
+namespace avx512 {
+extern const RuntimeTable runtime_table;
+}
+namespace avx512_bf16 {
+extern const RuntimeTable runtime_table;
+}
+namespace amx {
+extern const RuntimeTable runtime_table;
+}
 #endif
 
 inline const RuntimeTable& runtime_table_of(Isa isa) {

@@ -1,6 +1,6 @@
-// Runs one kernel on a problem that a byte string describes. Buffers are exactly as large as the contract says, so that the
-// sanitizers see every byte beyond them. Built as a libFuzzer target, or with E3_FUZZ_DRIVER as a program that makes its own
-// inputs:  driver COUNT [SEED]
+// Runs one kernel on a problem that a byte string describes. Buffers are exactly as large as the contract says, so that
+// the sanitizers see every byte beyond them. Built as a libFuzzer target, or with E3_FUZZ_DRIVER as a program that
+// makes its own inputs:  driver COUNT [SEED]
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -116,8 +116,11 @@ struct LossCase {
       labels[i] = source.byte() < 40 ? -100 : source.below(vocabulary);
     }
     transform = transform_of(source);
-    objective = {static_cast<Weighting>(source.byte() % 4), source.number(), source.coin() ? 1.0 : 0.5,
-                 transform.temperature, static_cast<Reduction>(source.byte() % 3),
+    objective = {static_cast<Weighting>(source.byte() % 4),
+                 source.number(),
+                 source.coin() ? 1.0 : 0.5,
+                 transform.temperature,
+                 static_cast<Reduction>(source.byte() % 3),
                  source.coin() ? &num_items : nullptr};
     tokens = {rows, source.coin() ? labels.data() : nullptr, source.coin() ? mask.get() : nullptr, -100};
     loss.resize(objective.reduction == Reduction::none ? rows : 1);
@@ -135,8 +138,8 @@ void check_numbers(const std::vector<float>& values, const char* what) {
   }
 }
 
-// `student` is where the gradient may replace the logits, null where their rows have gaps. Of finite logits, which neither
-// scale nor temperature makes infinite, no loss and no statistic is NaN.
+// `student` is where the gradient may replace the logits, null where their rows have gaps. Of finite logits, which
+// neither scale nor temperature makes infinite, no loss and no statistic is NaN.
 template <class Problem>
 void run_loss(Source& source, LossCase& c, const Problem& problem, DType dtype, void* student, bool finite,
               void (*forward)(const Problem&, const Parallel&, const LossOutput&),
@@ -214,9 +217,16 @@ void run_gumbel_topk(Source& source, const OpsTable& table) {
   const int64_t size = rows == 0 ? 0 : (rows - 1) * stride + (length - 1) * column_stride + 1;
   Buffer logits(source, dtype, size), mask(dtype, rows * length), probs(dtype, rows * length);
   Buffer incoming(source, dtype, rows * length), grad(dtype, rows * length);
-  const GumbelTopk problem{{dtype, logits.get(), stride}, column_stride, rows, length, source.below(length + 1),
-                           source.number(), source.coin() ? source.number() : 0.0, source.byte() * 0x123456789abcull,
-                           source.byte() * 0xabcdef01234ull, static_cast<Relaxation>(source.byte() % 3)};
+  const GumbelTopk problem{{dtype, logits.get(), stride},
+                           column_stride,
+                           rows,
+                           length,
+                           source.below(length + 1),
+                           source.number(),
+                           source.coin() ? source.number() : 0.0,
+                           source.byte() * 0x123456789abcull,
+                           source.byte() * 0xabcdef01234ull,
+                           static_cast<Relaxation>(source.byte() % 3)};
   const Parallel pool = pool_of(source);
   table.gumbel_topk(problem, pool, mask.get(), probs.get());
   if (problem.k == 0 || problem.k == length) return;
@@ -247,7 +257,8 @@ void run_linear(Source& source, const OpsTable& table) {
   const Rows weight_rows{dtype, weight.get(), stride};
   const void* offset = source.coin() ? bias.get() : nullptr;
   const Parallel pool = pool_of(source);
-  table.linear_logits({rows, width, vocabulary, {dtype, hidden.get(), stride}, weight_rows, offset, logits.get()}, pool);
+  table.linear_logits({rows, width, vocabulary, {dtype, hidden.get(), stride}, weight_rows, offset, logits.get()},
+                      pool);
   table.linear_grad_hidden({rows, width, vocabulary, {dtype, logits.get(), vocabulary}, weight_rows, grad.get()}, pool);
 }
 

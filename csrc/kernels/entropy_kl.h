@@ -13,19 +13,20 @@
 //   ∂jsd/∂x^s     = (1−β)·q·(log q − log μ − KL(q‖μ))
 //   ∂CE/∂f(z^s)   = softmax(f(z^s)) − onehot(label)
 //
-// Terms are centred: the raw Σp·z would cancel. The reference m of a row is the maximum of its first values, so that the sums
-// of all blocks add up as they are; a block for which that reference is too low (overflow), or that holds −∞, is summed anew
-// relative to its own maximum, and so are all blocks where the reference is too large to be exact. Blocks are summed in fp32
-// and joined in fp64, in their order. A normaliser travels as (m, log Z): beside an m of 1e38 their sum has no room for log Z.
+// Terms are centred: the raw Σp·z would cancel. The reference m of a row is the maximum of its first values, so that
+// the sums of all blocks add up as they are; a block for which that reference is too low (overflow), or that holds −∞,
+// is summed anew relative to its own maximum, and so are all blocks where the reference is too large to be exact.
+// Blocks are summed in fp32 and joined in fp64, in their order. A normaliser travels as (m, log Z): beside an m of 1e38
+// their sum has no room for log Z.
 //
 // The plain sums have their exponents in bits, y = (x − m)·log2 e, so that A and B come out as multiples of log2 e.
 //
-// The row pair is read from memory once. The gradient's sweep finds it in the cache, or, for the forward divergence, finds
-// e^{x−m} of both there.
+// The row pair is read from memory once. The gradient's sweep finds it in the cache, or, for the forward divergence,
+// finds e^{x−m} of both there.
 #pragma once
 
-#include "simd/block.h"
 #include "kernels/token_loss.h"
+#include "simd/block.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 
@@ -67,9 +68,8 @@ template <Divergence D>
 void rebase(KlSums& sums, double student_reference, double teacher_reference, double temperature) {
   const Shift student = shift(sums.student_sum, sums.student_reference, student_reference);
   const Shift teacher = shift(sums.teacher_sum, sums.teacher_reference, teacher_reference);
-  sums.cross = D == Divergence::reverse
-                   ? student.factor * (sums.cross + sums.student_sum * (student.by - teacher.by))
-                   : teacher.factor * (sums.cross + sums.teacher_sum * (teacher.by - student.by));
+  sums.cross = D == Divergence::reverse ? student.factor * (sums.cross + sums.student_sum * (student.by - teacher.by))
+                                        : teacher.factor * (sums.cross + sums.teacher_sum * (teacher.by - student.by));
   sums.teacher_energy = teacher.factor * (sums.teacher_energy + sums.teacher_sum * teacher.by);
   sums.teacher_sum *= teacher.factor;
   sums.student_sum *= student.factor;
@@ -164,8 +164,8 @@ KlSums sum_block(const T* student, const T* teacher, int count, References first
   return folded(lanes, ms.value(), mt.value(), kBitsPerNat);
 }
 
-// The same where logits may be −∞ or far apart, relative to the block's own maxima. Exponents are in units of 2^16 nats here,
-// in which neither a difference of two logits nor a block's sum of them overflows.
+// The same where logits may be −∞ or far apart, relative to the block's own maxima. Exponents are in units of 2^16 nats
+// here, in which neither a difference of two logits nor a block's sum of them overflows.
 template <Divergence D>
 KlSums sum_limits(const float* xs, const float* xt, int count, float student_reference, float teacher_reference) {
   constexpr float kNats = 65536.0f, kUnits = 1.0f / kNats;
@@ -275,9 +275,8 @@ class EntropyKlRows {
       const Transform& transform = problem_.teacher_transform;
       if (serves_plain(first)) {
         const Prefetch ahead = prefetch_ahead(problem_.teacher, row, row + 1, begin, problem_.vocabulary);
-        const KlSums sums =
-            with_values(block_values(problem_.teacher, row, begin, count, transform, scratch),
-                        [&](const auto* xt) { return sum_teacher(xt, padded(count), first, ahead); });
+        const KlSums sums = with_values(block_values(problem_.teacher, row, begin, count, transform, scratch),
+                                        [&](const auto* xt) { return sum_teacher(xt, padded(count), first, ahead); });
         if (is_finite(sums)) return sums;
       }
       const float* xt = load_block(problem_.teacher, row, begin, count, transform, scratch);
@@ -333,9 +332,8 @@ class EntropyKlRows {
 
   template <class Part>
   KlSums fold(const Parallel& pool, const Part& part) const {
-    return fold_blocks<KlSums>(pool, problem_.vocabulary, part, [&](KlSums& total, const KlSums& sums) {
-      join<D>(total, sums, temperature_);
-    });
+    return fold_blocks<KlSums>(pool, problem_.vocabulary, part,
+                               [&](KlSums& total, const KlSums& sums) { join<D>(total, sums, temperature_); });
   }
 
   KlSums block_sums(int64_t row, int64_t begin, int count, References first, const RowContext& context) const {
@@ -346,7 +344,8 @@ class EntropyKlRows {
     }
     const float* xs = load_block(problem_.student, row, begin, count, problem_.student_transform, student);
     const float* xt = load_block(problem_.teacher, row, begin, count, problem_.teacher_transform, teacher);
-    const float ms = finite_reference(block_max(xs, padded(count))), mt = finite_reference(block_max(xt, padded(count)));
+    const float ms = finite_reference(block_max(xs, padded(count))),
+                mt = finite_reference(block_max(xt, padded(count)));
     KlSums sums = sum_limits<D>(xs, xt, padded(count), ms, mt);
     if (untempered_) sums.label_sum = sum_untempered(xs, padded(count), ms, temperature_);
     sums = without_empty(sums);
@@ -385,7 +384,8 @@ class EntropyKlRows {
     return sums;
   }
 
-  // +∞ where the first distribution has mass and the second none. Of a logit it has none where e^{x−m} is 0 even in fp64.
+  // +∞ where the first distribution has mass and the second none. Of a logit it has none where e^{x−m} is 0 even in
+  // fp64.
   double divergence(int64_t row, const Parallel& pool, Statistics& s) const {
     constexpr double kNoMass = -745.0;
     const double log_student = std::log(s.sums.student_sum), log_teacher = std::log(s.sums.teacher_sum);
@@ -414,8 +414,9 @@ class EntropyKlRows {
   }
 
   Mixing mixing(const Statistics& s) const {
-    return {log_norm(s.sums.student_reference, s.sums.student_sum), log_norm(s.sums.teacher_reference, s.sums.teacher_sum),
-            static_cast<float>(problem_.beta), static_cast<float>(1.0 - problem_.beta)};
+    return {log_norm(s.sums.student_reference, s.sums.student_sum),
+            log_norm(s.sums.teacher_reference, s.sums.teacher_sum), static_cast<float>(problem_.beta),
+            static_cast<float>(1.0 - problem_.beta)};
   }
 
   double cross_entropy(int64_t row, const Statistics& s) const {

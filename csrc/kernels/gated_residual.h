@@ -1,7 +1,7 @@
 // out = h + m·(f − h), and its gradient:  dh = (1 − m)·g,  df = m·g,  dm = Σ g·(f − h),  where 0·∞ = 0·NaN = 0.
 //
-// For |m| >= ½ the same value is f − (1 − m)·(f − h). m = 0 gives h and m = 1 gives f, whatever the other is. The tensors are
-// (rows, columns) without gaps; the gate holds one value a row or one an element.
+// For |m| >= ½ the same value is f − (1 − m)·(f − h). m = 0 gives h and m = 1 gives f, whatever the other is. The
+// tensors are (rows, columns) without gaps; the gate holds one value a row or one an element.
 #pragma once
 
 #include <memory>
@@ -32,7 +32,8 @@ inline void for_each_stretch(const GatedResidual& problem, const Parallel& pool,
   parallel_for(pool, problem.rows * blocks, 4, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t row = i / blocks, block = i % blocks, left = problem.columns - block * kBlock;
-      body(Stretch{row, block, row * problem.columns + block * kBlock, static_cast<int>(left < kBlock ? left : kBlock)});
+      body(
+          Stretch{row, block, row * problem.columns + block * kBlock, static_cast<int>(left < kBlock ? left : kBlock)});
     }
     stream_fence();
   });
@@ -92,8 +93,8 @@ struct Gradients {
   float* gate;
 };
 
-// Gradients of a stretch, and Σ g·(f − h) of it. The values lie in their storage type, or widened where the last vector is
-// not whole.
+// Gradients of a stretch, and Σ g·(f − h) of it. The values lie in their storage type, or widened where the last vector
+// is not whole.
 template <class S, class T>
 double gate_gradients(const S* g, const S* h, const S* f, const Gate& gate, int count, bool stream_out,
                       Gradients<T> out) {
@@ -115,7 +116,8 @@ double gate_gradients(const S* g, const S* h, const S* f, const Gate& gate, int 
   return total;
 }
 
-// `grad_gate` is fp32, one value a row or an element; sums over a row are fp32 in a block, fp64 over blocks in their order.
+// `grad_gate` is fp32, one value a row or an element; sums over a row are fp32 in a block, fp64 over blocks in their
+// order.
 inline void gated_residual_backward(const GatedResidual& problem, const void* grad, const Parallel& pool,
                                     bool stream_out, void* grad_hidden, void* grad_branch, float* grad_gate) {
   const int64_t blocks = (problem.columns + kBlock - 1) / kBlock;

@@ -13,8 +13,8 @@
 #include <limits>
 #include <memory>
 
-#include "simd/block.h"
 #include "kernels/philox.h"
+#include "simd/block.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 
@@ -59,7 +59,8 @@ inline int64_t padded_doubles(int64_t length) { return (length + kDoubles - 1) /
 // One row of scores and what is computed from it; buffers of padded_doubles(L) live as long as the row.
 class GumbelRow {
  public:
-  GumbelRow(const GumbelTopk& problem, double* scores) : k_(problem.k), length_(problem.length), tau_(problem.tau), s_(scores) {}
+  GumbelRow(const GumbelTopk& problem, double* scores)
+      : k_(problem.k), length_(problem.length), tau_(problem.tau), s_(scores) {}
 
   // s = θ + κ·g; false if any is NaN.
   bool score(const GumbelTopk& problem, int64_t row) {
@@ -112,8 +113,8 @@ class GumbelRow {
     next_ = finite(next_);
   }
 
-  // Σσ(x − d) = k for d by Newton's method inside a bracket, x in units of τ around the middle of kept and next: the root
-  // lies in [−log 2k, log 2(L − k)] however far the two are apart. The scores are used up.
+  // Σσ(x − d) = k for d by Newton's method inside a bracket, x in units of τ around the middle of kept and next: the
+  // root lies in [−log 2k, log 2(L − k)] however far the two are apart. The scores are used up.
   void threshold(double* p) {
     const double middle = kept_ / 2 + next_ / 2;
     for (int64_t i = 0; i < length_; ++i) s_[i] = (s_[i] - middle) / tau_;
@@ -232,8 +233,8 @@ inline void successive_backward(const double* steps, int64_t k, int64_t length, 
 }
 
 // One row of the gradient of θ; `work` holds 4 + steps padded rows.
-inline void gumbel_topk_backward_row(const GumbelTopk& problem, const GumbelIncoming& incoming, int64_t row, double* work,
-                                     void* grad_logits) {
+inline void gumbel_topk_backward_row(const GumbelTopk& problem, const GumbelIncoming& incoming, int64_t row,
+                                     double* work, void* grad_logits) {
   const int64_t length = problem.length, padded = padded_doubles(length);
   double *d = work, *p = work + padded, *inner = work + 2 * padded, *state = work + 3 * padded;
   double* steps = work + 4 * padded;

@@ -29,7 +29,8 @@ inline void linear_logits([[maybe_unused]] const LinearLogits& problem, [[maybe_
 #endif
 }
 
-inline void linear_grad_hidden([[maybe_unused]] const LinearGradHidden& problem, [[maybe_unused]] const Parallel& pool) {
+inline void linear_grad_hidden([[maybe_unused]] const LinearGradHidden& problem,
+                               [[maybe_unused]] const Parallel& pool) {
 #if defined(__AMX_BF16__)
   if (problem.weight.dtype == DType::bfloat16) return linear_grad_hidden_amx(problem, pool);
 #elif defined(__AVX512BF16__)

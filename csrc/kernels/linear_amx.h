@@ -3,18 +3,18 @@
 //   logits[n][v]      = Σ_h hidden[n][h]·weight[v][h] + bias[v]
 //   grad_hidden[n][h] = Σ_v grad[n][v]·weight[v][h]
 //
-// A left tile is 16 rows of 32 terms of the sum, a right tile 16 pairs of terms by 16 columns. For the logits the head's rows
-// lie in memory as left tiles do and are used as they lie, so that nothing of the head is copied; the logits come out
-// transposed, 16 by 16. For the gradient two rows of the head at a time are interleaved to right tiles, once for all rows of
-// the gradient. What is read next of the head is on its way while the tiles multiply.
+// A left tile is 16 rows of 32 terms of the sum, a right tile 16 pairs of terms by 16 columns. For the logits the
+// head's rows lie in memory as left tiles do and are used as they lie, so that nothing of the head is copied; the
+// logits come out transposed, 16 by 16. For the gradient two rows of the head at a time are interleaved to right tiles,
+// once for all rows of the gradient. What is read next of the head is on its way while the tiles multiply.
 #pragma once
 
 #if defined(__AMX_BF16__)
 
-#include "simd/parallel.h"
-#include "simd/prefetch_rows.h"
 #include "kernels/problem.h"
 #include "kernels/token_loss.h"
+#include "simd/parallel.h"
+#include "simd/prefetch_rows.h"
 #include "simd/transpose.h"
 #include "simd/words.h"
 
@@ -93,8 +93,8 @@ inline void order_memory() { __asm__ volatile("" ::: "memory"); }
 
 // Adds the products to the four tiles C[i][j] at `c`, which `fresh` sets to 0 first.
 template <int kRows, int kColumns>
-inline void add_pairs(const Tiles (&a)[2], const char* b0, const char* b1, int64_t steps, bool fresh, PrefetchRows& next,
-                      float* c) {
+inline void add_pairs(const Tiles (&a)[2], const char* b0, const char* b1, int64_t steps, bool fresh,
+                      PrefetchRows& next, float* c) {
   order_memory();
   if (fresh) {
     _tile_zero(0);
@@ -141,7 +141,8 @@ inline void store_logits(const LinearLogits& problem, const float* first, const 
 }
 
 inline void linear_logits_amx(const LinearLogits& problem, const Parallel& pool) {
-  const int64_t steps = pieces(problem.width, kTileDepth), groups = pieces(problem.rows, kTile), panel = steps * kTileBytes;
+  const int64_t steps = pieces(problem.width, kTileDepth), groups = pieces(problem.rows, kTile),
+                panel = steps * kTileBytes;
   const bf16* hidden = static_cast<const bf16*>(problem.hidden.data);
   const bf16* weight = static_cast<const bf16*>(problem.weight.data);
   const int64_t stride = problem.weight.stride;
@@ -188,10 +189,11 @@ inline void linear_logits_amx(const LinearLogits& problem, const Parallel& pool)
   });
 }
 
-// Right tiles of 32 terms by 32 columns: rows 2i and 2i + 1 of the source, interleaved value by value. Of every 8 columns
-// the first four go to the first tile, the others to the second.
+// Right tiles of 32 terms by 32 columns: rows 2i and 2i + 1 of the source, interleaved value by value. Of every 8
+// columns the first four go to the first tile, the others to the second.
 inline void pack_pairs(const bf16* source, int64_t stride, int64_t terms, int64_t columns, char* first, char* second) {
-  for (int64_t term = 0; term < kTileDepth; term += 2, source += 2 * stride, first += kLineBytes, second += kLineBytes) {
+  for (int64_t term = 0; term < kTileDepth;
+       term += 2, source += 2 * stride, first += kLineBytes, second += kLineBytes) {
     const auto even = bits_as<__m512i>(term < terms ? load_words(source, columns) : Vu{});
     const auto odd = bits_as<__m512i>(term + 1 < terms ? load_words(source + stride, columns) : Vu{});
     store_raw(first, _mm512_unpacklo_epi16(even, odd));
@@ -219,7 +221,8 @@ inline void linear_grad_hidden_amx(const LinearGradHidden& problem, const Parall
   const bf16* grad = static_cast<const bf16*>(problem.grad.data);
   parallel_for(pool, pieces(problem.width, kPair), 2, [&](int64_t first, int64_t last) {
     const TileConfiguration configuration;
-    const Scratch left = new_tiles(groups * kSteps), right = new_tiles(2 * kSteps), sums = new_tiles((last - first) * pairs * 4);
+    const Scratch left = new_tiles(groups * kSteps), right = new_tiles(2 * kSteps),
+                  sums = new_tiles((last - first) * pairs * 4);
     for (int64_t v = 0; v < problem.vocabulary; v += kTerms) {
       const int64_t terms = at_most(kTerms, problem.vocabulary - v), steps = pieces(terms, kTileDepth);
       const bf16* weight = static_cast<const bf16*>(problem.weight.data) + v * stride;
@@ -228,7 +231,8 @@ inline void linear_grad_hidden_amx(const LinearGradHidden& problem, const Parall
         pack_rows(grad + row * problem.grad.stride + v, problem.grad.stride, problem.rows - row, terms,
                   bytes_of(left) + group * kPanel);
       }
-      PrefetchRows next(weight + kTerms * stride + first * kPair, stride, at_most(kTerms, problem.vocabulary - v - kTerms),
+      PrefetchRows next(weight + kTerms * stride + first * kPair, stride,
+                        at_most(kTerms, problem.vocabulary - v - kTerms),
                         at_most(last * kPair, problem.width) - first * kPair, (last - first) * pairs * steps);
       float* c = sums.get();
       for (int64_t unit = first; unit < last; ++unit) {

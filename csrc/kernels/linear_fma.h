@@ -3,19 +3,19 @@
 //   logits[n][v]      = Σ_h hidden[n][h]·weight[v][h] + bias[v]
 //   grad_hidden[n][h] = Σ_v grad[n][v]·weight[v][h]
 //
-// Both are Σ_k left[n][k]·right(j, k) with the rows n in the lanes, k counting words of 32 bits: a term of the sum in fp32,
-// two of them in bf16, which one instruction multiplies and adds. `left` is transposed once, into panels [k][n] of up to
-// three vectors; the head's words are broadcast, for the logits from where they lie; the sums come out transposed. Three
-// vectors of rows by eight columns j are 24 sums in registers: 24 instructions for 3 + 8 loads. A sum is taken in pieces of
-// kDepth words, so that a panel's piece stays in the first-level cache while the columns pass by.
+// Both are Σ_k left[n][k]·right(j, k) with the rows n in the lanes, k counting words of 32 bits: a term of the sum in
+// fp32, two of them in bf16, which one instruction multiplies and adds. `left` is transposed once, into panels [k][n]
+// of up to three vectors; the head's words are broadcast, for the logits from where they lie; the sums come out
+// transposed. Three vectors of rows by eight columns j are 24 sums in registers: 24 instructions for 3 + 8 loads. A sum
+// is taken in pieces of kDepth words, so that a panel's piece stays in the first-level cache while the columns pass by.
 #pragma once
 
 #if defined(__AVX512F__)
 
-#include "simd/parallel.h"
-#include "simd/prefetch_rows.h"
 #include "kernels/problem.h"
 #include "kernels/token_loss.h"
+#include "simd/parallel.h"
+#include "simd/prefetch_rows.h"
 #include "simd/transpose.h"
 #include "simd/words.h"
 
@@ -46,7 +46,9 @@ inline void for_each_group(int64_t row, int64_t last, const Body& body) {
 // sum + the terms in the words of a and b.
 inline Vf add_terms(Vf sum, Vu a, Vu b, float) { return fma(bits_as<Vf>(a), bits_as<Vf>(b), sum); }
 #if defined(__AVX512BF16__)
-inline Vf add_terms(Vf sum, Vu a, Vu b, bf16) { return _mm512_dpbf16_ps(sum, bits_as<__m512bh>(a), bits_as<__m512bh>(b)); }
+inline Vf add_terms(Vf sum, Vu a, Vu b, bf16) {
+  return _mm512_dpbf16_ps(sum, bits_as<__m512bh>(a), bits_as<__m512bh>(b));
+}
 #endif
 
 // sums[j][n] += Σ_k left[k][n]·right(j, k), and a step of what is read next every 16 words.
@@ -95,7 +97,8 @@ inline void pack_panel(const T* source, int64_t stride, int64_t rows, int64_t te
 // Sixteen rows of the sums from column j on, transposed: m[n][j].
 template <int kVectors>
 inline void load_sums(const float* sums, int64_t j, int vector, Vu (&m)[kLanes]) {
-  for (int64_t lane = 0; lane < kLanes; ++lane) m[lane] = load_raw<Vu>(sums + ((j + lane) * kVectors + vector) * kLanes);
+  for (int64_t lane = 0; lane < kLanes; ++lane)
+    m[lane] = load_raw<Vu>(sums + ((j + lane) * kVectors + vector) * kLanes);
   transpose(m);
 }
 
@@ -123,7 +126,8 @@ inline void store_sums(const float* sums, int64_t columns, int64_t rows, int64_t
 
 // The columns of a stripe, kColumns at a time.
 template <int kVectors, class T>
-inline void add_stripe(const float* left, int64_t words, Right<T> right, int64_t columns, PrefetchRows& next, float* sums) {
+inline void add_stripe(const float* left, int64_t words, Right<T> right, int64_t columns, PrefetchRows& next,
+                       float* sums) {
   int64_t j = 0;
   for (; j + kColumns <= columns; j += kColumns, right.data += kColumns * right.column) {
     add_products<kVectors, kColumns>(left, words, right, next, sums + j * kVectors * kLanes);
@@ -180,9 +184,9 @@ inline void linear_logits_fma(const LinearLogits& problem, const Parallel& pool)
   });
 }
 
-// Threads share out the columns h, so that no sum depends on their number. The head is read by pieces of `depth` words by a
-// line of columns, which are copied: rows that lie 4 KiB apart would push each other out of the first-level cache. Of a wide
-// head fewer rows at a time leave room for the next ones in the second-level cache.
+// Threads share out the columns h, so that no sum depends on their number. The head is read by pieces of `depth` words
+// by a line of columns, which are copied: rows that lie 4 KiB apart would push each other out of the first-level cache.
+// Of a wide head fewer rows at a time leave room for the next ones in the second-level cache.
 template <class T>
 inline void linear_grad_hidden_fma(const LinearGradHidden& problem, const Parallel& pool) {
   constexpr int64_t kLine = kLanes * kTerms<T>;
@@ -194,7 +198,8 @@ inline void linear_grad_hidden_fma(const LinearGradHidden& problem, const Parall
     const int64_t begin = first * kLine, columns = at_most(last * kLine, problem.width) - begin;
     const int64_t padded = (last - first) * kLine;
     const T* weight = static_cast<const T*>(problem.weight.data) + begin;
-    const Scratch panels = new_scratch(depth * lanes), piece = new_scratch(depth * kLine), sums = new_scratch(lanes * padded);
+    const Scratch panels = new_scratch(depth * lanes), piece = new_scratch(depth * kLine),
+                  sums = new_scratch(lanes * padded);
     std::memset(sums.get(), 0, lanes * padded * sizeof(float));
     for (int64_t v = 0; v < problem.vocabulary; v += most, weight += most * stride) {
       const int64_t terms = at_most(most, problem.vocabulary - v), words = pieces(terms, kTerms<T>);

@@ -1,9 +1,9 @@
 // The kernels behind torch.ops.e3.*, compiled once an instruction set; one table of them is chosen at load.
 #pragma once
 
+#include "kernels/problem.h"
 #include "simd/isa.h"
 #include "simd/parallel.h"
-#include "kernels/problem.h"
 
 namespace e3 {
 
@@ -24,12 +24,22 @@ struct OpsTable {
 };
 
 // Defined by ops_table.cpp, in one object an instruction set.
-namespace baseline { extern const OpsTable table; }
+namespace baseline {
+extern const OpsTable table;
+}
 #if defined(__x86_64__)
-namespace avx2 { extern const OpsTable table; }
-namespace avx512 { extern const OpsTable table; }
-namespace avx512_bf16 { extern const OpsTable table; }
-namespace amx { extern const OpsTable table; }
+namespace avx2 {
+extern const OpsTable table;
+}
+namespace avx512 {
+extern const OpsTable table;
+}
+namespace avx512_bf16 {
+extern const OpsTable table;
+}
+namespace amx {
+extern const OpsTable table;
+}
 #endif
 
 // The table of `isa`, or null where this build does not hold it.

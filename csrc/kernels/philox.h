@@ -1,4 +1,5 @@
-// Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011), and Gumbel noise with the same bits everywhere.
+// Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011), and Gumbel noise with the same bits
+// everywhere.
 #pragma once
 
 #include <cmath>
@@ -28,8 +29,8 @@ inline PhiloxBlock philox(PhiloxBlock counter, uint64_t key) {
   return counter;
 }
 
-// log x of positive, normal doubles by one fixed sequence of IEEE operations: nothing here may be fused or reordered (this
-// file is compiled with -ffp-contract=off), so that the noise has the bits of e3kernels/reference/fixed_log.py.
+// log x of positive, normal doubles by one fixed sequence of IEEE operations: nothing here may be fused or reordered
+// (this file is compiled with -ffp-contract=off), so that the noise has the bits of e3kernels/reference/fixed_log.py.
 //
 //   x = 2^e·m, m in [√½, √2);  f = (m − 1)/(m + 1);  log m = 2·artanh f = 2f·(1 + f²/3 + f⁴/5 + … + f²⁰/21)
 inline Vd fixed_log(Vd x) {
@@ -51,8 +52,9 @@ inline Vd fixed_log(Vd x) {
 // column / 4), word j of a block serves column 4·block + j.
 inline void gumbel_noise(uint64_t seed, uint64_t step, uint32_t row, int64_t columns, double* noise) {
   for (int64_t begin = 0; begin < columns; begin += 4) {
-    const PhiloxBlock block = philox({{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), row,
-                                       static_cast<uint32_t>(begin / 4)}}, seed);
+    const PhiloxBlock block = philox(
+        {{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), row, static_cast<uint32_t>(begin / 4)}},
+        seed);
     for (int64_t j = 0; j < 4 && begin + j < columns; ++j) noise[begin + j] = (block.word[j] >> 8) + 0.5;
   }
   const auto gumbel = [](double* x) { store_raw(x, Vd(-fixed_log(-fixed_log(load_raw<Vd>(x) * 0x1p-24)))); };

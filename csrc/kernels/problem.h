@@ -1,4 +1,5 @@
-// What an operation is asked to compute: plain values, the same for every instruction set. Names follow docs/dispatcher.md.
+// What an operation is asked to compute: plain values, the same for every instruction set. Names follow
+// docs/dispatcher.md.
 #pragma once
 
 #include <cstdint>

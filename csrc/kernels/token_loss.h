@@ -1,4 +1,5 @@
-// What entropy_kl and topk_kl share: from the statistics of each token to the loss, and back to coefficients of a gradient.
+// What entropy_kl and topk_kl share: from the statistics of each token to the loss, and back to coefficients of a
+// gradient.
 //
 //   loss = Σ_r (a_r·D_r + b_r·CE_r) / norm        r over the valid tokens
 //   none, entropy, inverse:  a = w·λT²,  b = w·(1−λ),  w = 1,  1 + γ·h,  1 + γ·(1 − h)
@@ -13,9 +14,9 @@
 #include <optional>
 #include <utility>
 
+#include "kernels/problem.h"
 #include "simd/block.h"
 #include "simd/parallel.h"
-#include "kernels/problem.h"
 #include "simd/simd.h"
 
 namespace e3::E3_ISA_NAMESPACE {
@@ -80,9 +81,9 @@ inline Scratch new_scratch(int64_t floats) {
   return Scratch(floats == 0 ? nullptr : new (std::align_val_t{64}) float[floats]);
 }
 
-// Rows over the threads, the last first; where there are fewer rows than threads, one row at a time with the threads inside
-// it. Both give the same bits: a row is always cut into the same blocks and its partial sums meet in the same order.
-// body(row, context, state) with a `State` that the rows of one thread share and that is finished after them.
+// Rows over the threads, the last first; where there are fewer rows than threads, one row at a time with the threads
+// inside it. Both give the same bits: a row is always cut into the same blocks and its partial sums meet in the same
+// order. body(row, context, state) with a `State` that the rows of one thread share and that is finished after them.
 template <class State, class Body>
 inline void for_each_row(int64_t rows, const Parallel& pool, int64_t scratch_floats, bool keep, const Body& body) {
   const auto run = [&](int64_t first, int64_t last, const Parallel& inside) {
@@ -159,7 +160,8 @@ double denominator_ahead(const Op& op, const Objective& objective, const Tokens&
   return denominator(objective, weights.get(), tokens.count);
 }
 
-inline void reduce(const Objective& objective, const double* losses, const double* weights, int64_t count, float* loss) {
+inline void reduce(const Objective& objective, const double* losses, const double* weights, int64_t count,
+                   float* loss) {
   if (objective.reduction == Reduction::none) {
     for (int64_t row = 0; row < count; ++row) loss[row] = static_cast<float>(losses[row]);
     return;
@@ -168,8 +170,8 @@ inline void reduce(const Objective& objective, const double* losses, const doubl
 }
 
 // Value, statistics and, if out.grad is set, the gradient of the reduced loss with respect to the student's logits.
-// Op has: Statistics (with TokenStats values), statistics(row, context, before), which calls before(begin, count) ahead of
-// each block's sums, or before.finish() if it takes none, teacher_entropy(row, context), columns(), row_bytes(),
+// Op has: Statistics (with TokenStats values), statistics(row, context, before), which calls before(begin, count) ahead
+// of each block's sums, or before.finish() if it takes none, teacher_entropy(row, context), columns(), row_bytes(),
 // scratch_floats(need_grad), and gradient(row, statistics, coefficients, context, stream, target), which gives
 // body(begin, count) for a block.
 template <class Op>

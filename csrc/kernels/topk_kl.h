@@ -1,7 +1,7 @@
 // Divergence of a student from k stored log-probabilities of a teacher a token, with gradient.
 //
-// x = f(z)/T of the student, m a reference of its row, E = e^{x−m}. "Stored" are the ids whose log-probability is not −∞, each
-// at its first place in the row; S is their number:
+// x = f(z)/T of the student, m a reference of its row, E = e^{x−m}. "Stored" are the ids whose log-probability is not
+// −∞, each at its first place in the row; S is their number:
 //
 //   bucket     S + 1 events: the stored ids and all others;  p_rest = 1 − Σp,  q_rest = Σ_{not stored} E / Σ E
 //   renorm     S events, both sides renormalised over the stored ids
@@ -12,13 +12,13 @@
 //   ∂D/∂x_i = g_i − G·q_i            i stored
 //           = g_rest·E_i/Σ_{not stored}E − G·E_i/ΣE     else (renorm: 0; truncated: g_rest = 0)
 //
-// Only the ids that are not stored are summed over blocks, relative to a reference of their own, since 1 − Σq cancels when
-// little is left and a peak among the stored ids would leave nothing of it; the stored ids join in fp64. The row is read once
-// and stays in the cache for the gradient.
+// Only the ids that are not stored are summed over blocks, relative to a reference of their own, since 1 − Σq cancels
+// when little is left and a peak among the stored ids would leave nothing of it; the stored ids join in fp64. The row
+// is read once and stays in the cache for the gradient.
 #pragma once
 
-#include "simd/block.h"
 #include "kernels/token_loss.h"
+#include "simd/block.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 
@@ -109,10 +109,10 @@ class TopkKlRows {
   struct Statistics {
     TokenStats values;
     TopkSums sums;
-    Normaliser norm;        // of q
+    Normaliser norm;  // of q
     Normaliser label_norm;  // of the softmax at T = 1
-    double slope_sum;       // G
-    double rest_slope;      // g_rest
+    double slope_sum;  // G
+    double rest_slope;  // g_rest
   };
 
   explicit TopkKlRows(const TopkKl& problem)
@@ -125,7 +125,8 @@ class TopkKlRows {
   int64_t columns() const { return problem_.vocabulary; }
   int64_t row_bytes() const { return problem_.vocabulary * size_of(problem_.student.dtype); }
 
-  // Three doubles a stored id, then, for a gradient that is a multiple of them, the row's exponentials and room past its end.
+  // Three doubles a stored id, then, for a gradient that is a multiple of them, the row's exponentials and room past
+  // its end.
   int64_t scratch_floats(bool need_grad) const {
     const int64_t row = (problem_.vocabulary + kStep - 1) / kStep * kStep;
     return id_floats() + (need_grad && keeps_ ? row + kLanes : 0);
@@ -153,9 +154,8 @@ class TopkKlRows {
     if (full_) {
       const float first = first_max(problem_.student, row, problem_.vocabulary, problem_.transform);
       const auto joined = [&](const auto& part) {
-        return fold_blocks<TopkSums>(context.pool, problem_.vocabulary, part, [&](TopkSums& total, const TopkSums& sums) {
-          join(total, sums, temperature_);
-        });
+        return fold_blocks<TopkSums>(context.pool, problem_.vocabulary, part,
+                                     [&](TopkSums& total, const TopkSums& sums) { join(total, sums, temperature_); });
       };
       s.sums = joined([&](int64_t begin, int count) {
         before(begin, count);
@@ -286,7 +286,8 @@ class TopkKlRows {
       const TopkSums sums = with_values(values, [&](const auto* x) {
         using T = std::decay_t<decltype(*x)>;
         const Reference<T> m(first);
-        return sums_of(row, begin, count, x, m.value(), [=](Vf value) { return exp2<T>(m.bits_above(value)); }, context);
+        return sums_of(
+            row, begin, count, x, m.value(), [=](Vf value) { return exp2<T>(m.bits_above(value)); }, context);
       });
       if (std::isfinite(sums.rest + sums.label_sum)) return sums;
     }

@@ -19,8 +19,8 @@ inline constexpr int kRoom = kBlock + kLanes;  // a block's scratch: lanes past 
 // Past the end of a row in plain sums: e^{padding − m} is 0, and differences of paddings stay finite.
 inline constexpr float kPadding = -1e30f;
 
-// References up to this size serve plain sums. Beside a larger one the rounding of an exponent shows in what is stored in 16
-// bits, and beside one of kPadding's size the padding would count.
+// References up to this size serve plain sums. Beside a larger one the rounding of an exponent shows in what is stored
+// in 16 bits, and beside one of kPadding's size the padding would count.
 inline constexpr float kPlainReference = 1024.0f;
 
 inline bool serves_plain(float reference) { return std::fabs(reference) <= kPlainReference; }
@@ -29,9 +29,9 @@ inline int padded(int count) { return (count + kStep - 1) / kStep * kStep; }
 
 // Brings the lines of a row, read later, towards the core while a loop computes, kStep values of them a step.
 //
-// The hardware follows a stream of lines up to the end of its page, and a core that asks for lines of several pages by turns
-// is served faster: on a Sapphire Rapids two cores read 20 GB/s in order, 26 GB/s from four pages, 29 GB/s from eight.
-// Four, since student and teacher come at once. A window that the row does not fill is brought in order.
+// The hardware follows a stream of lines up to the end of its page, and a core that asks for lines of several pages by
+// turns is served faster: on a Sapphire Rapids two cores read 20 GB/s in order, 26 GB/s from four pages, 29 GB/s from
+// eight. Four, since student and teacher come at once. A window that the row does not fill is brought in order.
 class Prefetch {
  public:
   static constexpr int64_t kPage = 4096, kPages = 4, kWindow = kPages * kPage;
@@ -168,8 +168,8 @@ struct BlockValues {
   const void* data;
 };
 
-// Columns [begin, begin + count) of `row` as load_block gives them, but padded by kPadding, or the row itself in its own
-// dtype where they are as they are wanted and fill whole steps.
+// Columns [begin, begin + count) of `row` as load_block gives them, but padded by kPadding, or the row itself in its
+// own dtype where they are as they are wanted and fill whole steps.
 inline BlockValues block_values(const Rows& rows, int64_t row, int64_t begin, int count, const Transform& transform,
                                 float* scratch) {
   const bool ready = transform.softcap <= 0 && transform.scale == transform.temperature && count % kStep == 0;
@@ -182,7 +182,8 @@ inline BlockValues block_values(const Rows& rows, int64_t row, int64_t begin, in
 // body(pointer to the values in their storage type).
 template <class Body>
 inline auto with_values(const BlockValues& values, const Body& body) {
-  return with_dtype(values.dtype, [&](auto element) { return body(static_cast<const decltype(element)*>(values.data)); });
+  return with_dtype(values.dtype,
+                    [&](auto element) { return body(static_cast<const decltype(element)*>(values.data)); });
 }
 
 // The largest of the values, −∞ among none; NaN may be missed.
@@ -210,9 +211,9 @@ struct Rounded {
   double exact;
 };
 
-// The reference m of exponentials of values stored as T, and y = (x − m)·log2 e. fp32 subtracts first, so that the largest
-// value has exactly e⁰ = 1; the 16-bit types, whose own rounding hides the difference, save that step: with
-// c = fl(m·log2 e), y = x·log2 e − c is one fused operation relative to c/log2 e, which takes the place of m.
+// The reference m of exponentials of values stored as T, and y = (x − m)·log2 e. fp32 subtracts first, so that the
+// largest value has exactly e⁰ = 1; the 16-bit types, whose own rounding hides the difference, save that step: with c =
+// fl(m·log2 e), y = x·log2 e − c is one fused operation relative to c/log2 e, which takes the place of m.
 template <class T>
 class Reference {
  public:
@@ -240,8 +241,8 @@ double sum_untempered(const T* x, int count, double reference, float temperature
   return horizontal_sum(sum[0] + sum[1]) * m.factor(temperature);
 }
 
-// Rounds value(i), the lanes from i on, for i in [0, count) to `target`, past the caches if asked. `value` may be asked for
-// lanes past the end, up to kLanes − 1 of them, unless stores_whole.
+// Rounds value(i), the lanes from i on, for i in [0, count) to `target`, past the caches if asked. `value` may be asked
+// for lanes past the end, up to kLanes − 1 of them, unless stores_whole.
 template <class T, class Value>
 void store_typed(int count, bool stream_out, T* target, const Value& value) {
   constexpr int kBytes = kStreamed<T> * sizeof(T);

@@ -43,8 +43,8 @@ inline bool may_use_tiles() {
 inline Isa detect_isa() {
   constexpr uint32_t kFma = 1u << 12, kOsxsave = 1u << 27, kF16c = 1u << 29;                         // leaf 1, ecx
   constexpr uint32_t kAvx2 = 1u << 5, kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;  // leaf 7.0, ebx
-  constexpr uint32_t kAmx = 1u << 22 | 1u << 24;                                                     // leaf 7.0, edx
-  constexpr uint32_t kBf16 = 1u << 5;                                                                // leaf 7.1, eax
+  constexpr uint32_t kAmx = 1u << 22 | 1u << 24;  // leaf 7.0, edx
+  constexpr uint32_t kBf16 = 1u << 5;  // leaf 7.1, eax
   constexpr uint64_t kYmmState = 0x6, kZmmState = 0xe6, kTileState = 0x60000;
   uint32_t eax, ebx, ecx, edx;
   const auto has = [](uint32_t word, uint32_t bits) { return (word & bits) == bits; };

@@ -6,8 +6,8 @@
 
 namespace e3::E3_ISA_NAMESPACE {
 
-// Brings a part of the matrix's lines into the second-level cache a step, row by row, all of them in `steps` steps: memory
-// serves lines that follow one another several times faster than lines of distant rows.
+// Brings a part of the matrix's lines into the second-level cache a step, row by row, all of them in `steps` steps:
+// memory serves lines that follow one another several times faster than lines of distant rows.
 class PrefetchRows {
  public:
   template <class T>

@@ -1,7 +1,7 @@
 // One vector of fp32 lanes, as wide as the instruction set that this translation unit is compiled for.
 //
-// GCC's vector extensions carry the arithmetic; intrinsics only where they cannot say it. Everything lives in a namespace
-// of the instruction set, so that the linker never merges code of two of them.
+// GCC's vector extensions carry the arithmetic; intrinsics only where they cannot say it. Everything lives in a
+// namespace of the instruction set, so that the linker never merges code of two of them.
 #pragma once
 
 #include <cmath>
@@ -41,8 +41,12 @@ using Vd = double __attribute__((vector_size(kDoubles * sizeof(double))));
 using Vl = int64_t __attribute__((vector_size(kDoubles * sizeof(int64_t))));
 
 // Storage types; both are 16 bits, told apart by type.
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline constexpr float kLowest = std::numeric_limits<float>::lowest();
@@ -320,9 +324,10 @@ class FlushSubnormals {
 #endif
 };
 
-// 2^y = 2^n · P(y − n), for a result that is stored as T: minimax with P(0) = 1, of degree 5 for fp32 (relative error 1.1e-7)
-// and 4 for the 16-bit types (3.4e-6, a thousandth of their own rounding). n is floor y, with P(1) = 2 in fp32, or round y. NaN
-// in, NaN out; 0 below −126, where 2^y leaves the normal range; +∞ from 128 on at the latest, from 127.5 at the earliest.
+// 2^y = 2^n · P(y − n), for a result that is stored as T: minimax with P(0) = 1, of degree 5 for fp32 (relative
+// error 1.1e-7) and 4 for the 16-bit types (3.4e-6, a thousandth of their own rounding). n is floor y, with P(1) = 2 in
+// fp32, or round y. NaN in, NaN out; 0 below −126, where 2^y leaves the normal range; +∞ from 128 on at the latest,
+// from 127.5 at the earliest.
 template <class T>
 inline Vf exp2(Vf y) {
   constexpr bool kWide = sizeof(T) == sizeof(float);
@@ -334,7 +339,8 @@ inline Vf exp2(Vf y) {
   y = min(broadcast(128.1f), max(broadcast(-150.0f), y));
   const Vf shifted = y + 12582912.0f;  // 1.5·2^23: the sum holds round y in its low bits
   const Vf r = y - (shifted - 12582912.0f);
-  constexpr float kWideTerms[] = {0x1.5bba14p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
+  constexpr float kWideTerms[] = {0x1.5bba14p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f,
+                                  0x1.ebf9bcp-3f,  0x1.62e42ap-1f, 1.0f};
   constexpr float kNarrowTerms[] = {0x1.3a02ccp-7f, 0x1.c9fc46p-5f, 0x1.ec0378p-3f, 0x1.62e12cp-1f, 1.0f};
 #endif
   Vf p = broadcast(kWide ? kWideTerms[0] : kNarrowTerms[0]);
@@ -370,7 +376,8 @@ inline Vf log(Vf x) {
   return fma(n, broadcast(0.693359375f), Vf(s + s + tail));
 }
 
-// tanh x: below ½ in magnitude x·(1 + x²·P(x²)) keeps the relative error of small arguments, above it 1 − 2/(e^{2|x|} + 1).
+// tanh x: below ½ in magnitude x·(1 + x²·P(x²)) keeps the relative error of small arguments, above it 1 − 2/(e^{2|x|} +
+// 1).
 inline Vf tanh(Vf x) {
   const Vf magnitude = max(x, -x);
   const Vf far = 1.0f - 2.0f / (exp(min(broadcast(20.0f), magnitude) * 2.0f) + 1.0f);

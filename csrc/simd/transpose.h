@@ -1,4 +1,5 @@
-// A matrix of 16 by 16 words in 16 AVX-512 registers, transposed: in four rounds, rows 8, 4, 2 and 1 apart exchange words.
+// A matrix of 16 by 16 words in 16 AVX-512 registers, transposed: in four rounds, rows 8, 4, 2 and 1 apart exchange
+// words.
 #pragma once
 
 #if defined(__AVX512F__)

@@ -1,7 +1,8 @@
 // Memory for large results: what a freed result leaves is kept for the next one.
 //
-// Fresh memory costs a page fault and the clearing of every page, together as much time as the kernel that fills it. Memory
-// that is kept is marked MADV_FREE: where memory runs short the system takes it back, else the next result finds it mapped.
+// Fresh memory costs a page fault and the clearing of every page, together as much time as the kernel that fills it.
+// Memory that is kept is marked MADV_FREE: where memory runs short the system takes it back, else the next result finds
+// it mapped.
 #pragma once
 
 #include <sys/mman.h>

@@ -24,8 +24,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A result larger than this, twice a core's second-level cache, is written past the caches: lines that are written whole need
-// not be read first, and do not push out the row that is in use.
+// A result larger than this, twice a core's second-level cache, is written past the caches: lines that are written
+// whole need not be read first, and do not push out the row that is in use.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 // The memory of a result larger than this is kept for the next one: below it malloc keeps its own.
@@ -68,9 +68,9 @@ e3::Rows rows_of(const Tensor& tensor, const char* name) {
 template <class T>
 const T* vector_of(const OptionalTensor& tensor, ScalarType dtype, int64_t length, const char* name) {
   if (!tensor.has_value()) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == dtype && tensor->dim() == 1 && tensor->size(0) == length &&
-                      tensor->is_contiguous(),
-                  name, " must be a vector of ", length, " values of the dtype in docs/dispatcher.md");
+  STD_TORCH_CHECK(
+      tensor->scalar_type() == dtype && tensor->dim() == 1 && tensor->size(0) == length && tensor->is_contiguous(),
+      name, " must be a vector of ", length, " values of the dtype in docs/dispatcher.md");
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
@@ -110,8 +110,9 @@ Scalars scalars_of(const Tensor& scalars, bool dense) {
 }
 
 e3::Objective objective_of(const Scalars& s, int64_t weighting, int64_t reduction, const std::optional<double>& items) {
-  return {static_cast<e3::Weighting>(weighting), s.gamma, s.kd_ratio, s.temperature,
-          static_cast<e3::Reduction>(reduction), items.has_value() ? &*items : nullptr};
+  return {
+      static_cast<e3::Weighting>(weighting), s.gamma, s.kd_ratio, s.temperature, static_cast<e3::Reduction>(reduction),
+      items.has_value() ? &*items : nullptr};
 }
 
 std::optional<double> number_of(const OptionalTensor& tensor) {
@@ -126,11 +127,13 @@ int64_t bytes_of(const Tensor& tensor) { return tensor.numel() * static_cast<int
 bool streams(const Tensor& tensor) { return bytes_of(tensor) >= kStreamBytes; }
 
 // Uninitialised, contiguous; the C shim itself, as the dispatcher would cost more than a small kernel.
-Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const std::vector<int64_t>& strides,
+                 ScalarType dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -173,7 +176,8 @@ struct Loss {
   bool stream;
   e3::LossOutput output() const {
     void* target = grad.numel() == 0 ? nullptr : grad.mutable_data_ptr();
-    return {static_cast<float*>(loss.mutable_data_ptr()), static_cast<float*>(stats.mutable_data_ptr()), target, stream};
+    return {static_cast<float*>(loss.mutable_data_ptr()), static_cast<float*>(stats.mutable_data_ptr()), target,
+            stream};
   }
   std::tuple<Tensor, Tensor, Tensor> tuple() const { return {loss, stats, grad}; }
 };
@@ -218,9 +222,8 @@ std::tuple<Tensor, Tensor, Tensor> entropy_kl(Tensor student, Tensor teacher, Op
                                               OptionalTensor num_items, bool need_student) {
   const std::optional<double> items = number_of(num_items);
   labels = dense(labels), token_mask = dense(token_mask);
-  const e3::EntropyKl problem =
-      entropy_kl_problem(student, teacher, labels, token_mask, scalars_of(scalars, true), weighting, divergence,
-                         ignore_index, reduction, items);
+  const e3::EntropyKl problem = entropy_kl_problem(student, teacher, labels, token_mask, scalars_of(scalars, true),
+                                                   weighting, divergence, ignore_index, reduction, items);
   const Loss result = new_loss(student, reduction, need_student, kTarget);
   kernels().entropy_kl(problem, torch_pool(), result.output());
   return result.tuple();
@@ -377,8 +380,14 @@ struct GatedTensors {
 
   e3::GatedResidual problem() const {
     const int64_t columns = hidden.numel() / rows;
-    return {dtype_of(hidden, "hidden"), rows, columns, hidden.const_data_ptr(), branch.const_data_ptr(),
-            gate.const_data_ptr(), dtype_of(gate, "gate"), by_element};
+    return {dtype_of(hidden, "hidden"),
+            rows,
+            columns,
+            hidden.const_data_ptr(),
+            branch.const_data_ptr(),
+            gate.const_data_ptr(),
+            dtype_of(gate, "gate"),
+            by_element};
   }
 
   static Tensor expand(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
@@ -414,12 +423,14 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor h
   STD_TORCH_CHECK(grad.scalar_type() == hidden.scalar_type() && grad.numel() == hidden.numel(),
                   "grad must have the dtype and shape of hidden");
   const Tensor incoming = dense(grad);
-  const Tensor sums = torch::stable::new_empty(gate, tensors.by_element ? hidden.sizes() : gate.sizes(), ScalarType::Float);
+  const Tensor sums =
+      torch::stable::new_empty(gate, tensors.by_element ? hidden.sizes() : gate.sizes(), ScalarType::Float);
   kernels().gated_residual_backward(tensors.problem(), incoming.const_data_ptr(), torch_pool(), streams(grad_hidden),
                                     grad_hidden.mutable_data_ptr(), grad_branch.mutable_data_ptr(),
                                     static_cast<float*>(sums.mutable_data_ptr()));
   const Tensor folded = tensors.by_element ? summed_to(sums, hidden, gate) : sums;
-  return {grad_hidden, grad_branch, torch::stable::to(torch::stable::reshape(folded, gate.sizes()), gate.scalar_type())};
+  return {grad_hidden, grad_branch,
+          torch::stable::to(torch::stable::reshape(folded, gate.sizes()), gate.scalar_type())};
 }
 
 std::string native_isa() { return e3::kIsaNames[static_cast<int>(kernels().isa)]; }
@@ -429,8 +440,8 @@ e3::Rows operand_of(const Tensor& operand, const char* name, const Tensor& out, 
   const e3::DType dtype = dtype_of(out, "out");
   STD_TORCH_CHECK(kernels().has_linear(dtype), "out has a dtype without a kernel on ", native_isa(),
                   ": float32 needs AVX-512, bfloat16 AVX-512 BF16");
-  STD_TORCH_CHECK(out.is_contiguous() && out.size(0) == rows && out.size(1) == columns, "out must be contiguous (", rows,
-                  ", ", columns, ")");
+  STD_TORCH_CHECK(out.is_contiguous() && out.size(0) == rows && out.size(1) == columns, "out must be contiguous (",
+                  rows, ", ", columns, ")");
   const e3::Rows operand_rows = rows_of(operand, name);
   STD_TORCH_CHECK(operand_rows.dtype == dtype, name, " must have the dtype of out");
   return operand_rows;
@@ -462,10 +473,11 @@ void linear_grad_hidden(Tensor grad, Tensor weight, Tensor out) {
 #define E3_DENSE                                                                                            \
   "Tensor teacher, Tensor? labels, Tensor? token_mask, Tensor scalars, int weighting, int divergence, int " \
   "ignore_index"
-#define E3_SPARSE                                                                                                     \
-  "Tensor teacher_logprobs, Tensor teacher_ids, Tensor? labels, Tensor? token_mask, Tensor scalars, int weighting, "  \
+#define E3_SPARSE                                                                                                    \
+  "Tensor teacher_logprobs, Tensor teacher_ids, Tensor? labels, Tensor? token_mask, Tensor scalars, int weighting, " \
   "int divergence, int ignore_index, int tail"
-#define E3_REDUCE ", int reduction, Tensor? num_items, bool need_student) -> (Tensor loss, Tensor stats, Tensor(a!) grad)"
+#define E3_REDUCE \
+  ", int reduction, Tensor? num_items, bool need_student) -> (Tensor loss, Tensor stats, Tensor(a!) grad)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(e3, m) {
   m.def("native_isa() -> str");

@@ -154,8 +154,8 @@ void bind_decoder(py::module_& module) {
 void bind_request(py::module_& module) {
   py::class_<Request>(module, "Request")
       .def(py::init([](std::int64_t max_new_tokens, std::int64_t min_new_tokens, std::vector<std::int64_t> eos,
-                       std::int64_t pad, bool sample, double temperature, std::int64_t top_k, double top_p, double min_p,
-                       double repetition_penalty, std::int64_t no_repeat_ngram_size, std::uint64_t seed) {
+                       std::int64_t pad, bool sample, double temperature, std::int64_t top_k, double top_p,
+                       double min_p, double repetition_penalty, std::int64_t no_repeat_ngram_size, std::uint64_t seed) {
              Request request{.max_new_tokens = max_new_tokens,
                              .pad = pad,
                              .sampling = {.sample = sample,
@@ -181,9 +181,7 @@ void bind_request(py::module_& module) {
 }
 
 // The instruction sets that this machine runs, narrowest first.
-std::vector<std::string> instruction_sets() {
-  return {kIsaNames, kIsaNames + static_cast<int>(detect_isa()) + 1};
-}
+std::vector<std::string> instruction_sets() { return {kIsaNames, kIsaNames + static_cast<int>(detect_isa()) + 1}; }
 
 }  // namespace
 

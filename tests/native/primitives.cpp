@@ -1,6 +1,6 @@
 // The building blocks of csrc/simd and the noise behind a C interface, for test_primitives.py.
-#include "simd/block.h"
 #include "kernels/philox.h"
+#include "simd/block.h"
 
 using namespace e3;
 using namespace e3::E3_ISA_NAMESPACE;
@@ -18,9 +18,15 @@ extern "C" {
 
 int lanes() { return kLanes; }
 
-void exp_of(const float* x, int64_t count, float* out) { map(x, count, out, [](Vf v) { return exp(v); }); }
-void log_of(const float* x, int64_t count, float* out) { map(x, count, out, [](Vf v) { return log(v); }); }
-void tanh_of(const float* x, int64_t count, float* out) { map(x, count, out, [](Vf v) { return tanh(v); }); }
+void exp_of(const float* x, int64_t count, float* out) {
+  map(x, count, out, [](Vf v) { return exp(v); });
+}
+void log_of(const float* x, int64_t count, float* out) {
+  map(x, count, out, [](Vf v) { return log(v); });
+}
+void tanh_of(const float* x, int64_t count, float* out) {
+  map(x, count, out, [](Vf v) { return tanh(v); });
+}
 
 void widen(const uint16_t* x, int64_t count, int dtype, float* out) {
   with_dtype(static_cast<DType>(dtype), [&](auto element) {

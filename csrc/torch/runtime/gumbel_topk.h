@@ -1,5 +1,5 @@
-// gumbel_topk.native with its gradient, for eager tensors: what e3kernels/ops/gumbel_topk.py registers in Python, without
-// Python between autograd and the kernels, which take about as long as one call into it.
+// gumbel_topk.native with its gradient, for eager tensors: what e3kernels/ops/gumbel_topk.py registers in Python,
+// without Python between autograd and the kernels, which take about as long as one call into it.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -22,9 +22,8 @@ struct GumbelDraw {
 };
 
 inline std::tuple<at::Tensor, at::Tensor> gumbel_topk_kernel(const at::Tensor& logits, const GumbelDraw& draw) {
-  static const auto kernel =
-      native_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt,
-                                                         c10::SymInt, std::int64_t)>("e3::gumbel_topk");
+  static const auto kernel = native_operator<std::tuple<at::Tensor, at::Tensor>(
+      const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymInt, std::int64_t)>("e3::gumbel_topk");
   const at::AutoDispatchBelowADInplaceOrView below;
   return kernel.call(logits, draw.scalars, draw.k, draw.seed, draw.step, draw.relaxation);
 }
@@ -60,8 +59,8 @@ struct GumbelTopkFunction : torch::autograd::Function<GumbelTopkFunction> {
     const at::Tensor gradient = gumbel_topk_backward_kernel(total, saved[0], saved[1], draw);
     if (!at::GradMode::is_enabled()) return {gradient, at::Tensor()};
     // The gradient depends on the logits and on what came in: whoever differentiates it by either meets the refusal.
-    const auto refusal =
-        std::make_shared<torch::autograd::DelayedError>("gumbel_topk is once_differentiable: its gradient has no gradient", 3);
+    const auto refusal = std::make_shared<torch::autograd::DelayedError>(
+        "gumbel_topk is once_differentiable: its gradient has no gradient", 3);
     return {(*refusal)({gradient, total, saved[0]})[0], at::Tensor()};
   }
 };

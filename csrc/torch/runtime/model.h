@@ -14,8 +14,8 @@
 namespace e3 {
 
 // A parameter of the model. `source` is the parameter itself, whose data others may replace; `held` is an alias of the
-// data it had when the runtime was built, which it keeps alive. Not even that keeps the memory: an offloader may take it
-// from under the storage.
+// data it had when the runtime was built, which it keeps alive. Not even that keeps the memory: an offloader may take
+// it from under the storage.
 class Weight {
  public:
   Weight(std::string name, at::Tensor source)
@@ -26,8 +26,8 @@ class Weight {
         bytes_(at::detail::computeStorageNbytes(held_.sizes(), held_.strides(), held_.itemsize(),
                                                 std::size_t(held_.storage_offset()))) {
     const at::ScalarType dtype = held_.scalar_type();
-    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name_,
-                     " is ", dtype, "; the runtime runs float32, bfloat16 and float16 weights");
+    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name_, " is ", dtype,
+                     "; the runtime runs float32, bfloat16 and float16 weights");
     TORCH_CHECK_VALUE(held_.stride(-1) == 1, name_, " has stride ", held_.stride(-1),
                       " in its last dimension; make it contiguous");
     check_held();
@@ -48,9 +48,10 @@ class Weight {
 
   // The kernels read by address.
   void check_held() const {
-    TORCH_CHECK(held_.storage().nbytes() >= bytes_ && held_.data_ptr() == address_, name_,
-                " has lost its memory: the storage was released or moved (offloading, sharding); load the whole model on "
-                "one device and build a new LayerSkipRuntime");
+    TORCH_CHECK(
+        held_.storage().nbytes() >= bytes_ && held_.data_ptr() == address_, name_,
+        " has lost its memory: the storage was released or moved (offloading, sharding); load the whole model on "
+        "one device and build a new LayerSkipRuntime");
   }
 
  private:
@@ -100,8 +101,7 @@ struct Layer {
 
   template <class Visit>
   void each_weight(const Visit& visit) const {
-    for (const auto* norm :
-         {&attention_norm, &attention_post_norm, &mlp_norm, &mlp_post_norm, &query_norm, &key_norm})
+    for (const auto* norm : {&attention_norm, &attention_post_norm, &mlp_norm, &mlp_post_norm, &query_norm, &key_norm})
       if (*norm) visit((*norm)->weight);
     for (const auto* linear : {&query, &key, &value, &output, &gate, &up, &down}) {
       visit((*linear)->weight);
@@ -168,7 +168,8 @@ struct Model {
       check(layer.gate, layer.gate->rows, hidden());
       check(layer.up, layer.gate->rows, hidden());
       check(layer.down, hidden(), layer.gate->rows);
-      for (const auto* norm : {&layer.attention_norm, &layer.attention_post_norm, &layer.mlp_norm, &layer.mlp_post_norm})
+      for (const auto* norm :
+           {&layer.attention_norm, &layer.attention_post_norm, &layer.mlp_norm, &layer.mlp_post_norm})
         check(*norm, {hidden()});
       check(layer.query_norm, {head_dim, queries});
       check(layer.key_norm, {head_dim, keys});
