@@ -40,7 +40,7 @@ struct KlSums {
   double cross = 0;
   double label_sum = 0;  // Σ e^{T·(x^s−m_s)}
   double exposed = -INFINITY;  // the largest logit of the first distribution where the second has −∞
-  bool plain = true;           // no block needed a reference of its own
+  bool plain = true;  // no block needed a reference of its own
 };
 
 struct JsdSums {
@@ -54,7 +54,7 @@ struct References {
 };
 
 struct Shift {
-  double by;      // m − m', <= 0
+  double by;  // m − m', <= 0
   double factor;  // e^by
 };
 
