@@ -29,6 +29,7 @@ __all__ = [
     "has_cpu_kernel",
     "has_readable_value",
     "inside_transform",
+    "is_batched",
     "is_observed",
     "is_wrap_triton_enabled",
     "outer_levels_differentiate",
@@ -102,7 +103,13 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a function transform or batched gradients (torch.autograd.grad(is_grads_batched=True), which has none of
+    its device's keys) may wrap `tensor`: its kernel cannot read it."""
+    key = getattr(torch._C.DispatchKey, tensor.device.type.upper())
+    return inside_transform() or not torch._C._dispatch_keys(tensor).has(key)
+
+
 def has_readable_value(tensor: Tensor) -> bool:
-    """Whether `tensor` is an eager CPU tensor that neither a function transform nor batched gradients wrap."""
-    plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not inside_transform()
-    return plain and torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.CPU)
+    """Whether `tensor` is an eager CPU tensor whose value may be read."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_batched(tensor)

@@ -67,7 +67,7 @@ def entropy_kl(
         kd_ratio: λ in [0, 1]; below 1 needs labels.
         divergence: "forward" KL(p‖q), "reverse" KL(q‖p), or "jsd" β·KL(p‖m) + (1 − β)·KL(q‖m), m = βp + (1 − β)q.
         beta: β of "jsd", strictly between 0 and 1.
-        num_items: replaces Σw in the mean, for gradient accumulation: an int or a 0-dim tensor.
+        num_items: replaces Σw in the mean, for gradient accumulation: greater than 0, an int or a 0-dim tensor.
         student_softcap, teacher_softcap, student_scale, teacher_scale: what the models do to their logits.
         reduction: "mean", "sum" (Σ instead of Σ/Σw) or "none" (the loss of each token, w included).
         return_stats: also return `TokenStats`.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from e3kernels.backends import resolve
-from e3kernels.compat import device_keys, inside_transform, is_observed
+from e3kernels.compat import device_keys, inside_transform, is_batched, is_observed
 from e3kernels.contract import RELAXATIONS
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, check_number, code, scalar_tensor
 from e3kernels.registration import Operator, declare, differentiable
@@ -168,7 +168,11 @@ def _direct(backend: str, device: str) -> Callable[..., tuple[Tensor, ...]]:
         with suppress(ImportError):  # `info()` says why
             return import_module("e3kernels._runtime").gumbel_topk  # type: ignore[no-any-return]
     keys = device_keys(device)
-    sample, gradient = (
-        partial(getattr(packet, backend).redispatch, keys) for packet in (OPERATOR.packet, OPERATOR.backward_packet)
-    )
+    sample = partial(getattr(OPERATOR.packet, backend).redispatch, keys)
+    operator = getattr(OPERATOR.backward_packet, backend)
+    kernel = partial(operator.redispatch, keys)
+
+    def gradient(incoming: Tensor, *rest: Any) -> Tensor:
+        return (operator if is_batched(incoming) else kernel)(incoming, *rest)  # type: ignore[no-any-return]
+
     return differentiable(OPERATOR, sample, gradient)

@@ -55,12 +55,16 @@ def test_vmap_over_leaves_that_need_a_gradient(call):
 def test_batched_gradients(call):
     leaves = call.leaves()
     incoming = torch.tensor([1.0, -2.0])
-    batched = torch.autograd.grad(call.total(*leaves), leaves, incoming, is_grads_batched=True)
-    expected = call.gradients()
-    for index in range(2):
-        torch.testing.assert_close(
-            tuple(gradient[index] for gradient in batched), tuple(incoming[index] * gradient for gradient in expected)
-        )
+    value, expected = call.total(*leaves), call.gradients()
+    for batched in (
+        torch.autograd.grad(value, leaves, incoming, retain_graph=True, is_grads_batched=True),
+        torch.vmap(lambda one: torch.autograd.grad(value, leaves, one, retain_graph=True))(incoming),
+    ):
+        for index in range(2):
+            torch.testing.assert_close(
+                tuple(gradient[index] for gradient in batched),
+                tuple(incoming[index] * gradient for gradient in expected),
+            )
 
 
 def test_a_leaf_outside_the_transform_keeps_its_gradient(call):
