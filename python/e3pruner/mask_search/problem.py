@@ -99,7 +99,6 @@ class SearchProblem:
         self._context.enter_context(evaluating(self.model))
         self._context.enter_context(torch.no_grad())
         self._context.enter_context(weights_in(self.model.parameters(), self._dtype))
-        self._context.enter_context(self.forward)
         return self
 
     def __exit__(self, *error: Any) -> None:
