@@ -127,7 +127,12 @@ def test_state_that_passes_behind_the_calls_is_found_out():
     layers, memo = find_layers(model), {}
     layers[2].mlp.register_forward_hook(lambda _, args, output: memo.update(kept=output))
     layers[4].mlp.register_forward_hook(lambda _, args, output: output + memo["kept"])
-    dict(SkippingForward(model).last_hiddens(inputs, [MASKS[0]]))  # one mask at a time is right
+    shortest, other = (True, True, True, False, True, False), MASKS[0]
+    for mask in (shortest, other):  # one mask at a time is right
+        ((_, found),) = SkippingForward(model).last_hiddens(inputs, [mask])
+        assert torch.equal(found, plain(model, inputs["input_ids"], mask))
+    with pytest.raises(ValueError, match=r"model \(llama\): its layers, called one by one .* differs by"):
+        list(SkippingForward(model).last_hiddens(inputs, [shortest, other]))
 
 
 @torch.no_grad()

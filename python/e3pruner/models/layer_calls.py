@@ -46,7 +46,7 @@ class Route:
     if any. links: for each call but the first, the arguments that are entries of what the call before returned, and
     which; None where the model changes the hidden state in between. shared: for each call but the first, the mappings
     that the call before was given too. writers: layers that write into the hidden state that they are given. proven:
-    numbers of states in one call with which a walk along the route has given what the model gives.
+    the ways of walking it, of one mask or many, that have been seen to give what the model gives.
     """
 
     kinds: list[type]
@@ -55,7 +55,7 @@ class Route:
     links: list[dict[Place, int] | None]
     shared: list[list[Place]]
     writers: set[int]
-    proven: set[int] = field(default_factory=set)
+    proven: set[tuple[int, bool]] = field(default_factory=set)
 
     def handed_on(self, layer: int, arguments: Arguments) -> Any:
         """What `layer` returns if it is skipped: its hidden state, and the rest as it was given, in the layer's form.
@@ -112,8 +112,8 @@ def replaced(layers: Mapping[int, nn.Module], forward: Forward) -> Iterator[None
     finally:
         for index, layer in layers.items():
             del layer.forward
-            if before[index] is not None:
-                layer.forward = before[index]
+            if (own := before[index]) is not None:
+                layer.forward = own
 
 
 def call(layer: Callable[..., Any], arguments: Arguments) -> Any:
@@ -134,7 +134,9 @@ def entries(output: Any) -> tuple:
 
 
 def _call(forward: Forward, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return forward(index, {**dict(enumerate(args)), **kwargs}, partial(call, own))
+    arguments: Arguments = dict(enumerate(args))
+    arguments.update(kwargs)
+    return forward(index, arguments, partial(call, own))
 
 
 def _route(layers: nn.ModuleList, steps: list[Step]) -> Route:

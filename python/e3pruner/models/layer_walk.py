@@ -39,7 +39,8 @@ class LayerWalk:
 
     def last_hiddens(self, paths: Sequence[Path]) -> dict[Path, Tensor]:
         """The last hidden state (B, T, H) at the end of each path, which has the units of every call of a layer."""
-        states, last = {(): self._calls_of(1)[0]}, len(self.route.layers) - 1
+        states: dict[Path, Arguments] = {(): self._calls_of(1)[0]}
+        last = len(self.route.layers) - 1
         for depth in range(last):
             states = self._on(depth, self._through(depth, dict.fromkeys(path[: depth + 1] for path in paths), states))
         returned = self._through(last, paths, states)
