@@ -98,14 +98,27 @@ POSITION_CONFIGS: dict[str, dict[str, Any]] = {
     | {"max_position_embeddings": 64},
     "hunyuan_v1_dense": _GQA | {"head_dim": 8, "attention_bias": True},
 }
+_MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+_INDEXED = (
+    _GQA
+    | _MLA
+    | {"v_head_dim": 8, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
+    | {"indexer_types": ["full", "shared", "shared"] * 2, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 3}
+    | {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2}
+)
+# Layers that hand more than the hidden state to the next one.
+STATEFUL_CONFIGS: dict[str, dict[str, Any]] = {
+    "zaya": _GQA | {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "router_hidden_size": 16},
+    "glm_moe_dsa": _INDEXED,
+    "hy_v4": _INDEXED,
+}
 _TOKENS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of `model_type` in evaluation mode, fp32; `changes` replace settings of its tiny configuration."""
-    config = AutoConfig.for_model(
-        model_type, **(TINY_CONFIGS | EXTRA_CONFIGS | POSITION_CONFIGS)[model_type] | _TOKENS | changes
-    )
+    settings = (TINY_CONFIGS | EXTRA_CONFIGS | POSITION_CONFIGS | STATEFUL_CONFIGS)[model_type]
+    config = AutoConfig.for_model(model_type, **settings | _TOKENS | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -133,3 +133,28 @@ def test_a_checkpoint_of_a_model_with_another_buffer_is_refused(tmp_path):
 def test_a_checkpoint_needs_its_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="checkpoint="):
         search(tmp_path / "absent" / "search.json")
+
+
+@pytest.mark.parametrize("method", ["gumbel-topk", "greedy"])
+def test_masks_in_groups_end_with_the_same_plan(method):
+    expected = search(method=method)
+    for count in (1, 3):
+        assert search(method=method, masks_at_once=count) == expected
+
+
+def test_joined_calls_go_on_to_the_same_plan(monkeypatch, tmp_path):
+    expected, path = search(prefixes_per_call=4), tmp_path / "search.json"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            search(path, prefixes_per_call=4)
+    with pytest.raises(ValueError, match=r"of another search: it differs in prefixes_per_call"):
+        search(path)
+    assert search(path, prefixes_per_call=4) == expected
+    assert expected.metrics["kl"] == pytest.approx(search().metrics["kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["masks_at_once", "prefixes_per_call"])
+def test_numbers_of_masks_that_cannot_be_are_refused(name):
+    with pytest.raises(ValueError, match=rf"{name}=0 must be an integer from 1"):
+        search(**{name: 0})

@@ -29,8 +29,7 @@ def run(method, model_type="llama", **arguments):
 @torch.no_grad()
 def test_masks_of_sublayers_share_prefixes_and_change_nothing(masks, model_type):
     model, ids = tiny_model(model_type), tiny_tokens()
-    with SkippingForward(model, sublayers=True) as forward:
-        found = dict(forward.last_hiddens({"input_ids": ids}, masks))
+    found = dict(SkippingForward(model, sublayers=True).last_hiddens({"input_ids": ids}, masks))
     units = units_of(model, 1, granularity="sublayer")
     for mask in masks:
         removed, sublayers = units.removed([unit for unit, runs in enumerate(mask) if not runs])

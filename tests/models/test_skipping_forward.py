@@ -1,3 +1,8 @@
+import itertools
+import math
+import weakref
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,13 +27,26 @@ def plain(model, ids, mask):
 
 
 def assert_shared_equals_plain(model, ids, masks):
-    with SkippingForward(model) as forward:
-        dense = forward.dense({"input_ids": ids})
-        shared = dict(forward.last_hiddens({"input_ids": ids}, masks))
-    assert shared.keys() == set(masks)
+    forward, inputs = SkippingForward(model), {"input_ids": ids}
+    dense = forward.dense(inputs)
+    shared = dict(forward.last_hiddens(inputs, masks))
+    assert list(shared) == sorted(masks, reverse=True)
     assert torch.equal(dense, last_hidden(model, ids))
     for mask, hidden in shared.items():
         assert torch.equal(hidden, plain(model, ids, mask)), mask
+
+
+def lone_cuts():
+    """Each layer removed alone, and none."""
+    return [tuple(layer != gone for layer in range(NUM_LAYERS)) for gone in range(NUM_LAYERS + 1)]
+
+
+def recorded_runs(model):
+    """A list to which every layer that really runs adds its index and the rows of its batch."""
+    runs = []
+    for index, layer in enumerate(find_layers(model)):
+        layer.mlp.register_forward_hook(lambda _, args, out, index=index: runs.append((index, len(args[0]))))
+    return runs
 
 
 @pytest.mark.parametrize("model_type", TINY_CONFIGS)
@@ -44,26 +62,93 @@ def test_any_set_of_masks(masks):
     assert_shared_equals_plain(tiny_model("llama"), tiny_tokens(), masks)
 
 
+@pytest.mark.parametrize("masks", [MASKS, lone_cuts()], ids=["some", "lone cuts"])
+@pytest.mark.parametrize("prefixes_per_call", [1, 2, 16])
 @torch.no_grad()
-def test_shared_layers_run_once():
-    model, ids = tiny_model("llama"), tiny_tokens()
-    calls = []
-    for index, layer in enumerate(find_layers(model)):
-        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
-    with SkippingForward(model) as forward:
-        forward.dense({"input_ids": ids})
-        calls.clear()
-        assert len(list(forward.last_hiddens({"input_ids": ids}, MASKS))) == len(MASKS)
-    assert len(calls) == sum(sum(mask[shared:]) for mask, shared in shared_prefixes(MASKS)) < sum(map(sum, MASKS))
-    assert calls.count(0) == 1
+def test_a_step_enters_each_layer_once(masks, prefixes_per_call):
+    model, inputs = tiny_model("llama"), {"input_ids": tiny_tokens()}
+    forward = SkippingForward(model, prefixes_per_call=prefixes_per_call)
+    list(forward.last_hiddens(inputs, masks))  # the first time it is proven by passes of the whole model
+    runs = recorded_runs(model)
+    assert len(list(forward.last_hiddens(inputs, masks))) == len(masks)
+    assert runs == sorted(runs, key=lambda run: run[0])
+    for layer in range(NUM_LAYERS):
+        prefixes = {mask[: layer + 1] for mask in masks if mask[layer]}
+        rows = [rows for index, rows in runs if index == layer]
+        assert sum(rows) == len(prefixes) * 2
+        assert len(rows) == math.ceil(len(prefixes) / prefixes_per_call)
+    assert sum(rows for _, rows in runs) == 2 * sum(sum(mask[shared:]) for mask, shared in shared_prefixes(masks))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "bloom", "falcon", "gpt2", "opt", "qwen3_moe", "zaya"])
+@torch.no_grad()
+def test_joined_calls_round_and_no_more(model_type):
+    model = tiny_model(model_type)
+    padding = torch.ones(3, 12, dtype=torch.long)
+    padding[0, :4] = padding[2, :1] = 0
+    for inputs in ({"input_ids": tiny_tokens(1)}, {"input_ids": tiny_tokens(3), "attention_mask": padding}):
+        alone, joined = (
+            dict(SkippingForward(model, prefixes_per_call=count).last_hiddens(inputs, lone_cuts())) for count in (1, 3)
+        )
+        assert alone.keys() == joined.keys()
+        for mask in alone:
+            torch.testing.assert_close(joined[mask], alone[mask], rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+@torch.no_grad()
+def test_groups_of_masks_bound_the_memory():
+    model, inputs = tiny_model("llama"), {"input_ids": tiny_tokens()}
+    masks = list(itertools.product((True, False), repeat=4))
+    masks = [(*mask, True, True) for mask in masks]
+    forward = SkippingForward(model)
+    expected = dict(forward.last_hiddens(inputs, masks))
+    alive, most = [], []
+
+    def count(layer, args, output):
+        alive.append(weakref.ref(output))
+        most.append(len({id(each()) for each in alive if each() is not None}))
+
+    for layer in find_layers(model):
+        layer.register_forward_hook(count)
+    for at_once, bound in ((1, 5), (3, 9), (None, 35)):
+        alive.clear()
+        most.clear()
+        forward = SkippingForward(model, masks_at_once=at_once)
+        for mask, hidden in forward.last_hiddens(inputs, masks):
+            assert torch.equal(hidden, expected[mask])
+            del hidden
+        assert max(most) <= bound
+    assert max(most) > 16
+
+
+@torch.no_grad()
+def test_state_that_passes_behind_the_calls_is_found_out():
+    model, inputs = tiny_model("llama"), {"input_ids": tiny_tokens()}
+    layers, memo = find_layers(model), {}
+    layers[2].mlp.register_forward_hook(lambda _, args, output: memo.update(kept=output))
+    layers[4].mlp.register_forward_hook(lambda _, args, output: output + memo["kept"])
+    shortest, other = (True, True, True, False, True, False), MASKS[0]
+    for mask in (shortest, other):  # one mask at a time is right
+        ((_, found),) = SkippingForward(model).last_hiddens(inputs, [mask])
+        assert torch.equal(found, plain(model, inputs["input_ids"], mask))
+    with pytest.raises(ValueError, match=r"model \(llama\): its layers, called one by one .* differs by"):
+        list(SkippingForward(model).last_hiddens(inputs, [shortest, other]))
+
+
+@torch.no_grad()
+def test_layers_may_write_into_what_they_are_given():
+    model, inputs = tiny_model("llama"), {"input_ids": tiny_tokens()}
+    for layer in find_layers(model):
+        own = layer.forward
+        layer.forward = lambda hidden, own=own, **kwargs: hidden.add_(own(hidden.clone(), **kwargs))
+    assert_shared_equals_plain(model, inputs["input_ids"], lone_cuts())
 
 
 @torch.no_grad()
 def test_states_are_the_inputs_of_the_layers():
     model, ids = tiny_model("gpt2"), tiny_tokens()
     expected = model(ids, use_cache=False, output_hidden_states=True).hidden_states
-    with SkippingForward(model) as forward:
-        states, last = forward.states({"input_ids": ids})
+    states, last = SkippingForward(model).states({"input_ids": ids})
     assert len(states) == NUM_LAYERS + 1
     for state, hidden in zip(states[:-1], expected[:-1], strict=True):
         assert torch.equal(state, hidden)
@@ -75,8 +160,8 @@ def test_layers_get_their_own_forward_back():
     model = tiny_model("llama")
     first, second = find_layers(model)[:2]
     second.forward = own = second.forward
-    with SkippingForward(model):
-        assert "forward" in vars(first)
-        assert vars(second)["forward"] is not own
-    assert "forward" not in vars(first)
-    assert vars(second)["forward"] is own
+    for ids, raises in ((tiny_tokens(), False), (torch.tensor([[10**6]]), True)):  # beyond the vocabulary
+        with pytest.raises(IndexError) if raises else nullcontext(), torch.no_grad():
+            list(SkippingForward(model).last_hiddens({"input_ids": ids}, MASKS))
+        assert "forward" not in vars(first)
+        assert vars(second)["forward"] is own

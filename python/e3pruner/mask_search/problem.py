@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -43,12 +44,15 @@ class SearchProblem:
     as on one.
 
     Used as a context manager: inside, the model is in evaluation mode, its weights are rounded to `dtype` (None: they
-    are not) and its layers can be skipped; leaving restores it.
+    are not); leaving restores it.
 
     Everything measured is kept in `measured`, and how long it took in `seconds`. A search method is a deterministic
     function of its seed and of what it measures; given the `measured` of an interrupted run it comes back to where that
     run was, without computing, and goes on to the same result, bit for bit. `teacher` keeps the dense model's last
     hidden state (N, H) of the batches it has seen; problems on the same tokens may share all three.
+
+    `masks_at_once` bounds the hidden states that exist at a time and `prefixes_per_call` says how many share a call of
+    a layer, see `SkippingForward`; the rounding, and with it `measured`, depends on the second.
 
     `account` counts dense forward passes times tokens: each layer run, and each use of the output head, with its share
     of the parameters; a backward pass that stops at hidden states counts as much as the forward pass, one that reaches
@@ -64,6 +68,8 @@ class SearchProblem:
         units: Units,
         seed: int = 0,
         dtype: torch.dtype | None = None,
+        masks_at_once: int | None = None,
+        prefixes_per_call: int = 1,
     ) -> None:
         self.model = model
         self.ranks = Ranks(model.device)
@@ -74,7 +80,13 @@ class SearchProblem:
         self.free = units.free
         self.drop = sum(count for _, count in units.groups)
         self.seed = seed
-        self.forward = SkippingForward(model, sublayers=units.a_layer == 2)
+        self.masks_at_once = masks_at_once
+        self.forward = SkippingForward(
+            model,
+            sublayers=units.a_layer == 2,
+            masks_at_once=masks_at_once,
+            prefixes_per_call=prefixes_per_call,
+        )
         self.num_layers = len(self.forward.layers)
         self.head = output_head(model)
         self.measured: dict[str, list[float]] = {}
@@ -99,7 +111,6 @@ class SearchProblem:
         self._context.enter_context(evaluating(self.model))
         self._context.enter_context(torch.no_grad())
         self._context.enter_context(weights_in(self.model.parameters(), self._dtype))
-        self._context.enter_context(self.forward)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -216,14 +227,17 @@ class SearchProblem:
 
     def _measure(self, measure: str, masks: Sequence[Mask], batch: int) -> dict[Mask, float]:
         self.ranks.check_equal("the masks", [measure, batch, [list(mask) for mask in masks]])
-        students: dict[Mask, Tensor] = {}
-        for mask, hidden in self.forward.last_hiddens(self.rows(batch).inputs, masks):
-            students[mask] = hidden
-            self.advance()
-        with named_range("loss"):
-            compare = self._divergences if measure == "kl" else self._losses
-            found = self._over_ranks(compare(list(students.values()), batch), batch, _COUNTS[measure])
-        values = dict(zip(students, found, strict=True))
+        compare = self._divergences if measure == "kl" else self._losses
+        coming = self.forward.last_hiddens(self.rows(batch).inputs, masks)
+        found: dict[Mask, float] = {}
+        while students := dict(islice(coming, self.masks_at_once or len(masks))):
+            with named_range("loss"):
+                found.update(zip(students, compare(list(students.values()), batch), strict=True))
+            for _ in students:
+                self.advance()
+            del students  # before the next ones come
+        totals = self._over_ranks(list(found.values()), batch, _COUNTS[measure])
+        values = dict(zip(found, totals, strict=True))
         for mask, value in values.items():
             if not math.isfinite(value):
                 removed = [unit for unit, runs in enumerate(mask) if not runs]

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from e3pruner.mask_search.checkpoint import Checkpoint
+from e3pruner.mask_search.checks import check_integer
 from e3pruner.mask_search.method import METHODS, Method, Search
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.ranks import Ranks
@@ -39,6 +40,8 @@ def search(
     precision: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    masks_at_once: int | None = None,
+    prefixes_per_call: int = 1,
     **options: Any,
 ) -> PruningPlan:
     """Search `drop` decoder layers whose removal changes the predictions of `model` least.
@@ -60,6 +63,10 @@ def search(
         What one method has measured, another need not measure again on the same tokens; its `cost` counts it all the
         same.
     progress: show a bar on standard error.
+    masks_at_once: how many masks of a step are computed together: about two hidden states of each exist at a time, and
+        the model's layers are entered once for so many masks. All of a step unless told; the plan is the same.
+    prefixes_per_call: how many hidden states are concatenated for one call of a layer. More than 1 pay off where
+        reading the weights costs more than multiplying by them; what is measured is rounded differently.
 
     Under `torch.distributed` every rank calls this with the same arguments but its own share of each batch, and gets
     the same plan; rank 0 writes the checkpoint and shows the bar. Where one rank's share is refused, all raise.
@@ -79,16 +86,28 @@ def search(
     dtype = autocast_dtype(precision, model.device)
     run = find_method(method, options)
     _check_fit(run, granularity, quota)
+    if masks_at_once is not None:
+        check_integer("masks_at_once", masks_at_once, 1)
+    check_integer("prefixes_per_call", prefixes_per_call, 1)
     columns = output_head(model).weight.shape[0]
     batches = Ranks(model.device).together(
         "token_batches", lambda: batches_of("token_batches", token_batches, columns, model=model)
     )
-    problem = SearchProblem(model, batches, units=units, seed=seed, dtype=dtype)
+    problem = SearchProblem(
+        model,
+        batches,
+        units=units,
+        seed=seed,
+        dtype=dtype,
+        masks_at_once=masks_at_once,
+        prefixes_per_call=prefixes_per_call,
+    )
     ranks = problem.ranks
-    ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), options])
+    ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), prefixes_per_call, options])
     store = None
     if checkpoint is not None:
-        identity = {"dtype": str(dtype), "tokens": _tokens_of(problem), "model": model_identity(model)}
+        identity: dict[str, Any] = {"dtype": str(dtype), "tokens": _tokens_of(problem), "model": model_identity(model)}
+        identity["prefixes_per_call"] = prefixes_per_call  # what is measured is rounded by it
         store = Checkpoint(checkpoint, identity)
         problem.measured, problem.seconds = ranks.from_first((store.measured, store.seconds))
         store.measured, store.seconds = problem.measured, problem.seconds

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 import e3kernels
 from e3pruner.compat import CACHE, CACHE_NAMES
-from e3pruner.models.stack import check_indices, evaluating, find_layers
+from e3pruner.models.layer_calls import replaced, route_of
+from e3pruner.models.stack import check_indices, find_layers
 from e3pruner.models.sublayers import KINDS, check_sublayers, scaled, silenced, writer
 
 
@@ -73,11 +73,12 @@ def skipped(
     if len(removed) == len(layers):
         raise ValueError(f"removed={removed} leaves no layer; keep at least one")
     silent = {} if sublayers is None else check_sublayers("sublayers", sublayers, len(layers))
-    with silenced([writer(layers[layer], kind) for kind in silent for layer in silent[kind]]), ExitStack() as stack:
+    route = route_of(model)
+    with ExitStack() as stack:
+        stack.enter_context(silenced([writer(layers[layer], kind) for kind in silent for layer in silent[kind]]))
         stack.callback(model.register_forward_pre_hook(_refuse_cache, with_kwargs=True).remove)
-        for index in removed:
-            stack.callback(_restore_forward, layers[index], vars(layers[index]).get("forward"))
-            layers[index].forward = _Identity(layers[index])
+        gone = {index: layers[index] for index in removed}
+        stack.enter_context(replaced(gone, lambda index, given, own: route.handed_on(index, given)))
         yield
 
 
@@ -103,37 +104,6 @@ def _gate_hook(gate: Tensor) -> Any:
 
 def _hidden_states(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
-
-
-class _Identity:
-    """Stands in for the forward of a skipped layer: returns the hidden states in the form the layer would."""
-
-    _extras: dict[type, int | None] = {}  # noqa: RUF012  by layer class: outputs beside the hidden states, None if bare
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple:
-        kind = type(self.layer)
-        if kind not in self._extras:
-            self._extras[kind] = self._probe(args, kwargs)
-        hidden = _hidden_states(args, kwargs)
-        extras = self._extras[kind]
-        return hidden if extras is None else (hidden, *[None] * extras)
-
-    def _probe(self, args: tuple, kwargs: dict) -> int | None:
-        """Some classes return a tuple and nothing but running one tells: once for each class."""
-        args = tuple(None if isinstance(value, Cache) else value for value in args)
-        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-        with torch.no_grad(), evaluating(self.layer):
-            output = type(self.layer).forward(self.layer, *args, **kwargs)
-        return len(output) - 1 if isinstance(output, tuple) else None
-
-
-def _restore_forward(layer: nn.Module, forward: Any) -> None:
-    del layer.forward
-    if forward is not None:
-        layer.forward = forward
 
 
 def _refuse_cache(model: nn.Module, args: tuple, kwargs: dict) -> None:

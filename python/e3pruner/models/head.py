@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -53,18 +54,19 @@ class OutputHead:
 
 def last_hidden(
     model: PreTrainedModel,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    **inputs: Any,
 ) -> Tensor:
     """The hidden states (B, T, H) that the output head receives, after the final norm; no cache is kept.
 
     `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding, on any side; `position_ids`
-    (B, T) of packed documents, each counted from 0.
+    (B, T) of packed documents, each counted from 0; `inputs`: what else the module that holds the layers takes.
     """
-    positions = position_arguments(model, attention_mask, position_ids)
+    inputs |= position_arguments(model, attention_mask, position_ids)
     with returning_dicts(model):
-        output = decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+        output = decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
     return output.last_hidden_state
 
 

@@ -1,134 +1,115 @@
-"""Hidden states of a model under many layer masks, sharing what the masks share.
+"""Hidden states of a model under many layer masks, layer by layer: every layer is entered once for all of them.
 
-Masks sorted by their bits form a tree: two neighbours agree on the layers before the first one they treat differently.
-Each mask therefore starts from the hidden state at that layer, which an earlier mask left behind. For the L masks that
-each lack one layer this halves the work; for samples around one mask it saves their common prefix.
+Masks that agree on their first layers share the states up to there, so each layer is called once for every distinct
+prefix of the masks that keeps it. For the L masks that each lack one layer this halves the work; for samples around one
+mask it saves their common prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
-from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
-from e3pruner.models import find_layers, last_hidden
-from e3pruner.models.sublayers import KINDS, hooked, writer
+from e3pruner.models.head import last_hidden
+from e3pruner.models.layer_calls import Inputs, entries, hidden_place, recorded, replaced
+from e3pruner.models.layer_walk import LayerWalk, silencing
+from e3pruner.models.stack import find_layers
 
-Mask = tuple[bool, ...]  # one entry a unit (see `Units`); True: it runs
+Mask = tuple[bool, ...]  # one entry per unit (see `Units`); True: it runs
 
 
 class SkippingForward:
-    """Runs `model` with any of its decoder layers skipped, as a context manager.
+    """Runs `model`, which is in evaluation mode, with any of its decoder layers skipped.
 
-    With `sublayers` a mask has two entries a layer, its attention and its MLP. One that is skipped alone is computed
-    all the same and adds nothing.
+    sublayers: a mask has two entries per layer, its attention and its MLP. One that is skipped alone is computed all
+    the same and adds nothing.
+    masks_at_once: how many masks are walked together; all of them unless told. While a layer runs two hidden states
+    per mask exist at most, and each layer is entered once per group of masks.
+    prefixes_per_call: how many hidden states are concatenated for one call of a layer. With 1, a mask's hidden state
+    has the bits of a plain forward pass, whichever masks it is computed with. Larger numbers save calls where reading
+    the weights of a layer costs more than multiplying by them, and change the rounding. A model whose layers share a
+    mapping, and layers before which it changes the hidden state, still take one at a time.
 
-    Inside, the `forward` of every decoder layer can return its input (the layer is skipped) or a stored hidden state
-    (the layers before were run for another mask). The layers keep their places, so a model that reads its configuration
-    by layer index sees the indices it expects. Leaving the context gives the layers their own `forward` back.
+    The layers keep their places, so a model that reads its configuration by layer index sees the indices it expects.
+    Inputs are what the module that holds the layers takes, by name: "input_ids" (B, T), "attention_mask" and so on;
+    None is as good as absent.
     """
 
-    def __init__(self, model: PreTrainedModel, *, sublayers: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        sublayers: bool = False,
+        masks_at_once: int | None = None,
+        prefixes_per_call: int = 1,
+    ) -> None:
         self.model = model
         self.layers = find_layers(model)
-        self._units_a_layer = 2 if sublayers else 1
-        self._context = ExitStack()
-        self._mask: Mask = ()
-        self._start = 0
-        self._stored: frozenset[int] = frozenset()
-        self._states: dict[int, Tensor] = {}
-        self._own: list[Callable[..., Any] | None] = []
-        self._extra_outputs: tuple[None, ...] | None = None  # beside the hidden state; None: it comes bare
-        self._form_is_known = False
+        self._size = 2 if sublayers else 1
+        self._masks_at_once = masks_at_once
+        self._prefixes_per_call = prefixes_per_call
 
-    def __enter__(self) -> Self:
-        for index, layer in enumerate(self.layers):
-            self._own.append(vars(layer).get("forward"))
-            layer.forward = self._skippable(index, layer.forward)
-        if self._units_a_layer == 2:
-            writers = [writer(layer, kind) for layer in self.layers for kind in KINDS]
-            self._context.enter_context(hooked(writers, self._silence))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.close()
-        for layer, own in zip(self.layers, self._own, strict=True):
-            del layer.forward
-            if own is not None:
-                layer.forward = own
-        self._own.clear()
-        self._states.clear()
-
-    def dense(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The last hidden state (B, T, H) with every layer. `inputs`: the arguments of `last_hidden`."""
-        return self._run(inputs, self._whole, 0, frozenset())
-
-    def states(self, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The input of every layer and the output of the last one, before the final norm: L + 1 times (B, T, H); and
-        the last hidden state (B, T, H)."""
-        last = self._run(inputs, self._whole, 0, frozenset(range(len(self.layers) + 1)))
-        return [self._states[index] for index in range(len(self.layers) + 1)], last
-
-    def last_hiddens(self, inputs: Mapping[str, Tensor], masks: Sequence[Mask]) -> Iterator[tuple[Mask, Tensor]]:
-        """Yields (mask, last hidden state (B, T, H) under it), in the order of `shared_prefixes`.
-
-        `inputs`: the arguments of `last_hidden`. `masks`: distinct.
-        """
-        ordered = [(mask, shared // self._units_a_layer) for mask, shared in shared_prefixes(masks)]
-        stored = frozenset(start for _, start in ordered)
-        for mask, start in ordered:
-            with named_range("student forward"):
-                hidden = self._run(inputs, mask, start, stored)
-            yield mask, hidden
-
-    def _run(self, inputs: Mapping[str, Tensor], mask: Mask, start: int, stored: frozenset[int]) -> Tensor:
-        """One pass, from what an earlier one stored at layer `start`; it stores the inputs of the layers `stored`."""
-        self._mask, self._start, self._stored = mask, start, stored
-        if start == 0:
-            self._states.clear()
+    def dense(self, inputs: Inputs) -> Tensor:
+        """The last hidden state (B, T, H) with every layer."""
         return last_hidden(self.model, **inputs)
 
-    def _skippable(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def skippable(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if not self._form_is_known:  # nothing but running a layer tells
-                self._learn_form(forward(*args, **kwargs))
-            if index == self._start - 1:
-                hidden = self._states[self._start]
-            if index < self._start:
-                return self._as_output(hidden)
-            if index in self._stored:
-                self._states[index] = hidden
-            output = forward(*args, **kwargs) if self._runs(index) else self._as_output(hidden)
-            if index + 1 == len(self.layers) and index + 1 in self._stored:
-                self._states[index + 1] = output[0] if isinstance(output, tuple) else output
-            return output
+    def states(self, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
+        """The input of every layer and the output of the last one, before the final norm: L + 1 times (B, T, H); and
+        the last hidden state (B, T, H)."""
+        steps, last = recorded(self.model, inputs)
+        return [*(step.arguments[hidden_place(step.arguments)] for step in steps), entries(steps[-1].output)[0]], last
 
-        return skippable
+    def last_hiddens(self, inputs: Inputs, masks: Sequence[Mask]) -> Iterator[tuple[Mask, Tensor]]:
+        """Yields (mask, last hidden state (B, T, H) under it), in the order of `shared_prefixes`. `masks` are distinct.
 
-    @property
-    def _whole(self) -> Mask:
-        return (True,) * (self._units_a_layer * len(self.layers))
+        Raises `ValueError` if layers called one by one do not give what the model's own forward pass gives. That is
+        tried once for each model and set of names of `inputs`, of one mask and of many, on the one that skips most.
+        """
+        walk = LayerWalk(self.model, {k: v for k, v in inputs.items() if v is not None}, self._prefixes_per_call)
+        ordered = sorted(masks, reverse=True)
+        size = self._masks_at_once or max(1, len(ordered))
+        for start in range(0, len(ordered), size):
+            paths = {mask: self._path(walk, mask) for mask in ordered[start : start + size]}
+            with named_range("student forward"):
+                found = walk.last_hiddens(list(dict.fromkeys(paths.values())))
+            if (way := (self._prefixes_per_call, len(paths) > 1)) not in walk.route.proven:
+                shortest = min(paths, key=sum)
+                self._prove(walk, shortest, found[paths[shortest]])
+                walk.route.proven.add(way)
+            yield from ((mask, found[path]) for mask, path in paths.items())
+            del found  # before the next group comes
 
-    def _runs(self, layer: int) -> bool:
-        size = self._units_a_layer
-        return any(self._mask[size * layer : size * (layer + 1)])
+    def _path(self, walk: LayerWalk, mask: Mask) -> tuple[Mask, ...]:
+        return tuple(self._units(mask, layer) for layer in walk.route.layers)
 
-    def _silence(self, unit: int, output: Tensor) -> Tensor | None:
-        return None if self._mask[unit] else torch.zeros_like(output)
+    def _units(self, mask: Mask, layer: int) -> Mask:
+        return mask[self._size * layer : self._size * (layer + 1)]
 
-    def _learn_form(self, output: Any) -> None:
-        self._extra_outputs = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
-        self._form_is_known = True
-
-    def _as_output(self, hidden: Tensor) -> Any:
-        return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
+    def _prove(self, walk: LayerWalk, mask: Mask, found: Tensor) -> None:
+        """Raises `ValueError` unless `found` is what the model's own forward pass gives under `mask`."""
+        units = {layer: self._units(mask, index) for index, layer in enumerate(self.layers)}
+        removed = {index: layer for index, layer in enumerate(self.layers) if not any(units[layer])}
+        with ExitStack() as stack:
+            for layer in units:
+                if any(units[layer]):
+                    stack.enter_context(silencing(layer, units[layer]))
+            stack.enter_context(replaced(removed, lambda index, given, own: walk.route.handed_on(index, given)))
+            expected = last_hidden(self.model, **walk.inputs)
+        bound = (1e-2 if torch.finfo(expected.dtype).bits == 16 else 1e-4) * float(
+            expected.abs().nan_to_num(0, 0, 0).max()
+        )
+        if not torch.allclose(found, expected, rtol=0, atol=bound, equal_nan=True):
+            error, joined = float((found - expected).abs().max()), self._prefixes_per_call
+            raise ValueError(
+                f"model ({self.model.config.model_type}): its layers, called one by one (prefixes_per_call={joined}), "
+                f"give a last hidden state that differs by {error:.3g} from that of its own forward pass"
+            )
 
 
 def shared_prefixes(masks: Sequence[Mask]) -> list[tuple[Mask, int]]:
