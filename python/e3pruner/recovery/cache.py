@@ -27,7 +27,7 @@ from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import evaluating
 from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
 from e3pruner.precision import autocast_dtype
-from e3pruner.storage import fingerprint, read_checked, remove_temporaries, write_checked, write_tensors
+from e3pruner.storage import fingerprint, locked, read_checked, remove_temporaries, write_checked, write_tensors
 from e3pruner.text.batches import Batch
 from e3pruner.text.given import Given, sequences_of
 from e3pruner.text.sequences import Sequences
@@ -233,16 +233,17 @@ def cache_teacher(
         # Whole batches, so that a resumed run computes the same ones.
         "shard_rows": max(1, SHARD_TOKENS // (length * batch_size)) * batch_size,
     }
-    _start(folder, manifest, force)
-    todo = [i for i, file in enumerate(_shard_files(folder, manifest)) if not file.exists()]
-    with evaluating(teacher), torch.no_grad():
-        for index in track(todo, description="cache the teacher", console=Console(stderr=True)):
-            shard = torch.arange(len(rows)).split(manifest["shard_rows"])[index]
-            batches = (Batch.of_rows(rows, some).to(teacher.device) for some in shard.split(batch_size))
-            parts = [_top(teacher, head, batch, k, temperature, dtype) for batch in batches]
-            logprobs, ids = (torch.cat(column) for column in zip(*parts, strict=True))
-            content = {"logprobs": logprobs, "ids": ids.to(_id_dtype(vocabulary))}
-            write_tensors(_shard_file(folder, index), content, {"content": fingerprint(content)})
+    with locked(folder):
+        _start(folder, manifest, force)
+        todo = [i for i, file in enumerate(_shard_files(folder, manifest)) if not file.exists()]
+        with evaluating(teacher), torch.no_grad():
+            for index in track(todo, description="cache the teacher", console=Console(stderr=True)):
+                shard = torch.arange(len(rows)).split(manifest["shard_rows"])[index]
+                batches = (Batch.of_rows(rows, some).to(teacher.device) for some in shard.split(batch_size))
+                parts = [_top(teacher, head, batch, k, temperature, dtype) for batch in batches]
+                logprobs, ids = (torch.cat(column) for column in zip(*parts, strict=True))
+                content = {"logprobs": logprobs, "ids": ids.to(_id_dtype(vocabulary))}
+                write_tensors(_shard_file(folder, index), content, {"content": fingerprint(content)})
     return TeacherCache(folder, tokenizer=tokenizer)
 
 

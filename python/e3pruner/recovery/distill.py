@@ -21,7 +21,7 @@ from e3pruner.recovery.state import StateFolder
 from e3pruner.recovery.student import refuse_shared_weights, trained_parameters
 from e3pruner.recovery.teacher import LiveTeacher, Teacher, narrowed
 from e3pruner.recovery.tracking import check_tracker, opened_tracker
-from e3pruner.storage import content_digest, fingerprint
+from e3pruner.storage import content_digest, fingerprint, locked
 from e3pruner.surgery import PruningPlan
 from e3pruner.text.given import Given, sequences_of
 
@@ -92,7 +92,8 @@ def distill(
         "data": sequences.identity,
         "teacher": source.identity,
     }
-    with casts, trained_parameters(pruned, chosen, plan, dtype) as parameters:
+    alone = nullcontext() if output is None else locked(output)
+    with alone, casts, trained_parameters(pruned, chosen, plan, dtype) as parameters:
         folder = None if output is None else StateFolder(output, resume=resume, force=force)
         settings["frozen weights"] = content_digest({n: p for n, p in pruned.named_parameters() if n not in parameters})
         training = Training(loss, parameters, sequences, watched, steps, settings)
