@@ -52,6 +52,7 @@ def main() -> None:
             print(f"step {number + 1}: loss {float(shown):.4f}")
     if rank == 0:
         student.save_pretrained(arguments.out)
+    dist.barrier()  # gloo's threads let go of their tensors, for which they need the interpreter's lock
     dist.destroy_process_group()
 
 

@@ -35,6 +35,7 @@ def main() -> None:
     if rank == 0:
         plan.save(arguments.out)
         print(f"{arguments.out}: remove {plan.removed}, KL {plan.metrics['kl']:.3f}")
+    dist.barrier()  # gloo's threads let go of their tensors, for which they need the interpreter's lock
     dist.destroy_process_group()
 
 

@@ -51,4 +51,5 @@ if mesh.get_rank() == 0:
     whole = AutoModelForCausalLM.from_pretrained(student_folder)
     whole.load_state_dict(weights)
     whole.save_pretrained(out)
+dist.barrier()  # gloo's threads let go of their tensors, for which they need the interpreter's lock
 dist.destroy_process_group()
