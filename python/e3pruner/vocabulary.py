@@ -28,7 +28,7 @@ def check_options(what: str, options: Mapping[str, Any], function: Callable[...,
         if name not in known:
             there = ", ".join(known) or "none"
             raise TypeError(f"{name} is no option of {what}{did_you_mean(name, known)}; it has {there}")
-        if not _fits(value, hints[name]):
+        if not _fits(value, hints.get(name, Any)):
             raise TypeError(f"{name}={value!r} is no {_said(hints[name])}, which {what} needs")
 
 

@@ -38,7 +38,7 @@ def cache_teacher(
 ) -> None:
     """Store what a teacher predicts on the training text, so that `e3 distill --teacher-cache` needs no teacher.
 
-    Says first what it will take on disk: with k = 10 some 60 bytes a token, 40 for vocabularies up to 65,536. An
+    Says first what it will take on disk: with k = 10 some 60 bytes per token, 40 for vocabularies up to 65,536. An
     interrupted or killed run goes on from the last whole shard.
 
     Examples:
