@@ -105,14 +105,14 @@ def test_a_killed_owner_leaves_no_lock(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("left", ["nothing", "manifest.json", "tensorboard/events", ".half.tmp"])
+@pytest.mark.parametrize("left", ["nothing", "manifest.json", "tensorboard/events", ".half.tmp", "search.json"])
 def test_what_has_measured_nothing_blocks_nobody(left: str, tmp_path: Path) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     if not (child := os.fork()):
         with output_folder(out, {"drop": 8}) as folder:
             if left != "nothing":
                 (folder / left).parent.mkdir(exist_ok=True)
-                (folder / left).write_text("")
+                (folder / left).write_text('{"measured": {}}')
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert (partial / CONFIG_FILE).exists()

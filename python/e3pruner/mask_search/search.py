@@ -118,7 +118,7 @@ def search(
             cost = problem.account.cost
             (kl,) = problem.score([problem.mask(removed)])
     finally:
-        if store is not None and ranks.first and store.measured:
+        if store is not None and ranks.first:
             store.save()
     metrics = {"kl": kl, "tokens": problem.tokens, "cost": cost}
     layers, sublayers = units.removed(removed)

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from e3pruner.pipelines.settings import FILES, read_settings, read_yaml
-from e3pruner.storage import locked, remove_temporaries, replacing_file
+from e3pruner.storage import locked, read_json, remove_temporaries, replacing_file
 
 CONFIG_FILE = "e3.yaml"
 # What a run writes before it has measured anything.
@@ -111,8 +111,19 @@ def write_settings(folder: Path, values: Mapping[str, Any], head: str) -> None:
 
 def holds_work(partial: Path) -> bool:
     """Whether an unfinished run has anything that it need not do again."""
-    names = (path.relative_to(partial) for path in partial.rglob("*") if not path.is_dir())
-    return any(name.as_posix() not in _NO_WORK and name.parts[0] != _NO_WORK_FOLDER for name in names)
+    return any(not path.is_dir() and _is_work(path, path.relative_to(partial)) for path in partial.rglob("*"))
+
+
+def _is_work(path: Path, name: Path) -> bool:
+    if name.as_posix() in _NO_WORK or name.parts[0] == _NO_WORK_FOLDER:
+        return False
+    if path.suffix != ".json":
+        return True
+    try:
+        content = read_json(path)
+    except ValueError:  # who takes it up says that it is damaged
+        return True
+    return not isinstance(content, dict) or content.get("measured") != {}  # a search's, before its first measurement
 
 
 def check_resumable(partial: Path, settings: Mapping[str, Any], force: bool) -> None:
