@@ -91,7 +91,7 @@ def test_the_disk_holds_what_was_estimated(teacher, tmp_path):
 
 
 def test_a_large_vocabulary_takes_at_most_62_bytes_a_token(tmp_path):
-    teacher = tiny_model("llama", vocab_size=70_000)
+    teacher = tiny_model("llama", vocab_size=70_000, max_position_embeddings=256)
     data = torch.randint(3, 70_000, (4, 256), generator=torch.Generator().manual_seed(0))
     cache = cache_teacher(teacher, data, tmp_path / "cache")
     stored = sum(file.stat().st_size for file in cache.folder.iterdir())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
@@ -11,18 +9,13 @@ from transformers import PreTrainedModel
 from e3pruner.models.head import last_hidden, output_head
 from e3pruner.models.stack import evaluating
 
-# What transformers calls tables of positions, learnt or computed once for a fixed length.
-_TABLES = ("wpe", "embed_positions", "position_embed", "positions_embed", "pos_e")
-
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """The most tokens that a sequence of `model` may have, where it looks its positions up in a table; else None.
+    """The most tokens that a sequence of `model` may have by its configuration; None where that names no number.
 
-    Rotary positions and ALiBi can be computed for any place, however far behind what the model was trained on.
+    Rotary positions can be computed for any place, but behind this one the model has learnt nothing.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    tables = (name.lower() for name, _ in chain(model.named_parameters(), model.named_buffers()))
-    return limit if any(each in name for name in tables for each in _TABLES) else None
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 @torch.no_grad()

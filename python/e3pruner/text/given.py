@@ -70,7 +70,8 @@ def check_rows(name: str, batches: list[Sequences], **models: PreTrainedModel) -
         limit = position_limit(model)
         if limit is not None and longest > limit:
             raise ValueError(
-                f"{name} has sequences of {longest} tokens; {role} ({model.config.model_type}) has {limit} positions"
+                f"{name} has sequences of {longest} tokens; {role} ({model.config.model_type}) has {limit} positions "
+                f"(max_position_embeddings)"
             )
     packed = any(batch.position_ids is not None for batch in batches)
     padded = any(batch.attention_mask is not None or batch.shape[1] != batches[0].shape[1] for batch in batches)
