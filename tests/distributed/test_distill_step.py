@@ -128,5 +128,7 @@ def test_a_rank_without_a_batch(tmp_path):
         if dist.get_rank() == 0:
             step.backward_loss(student, batch_of({"input_ids": TOKENS}))[0].backward()
         step.finish(student.parameters())
+        learnt = [p.grad is not None and bool(p.grad.any()) for p in student.parameters()]
+        assert any(learnt) == (dist.get_rank() == 0)
 
     on_ranks(2, compare, tmp_path)

@@ -218,7 +218,8 @@ def test_wherever_it_is_damaged_a_sentence_says_so(results: dict[str, Any], tmp_
 
 
 def test_the_results_of_the_demo_have_their_form() -> None:
-    load_results(Path(__file__).parents[2] / "bench" / "results", "demo.json")
+    results = load_results(Path(__file__).parents[2] / "bench" / "results", "demo.json")
+    assert [model["name"] for model in results["models"]] == ["dense", "pruned", "recovered"]
 
 
 def test_no_results_file(tmp_path: Path) -> None:

@@ -57,7 +57,10 @@ class Methods(Mapping[str, Method]):
     @functools.cached_property
     def _ours(self) -> dict[str, Method]:
         package = importlib.import_module("e3pruner.mask_search.methods")
-        modules = [importlib.import_module(f"{package.__name__}.{each.name}") for each in _modules(package)]
+        modules = [
+            importlib.import_module(f"{package.__name__}.{each.name}")
+            for each in pkgutil.iter_modules(package.__path__)
+        ]
         found = [each for module in modules for each in vars(module).values() if isinstance(each, Method)]
         return {method.name: method for method in found}
 
@@ -82,10 +85,6 @@ class Methods(Mapping[str, Method]):
 
     def __len__(self) -> int:
         return len(self._ours) + len(self._theirs)
-
-
-def _modules(package: Any) -> list[pkgutil.ModuleInfo]:
-    return list(pkgutil.iter_modules(package.__path__))
 
 
 METHODS = Methods()
