@@ -93,7 +93,8 @@ def test_batches_share_the_visit_to_a_layer(model_type):
     list(forward.last_hiddens(batches, MASKS))  # the first time it is proven by passes of the whole model
     entered.clear()
     found = dict(forward.last_hiddens(batches, MASKS))
-    assert entered and entered == sorted(entered)
+    assert entered
+    assert entered == sorted(entered)
     for mask, hiddens in found.items():
         for batch, hidden in zip(batches, hiddens, strict=True):
             assert torch.equal(hidden, plain(model, batch["input_ids"], mask))
