@@ -1,5 +1,5 @@
-// torch.ops.e3.*.native: the kernels of this folder on torch's stable ABI. Schemas, fakes and autograd formulas are
-// defined in e3kernels/ops; docs/dispatcher.md lists them.
+// torch.ops.e3.*: kernels on torch's stable ABI. Python defines every operator (e3kernels/ops, e3kernels/native.py),
+// its schema, fake and autograd formula; here stand kernels alone, whose arguments nothing checks against the schemas.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -468,27 +468,6 @@ void linear_grad_hidden(Tensor grad, Tensor weight, Tensor out) {
 }
 
 }  // namespace
-
-#define E3_STUDENT "Tensor(a!) student, "
-#define E3_DENSE                                                                                            \
-  "Tensor teacher, Tensor? labels, Tensor? token_mask, Tensor scalars, int weighting, int divergence, int " \
-  "ignore_index"
-#define E3_SPARSE                                                                                                    \
-  "Tensor teacher_logprobs, Tensor teacher_ids, Tensor? labels, Tensor? token_mask, Tensor scalars, int weighting, " \
-  "int divergence, int ignore_index, int tail"
-#define E3_REDUCE \
-  ", int reduction, Tensor? num_items, bool need_student) -> (Tensor loss, Tensor stats, Tensor(a!) grad)"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(e3, m) {
-  m.def("native_isa() -> str");
-  m.def("release_memory() -> ()");
-  m.def("entropy_kl_tile(" E3_STUDENT E3_DENSE E3_REDUCE);
-  m.def("entropy_kl_tile_backward(Tensor grad_loss, " E3_STUDENT E3_DENSE ") -> Tensor(a!)");
-  m.def("topk_kl_tile(" E3_STUDENT E3_SPARSE E3_REDUCE);
-  m.def("topk_kl_tile_backward(Tensor grad_loss, " E3_STUDENT E3_SPARSE ") -> Tensor(a!)");
-  m.def("linear_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
-  m.def("linear_grad_hidden(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(e3, CompositeExplicitAutograd, m) {
   m.impl("native_isa", TORCH_BOX(&native_isa));
