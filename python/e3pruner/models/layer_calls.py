@@ -128,7 +128,7 @@ def hidden_place(arguments: Arguments) -> Place:
     return 0 if 0 in arguments else "hidden_states"
 
 
-def entries(output: Any) -> tuple:
+def entries(output: Any) -> tuple[Any, ...]:
     """What a layer returns, as a tuple; the hidden state comes first."""
     return output if isinstance(output, tuple) else (output,)
 
