@@ -22,6 +22,10 @@ from .checks import OUTCOMES, examine
 
 MAPPINGS = {
     "causal": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM),
+    "image-text": (
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        transformers.AutoModelForImageTextToText,
+    ),
 }
 _CHUNK, _SECONDS = 16, 60
 

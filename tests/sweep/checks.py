@@ -31,11 +31,11 @@ _LENGTH, _PROMPT, _PLANS, _TRIES = 24, 6, 3, 12
 _HOME = str(Path(e3pruner.__file__).parent)
 
 
-class Wrong(AssertionError):
+class WrongError(AssertionError):
     """A result that is not the truth."""
 
 
-class _NotAsked(Exception):
+class _NotAskedError(Exception):
     """Nothing was pruned that could be asked about."""
 
 
@@ -70,9 +70,9 @@ def examine(model_type: str, auto: Any) -> dict[str, Any]:
 def _asked(question: Callable[[Case], str], case: Case) -> str:
     try:
         return question(case)
-    except Wrong as error:
+    except WrongError as error:
         return f"wrong: {error}"
-    except _NotAsked:
+    except _NotAskedError:
         return "not asked"
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -131,7 +131,7 @@ def _generate(case: Case) -> str:
             dense = _distance(_steps(case.model, prompt, mask), _steps(case.model, prompt, mask, use_cache=False))
             what = f"{'' if mask is None else 'left-padded '}decoding differs by {error:.1%}, the dense model's by"
             if dense <= 1e-3:
-                raise Wrong(f"{what} {dense:.1%}")
+                raise WrongError(f"{what} {dense:.1%}")
             said = f"ok: {what} {dense:.1%}"
     return said
 
@@ -164,7 +164,7 @@ def _distill(case: Case) -> str:
     _assert_close("the step's loss", float(shown), float(expected))
     gradients = [p.grad for p in pruned.parameters() if p.grad is not None]
     if not gradients or not all(gradient.isfinite().all() for gradient in gradients):
-        raise Wrong("gradients are missing or not finite")
+        raise WrongError("gradients are missing or not finite")
     return "ok"
 
 
@@ -180,7 +180,7 @@ _QUESTIONS = {
 
 def _plans(case: Case) -> Iterator[tuple[tuple[int, ...], PreTrainedModel]]:
     if not case.pruned:
-        raise _NotAsked
+        raise _NotAskedError
     return iter(case.pruned.items())
 
 
@@ -200,12 +200,12 @@ def _divergence(dense: Tensor, pruned: Tensor) -> Tensor:
 
 def _assert_equal(what: str, actual: Tensor, expected: Tensor) -> None:
     if not torch.equal(actual.nan_to_num(), expected.nan_to_num()):
-        raise Wrong(f"{what} differ by {_distance(actual, expected):.2g} of their size")
+        raise WrongError(f"{what} differ by {_distance(actual, expected):.2g} of their size")
 
 
 def _assert_close(what: str, actual: float, expected: float) -> None:
     if not abs(actual - expected) <= 1e-3 * abs(expected) + 1e-6:
-        raise Wrong(f"{what} is {actual:.6g}, it should be {expected:.6g}")
+        raise WrongError(f"{what} is {actual:.6g}, it should be {expected:.6g}")
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:

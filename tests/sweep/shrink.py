@@ -23,13 +23,13 @@ _SIZES = {
     "type_vocab_size|task_type_vocab_size": 2,
     ".*vocab_size.*|encoder_hash_byte_group_vocab|ngram_vocab_size_base|num_embeddings": VOCABULARY,
     "encoder_layers|num_encoder_layers|depth|num_lstm_layers": OTHER_LAYERS,
-    _COUNTS.replace(" ", "|"): LAYERS,
     "(swa_)?num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups": 2,
     "(.*_)?(num_)?(attention_)?heads|n_heads?|(.*_)?n_heads|(.*_)?num_(attention_|key_|value_)?heads": 4,
     "(.*_)?qk_head_dim|index_head_dim|mamba_(d_head|head_?dim)|attention_head_dim": 16,
     "(.*_)?head_dim|.*_head_dim|dim_head|d_kv|d_head|kv_channels|rotary_dim|d_rel|attention_head_size": 8,
     "hidden_size_per_layer_input|attention_hidden_size": 8,
-    "projection_dim|(.*_)?hidden_size(_.*)?|d_model|n_embd|(.*_)?embed_dim|emb_dim|embedding_dim|(.*_)?embedding_size": 32,
+    "projection_dim|(.*_)?hidden_size(_.*)?|d_model|n_embd|(.*_)?embed_dim|emb_dim|embedding_dim": 32,
+    "(.*_)?embedding_size": 32,
     "word_embed_proj_dim|lru_width|backbone_hidden_size|.*embed_dim|output_dim|adapter_out_dim|mamba_d_ssm": 32,
     "(.*_)?intermediate_size(_.*)?|(.*_)?ffn_dim|d_ff|dff|dim_ff|d_inner|ffn_hidden_size|mlp_dim|feed_forward_size": 48,
     "expert_ffn_hidden_size|share_expert_dim": 48,
@@ -80,7 +80,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "musicgen": {"decoder": {"num_codebooks": 1}},
     "musicgen_melody": {"decoder": {"num_codebooks": 1}},
     "nemotron": {"num_key_value_heads": 2},
-    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"] * 2},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe", "mlp"]},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"axial_pos_embds": False},
@@ -172,6 +172,8 @@ def _small(name: str, value: Any, count: int, chosen: Sequence[int]) -> Any:
         return value
     if type(value) is not int:
         return value
+    if _is_count(name):
+        return LAYERS
     if name.endswith(("token_id", "token_index")):
         return {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}.get(name, min(value, VOCABULARY - 9))
     small = next((size for pattern, size in _PATTERNS if pattern.fullmatch(name)), value)

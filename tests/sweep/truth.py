@@ -16,7 +16,11 @@ from transformers import PreTrainedModel
 from .shrink import LAYERS
 
 # What a layer returns behind the hidden state, by model type: the argument in which it was given it, None for nothing.
-_STATE: dict[str, list[Any]] = {}
+_STATE: dict[str, list[Any]] = {
+    "zaya": [1],
+    "glm_moe_dsa": ["prev_topk_indices"],
+    "hy_v4": ["prev_topk_indices"],
+}
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
