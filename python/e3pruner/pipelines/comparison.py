@@ -206,7 +206,7 @@ class Comparison:
 
         def figures(batch: int) -> list[float]:
             rows = problem.rows(batch)
-            ((_, hidden),) = problem.forward.last_hiddens(rows.inputs, [mask])
+            ((_, (hidden,)),) = problem.forward.last_hiddens([rows.inputs], [mask])
             teacher = problem.teacher_of(batch).view_as(hidden)
             logits, target = (problem.head.logits(rows.at_predicted(each)) for each in (hidden, teacher))
             labels = rows.predicted
