@@ -45,7 +45,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: str | Path, of: str | None = None) -> None:
-    """Deletes what writers to `folder`, or to `of` in it, left there that were killed. Nobody else may be writing it."""
+    """Deletes what writers to `folder`, or to `of` in it, left that were killed. Nobody else may be writing there."""
     for left in Path(folder).glob(".*.tmp" if of is None else f".{glob.escape(of)}.*.tmp"):
         if left.is_dir():
             shutil.rmtree(left)

@@ -79,8 +79,8 @@ def read_shards(folder: Path) -> list[Shard]:
         return [Shard.read(single)]
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}: only safetensors are cut as files; load the model and save it "
-            "again with save_pretrained"
+            f"{folder} has neither {WEIGHTS} nor {INDEX}: only safetensors are cut as files; load the model and save "
+            "it again with save_pretrained"
         )
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):

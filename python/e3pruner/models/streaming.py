@@ -70,7 +70,7 @@ def streamed(folder: Path, trust_remote_code: bool = False) -> Iterator[PreTrain
             opened = stack.enter_context(safe_open(shard.file, framework="pt"))
             for name in sorted(shard.tensors):
                 layer = names.layer_of(name)
-                parts.setdefault(layer and layer.layer, {})[name] = opened.get_slice(name)
+                parts.setdefault(layer.layer if layer else None, {})[name] = opened.get_slice(name)
         fill(model, parts[None], dtype, quantizer)
         model.tie_weights()
         _check_filled(model, set(model.modules()) - set(layers.modules()))

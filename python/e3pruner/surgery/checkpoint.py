@@ -73,15 +73,15 @@ def _prediction_layers(names: TensorNames, shards: Sequence[Shard], smaller: Pre
         setattr(text, PREDICTION_LAYERS, 0)
     if unread := [layer for layer in behind if layer not in told]:
         warnings.warn(
-            f"layers {unread} lie behind the {names.num_layers} of the model, and {PREDICTION_LAYERS}={len(told)}: nothing reads "
-            "them, and they are left out",
+            f"layers {unread} lie behind the {names.num_layers} of the model, and {PREDICTION_LAYERS}={len(told)}: "
+            "nothing reads them, and they are left out",
             stacklevel=5,
         )
     places = {old: old - names.num_layers + text.num_hidden_layers for old in behind if old in told}
     if places:
         warnings.warn(
-            f"layers {list(places)}, of multi-token prediction, become {list(places.values())}; they were trained behind "
-            "the dense model",
+            f"layers {list(places)}, of multi-token prediction, become {list(places.values())}; they were trained "
+            "behind the dense model",
             stacklevel=5,
         )
     return places
@@ -108,7 +108,7 @@ def _projections(names: TensorNames, moved: Mapping[str, str], sublayers: Mappin
             found = [name for name in moved if names.in_model(name).startswith(f"{stack}.{layer}.{inside}.")]
             if {names.in_model(name).rpartition(".")[2] for name in found} != {n for n, _ in own.named_parameters()}:
                 raise ValueError(
-                    f"sublayers[{kind!r}] holds {layer}, whose {inside} is stored as {found or 'part of another tensor'}"
-                    ": it cannot be set to 0 in a file; remove whole layers, or prune the dequantised model in memory"
+                    f"sublayers[{kind!r}] holds {layer}, whose {inside} is stored as {found or 'part of another'}: "
+                    "it cannot be set to 0 in a file; remove whole layers, or prune the dequantised model in memory"
                 )
             yield from found

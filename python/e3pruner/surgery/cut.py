@@ -60,9 +60,7 @@ def prune(
     """
     if isinstance(model, PreTrainedModel) or not isinstance(model, str | os.PathLike):
         if out is not None:
-            raise ValueError(
-                f"out={str(out)!r} goes with a folder or a file; save what a model becomes by save_pretrained"
-            )
+            raise ValueError(f"out={str(out)!r} goes with a folder or a file; save a model by save_pretrained")
         return prune_model(model, plan, copy_weights=copy_weights)
     if out is None:
         raise ValueError(f"model={str(model)!r} is cut as files; out= must name the folder for the result")

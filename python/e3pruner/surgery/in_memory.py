@@ -65,7 +65,7 @@ def warn_of_sublayers(sublayers: Mapping[str, Sequence[int]]) -> None:
 
 
 def kept_layers(model: PreTrainedModel, plan: Any) -> list[int]:
-    """The layers of `model` that `plan` keeps, ascending. Raises `ValueError` for a plan that is not one for `model`."""
+    """The layers of `model` that `plan` keeps, ascending. Raises `ValueError` for a plan of another model."""
     num_layers = len(find_layers(model))
     if getattr(plan, "num_layers", num_layers) != num_layers:
         raise ValueError(f"plan is for {plan.num_layers} layers, model has {num_layers}")

@@ -61,7 +61,7 @@ def assert_parity(
 
 
 def assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequence[int]) -> None:
-    """Raises `ValueError` unless layer i of `pruned` has the settings of layer `kept[i]` of `dense`, and its own index."""
+    """Raises `ValueError` unless layer i of `pruned` has the settings of `dense[kept[i]]`, and its own index."""
     for new, old in enumerate(kept):
         theirs = dict(dense[old].named_modules())
         for name, module in pruned[new].named_modules():
