@@ -66,13 +66,19 @@ class NameConversion:
         return renamed
 
 
-def fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype, quantizer: Any) -> None:
-    """Gives `model` the `tensors` of a checkpoint, named as there; what else it holds stays as it is.
+def fill(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Any],
+    dtype: torch.dtype,
+    quantizer: Any = None,
+    device: str = "cpu",
+) -> None:
+    """Gives `model` the `tensors` of a checkpoint, or slices of them, named as there; what else it holds stays.
 
     Raises ValueError for tensors that do not fit, by name.
     """
     options = LoadStateDictConfig(
-        device_map={"": torch.device("cpu")},
+        device_map={"": torch.device(device)},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
         hf_quantizer=quantizer,
@@ -80,6 +86,13 @@ def fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dty
     )
     found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
     wrong = [*(f"{name}: {error}" for name, error in found.conversion_errors.items()), *found.error_msgs]
-    wrong += [f"{name} is {tuple(has)}, must be {tuple(needs)}" for name, has, needs in found.mismatched_keys]
+    wrong += [
+        f"{name} has the shape {tuple(has)}, not {tuple(needs)}" for name, has, needs in sorted(found.mismatched_keys)
+    ]
     if wrong:
-        raise ValueError(f"model ({model.config.model_type}): its tensors cannot be read: {wrong[0]}")
+        raise ValueError(f"{len(wrong)} tensors do not fit config.json: {wrong[0]}")
+
+
+def filled(parameter: Tensor) -> bool:
+    """Whether `fill` has given the model this parameter."""
+    return getattr(parameter, "_is_hf_initialized", False)

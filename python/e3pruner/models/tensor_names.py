@@ -33,7 +33,8 @@ class TensorNames:
     """Names of tensors in the checkpoint of `model`, which may be on the meta device.
 
     Checkpoints do not call tensors as models do: experts are stored one by one, prefixes come and go, layers are
-    counted in halves. The number of the layer in a name is the one whose change moves what the tensor becomes to another layer.
+    counted in halves. The number of the layer in a name is the one whose change moves what the tensor becomes to
+    another layer.
     """
 
     def __init__(self, model: PreTrainedModel, quantizer: Any = None) -> None:

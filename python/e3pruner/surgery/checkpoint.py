@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from e3pruner.models.shards import Shard, read_shards
 from e3pruner.models.stack import find_layers, stack_name
-from e3pruner.models.streaming import empty_model, read_config, streamed
+from e3pruner.models.streaming import check_complete, empty_model, read_config, streamed
 from e3pruner.models.sublayers import KINDS, projection
 from e3pruner.models.tensor_names import TensorNames
 from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
@@ -33,11 +33,12 @@ def prune_checkpoint(
 
 def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remote_code: bool) -> None:
     config = read_config(folder, trust_remote_code)
-    model = empty_model(config, trust_remote_code)
+    model, shards = empty_model(config, trust_remote_code), read_shards(folder)
+    check_complete(folder, model, shards)
     kept = kept_layers(model, plan)
     smaller = pruned_config(config, kept)
     assert_same_settings(find_layers(model), find_layers(empty_model(smaller, trust_remote_code)), kept)
-    names, shards = TensorNames(model), read_shards(folder)
+    names = TensorNames(model)
     names.check_known(name for shard in shards for name in sorted(shard.tensors))
     places = {old: new for new, old in enumerate(kept)} | _prediction_layers(names, shards, smaller)
     moved = _moved(names, shards, places)
