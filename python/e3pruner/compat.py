@@ -77,12 +77,13 @@ def fill(
 
     Raises ValueError for tensors that do not fit, by name.
     """
+    table: Any = get_model_conversion_mapping(model, None, quantizer)
     options = LoadStateDictConfig(
         device_map={"": torch.device(device)},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
         hf_quantizer=quantizer,
-        weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+        weight_mapping=table,
     )
     found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
     wrong = [*(f"{name}: {error}" for name, error in found.conversion_errors.items()), *found.error_msgs]

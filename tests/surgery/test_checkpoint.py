@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from e3pruner import PruningPlan, prune
 from e3pruner.models import find_layers
-from e3pruner.models.streaming import streamed
+from e3pruner.models.files.on_demand import on_demand
 from e3pruner.surgery import checkpoint
 from e3pruner.surgery.shards import write_shards
 
@@ -297,7 +297,7 @@ def test_a_wrong_byte_is_found_by_the_proof(tmp_path: Path, monkeypatch: pytest.
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     folder = saved(tmp_path / "dense", "qwen3_moe")
     filled = []
-    with streamed(folder) as model:
+    with on_demand(folder) as model:
         layers = find_layers(model)
         assert not any(p.is_meta for n, p in model.named_parameters() if ".layers." not in n)
 

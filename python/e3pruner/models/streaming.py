@@ -1,131 +1,175 @@
-"""Checkpoint folders whose model is never in memory: empty ones, and such that read each layer when it is called."""
+"""Decoder layers that are brought to where they are computed when they are called, and leave again.
+
+Their weights stay mapped from the checkpoint's files: the system keeps of them what fits and drops it when memory is
+wanted. A layer's copy, in another dtype or on another device, exists from just before its call until two layers later;
+where neither differs there is no copy at all, and the next layer's pages are asked for while this one computes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from safetensors import safe_open
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from e3pruner.compat import fill, filled, quantizer_of, without_progress
-from e3pruner.models.layer_calls import Arguments, replaced
-from e3pruner.models.shards import Shard, read_shards
-from e3pruner.models.stack import find_layers
-from e3pruner.models.tensor_names import TensorNames
+from e3pruner.models.stack import find_layers, stack_name
+from e3pruner.precision import weights_in
 
-
-def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a checkpoint folder; code that it brings runs only if that is trusted."""
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # of safetensors
+_STREAMS: WeakKeyDictionary[nn.Module, Stream] = WeakKeyDictionary()
 
 
-def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that `config` describes in evaluation mode, unquantised, its parameters on the meta device.
+class Stream:
+    """Brings the layers of `model`, whose weights are mapped from files, to `device` in `dtype` as they are called.
 
-    Of the class that the checkpoint was saved from, where transformers has it; else its causal language model. Raises
-    ValueError for a configuration that describes none.
+    dtype: None keeps the weights' own. `reads` counts how often the weights of each layer were brought.
     """
-    names = config.architectures or []
-    own = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    options: dict[str, Any] = {"dtype": config.dtype or torch.float32}
-    try:
-        with init_empty_weights(include_buffers=False):
-            if own and issubclass(own[0], PreTrainedModel) and not getattr(config, "auto_map", None):
-                return own[0]._from_config(config, **options).eval()
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options).eval()
-    except Exception as error:
-        raise ValueError(f"model {config.name_or_path} cannot be loaded: {type(error).__name__}: {error}") from error
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> None:
+        self.device, self.dtype = device, dtype
+        self.layers = find_layers(model)
+        self.reads = [0] * len(self.layers)
+        self._home = [{name: p.data for name, p in layer.named_parameters()} for layer in self.layers]
+        self._here: dict[int, dict[str, Tensor]] = {}
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="e3 stream")
+        for index, layer in enumerate(self.layers):
+            for buffer in layer.buffers():
+                buffer.data = buffer.data.to(device)
+            layer.forward = partial(self._run, index, layer.forward)
+        _STREAMS[self.layers] = self
+
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside the block layers come in `dtype`."""
+        before = self.dtype
+        self._leave()
+        self.dtype = dtype
+        try:
+            yield
+        finally:
+            self._leave()
+            self.dtype = before
+
+    def _leave(self) -> None:
+        """Puts every layer back."""
+        for index in [*self._here]:
+            self._place(index, self._home[index])
+        self._here.clear()
+        self._coming.clear()
+
+    def _run(self, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._bring(index)
+        if index + 1 < len(self.layers) and index + 1 not in self._here and index + 1 not in self._coming:
+            self._coming[index + 1] = self._reader.submit(self._copy, index + 1)
+        return own(*args, **kwargs)
+
+    def _bring(self, index: int) -> None:
+        """Puts the weights of one layer in place, and those that were there before the last one back."""
+        if index in self._here:
+            return
+        coming = self._coming.pop(index, None)
+        self._here[index] = self._copy(index) if coming is None else coming.result()
+        self.reads[index] += 1
+        self._place(index, self._here[index])
+        for other in [each for each in self._here if each != index]:
+            self._place(other, self._home[other])
+            del self._here[other]
+
+    def _place(self, index: int, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.layers[index].named_parameters():
+            parameter.data = weights[name]
+
+    def _copy(self, index: int) -> dict[str, Tensor]:
+        return {name: self._moved(weight) for name, weight in self._home[index].items()}
+
+    def _moved(self, weight: Tensor) -> Tensor:
+        if weight.is_floating_point() and self.dtype is not None and weight.dtype != self.dtype:
+            return weight.to(self.device, self.dtype)
+        if self.device.type == "cpu":
+            _ask_for(weight)
+            return weight
+        return weight.pin_memory().to(self.device, non_blocking=True)
 
 
-def check_complete(folder: Path, model: PreTrainedModel, shards: Sequence[Shard]) -> None:
-    """Raises ValueError unless the tensors of `shards`, which are in `folder`, are those of the `empty_model` there, by
-    name and shape. It is loaded for that, without its bytes. Of quantised weights nothing is known."""
-    if getattr(model.config, "quantization_config", None):
-        return
-    tensors = {
-        name: torch.empty(tensor.entry["shape"], dtype=model.dtype, device="meta")
-        for shard in shards
-        for name, tensor in shard.tensors.items()
-    }
-    try:
-        with without_progress():
-            fill(model, tensors, model.dtype, device="meta")
-    except ValueError as error:
-        raise ValueError(f"model {folder}: {error}") from error
-    model.tie_weights()
-    if missing := [name for name, parameter in model.named_parameters() if not filled(parameter)]:
-        raise ValueError(
-            f"model {folder}: {len(missing)} tensors that its config.json asks for are not in its weights: {missing[0]}"
-            f"{', ...' if missing[1:] else ''}"
-        )
+def stream(
+    model: PreTrainedModel, folder: Path, device: torch.device, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """`model` as it was loaded on the CPU from `folder`: its layers are streamed, everything else moves to `device` in
+    `dtype` (None: its own).
+
+    Raises `ValueError` where the folder does not hold the layers' weights as the model does: they are in memory then.
+    """
+    _check_mapped(model, folder)
+    prefix = stack_name(model) + "."
+    Stream(model, device, dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not name.startswith(prefix):
+            wanted = dtype if tensor.is_floating_point() and isinstance(tensor, nn.Parameter) else None
+            tensor.data = tensor.data.to(device, wanted)
+    return model
 
 
 @contextmanager
-def streamed(folder: Path, trust_remote_code: bool = False) -> Iterator[PreTrainedModel]:
-    """The model of a checkpoint `folder` whose layers are read when they are called and let go after.
+def computing_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside the block the weights of `model` are rounded to `dtype` (None: they are not); then they are as before.
 
-    What is no layer is mapped, not copied, where the checkpoint has it as the model does. Inside the block only: the
-    model's parameters are on the meta device, except there and then.
-
-    Raises what transformers raises where it cannot read quantised weights here (see `quantizer_of`); ValueError for a
-    checkpoint that lacks tensors, by name.
+    Of streamed layers the copies are: nothing that lies in files is read for it.
     """
-    config = read_config(folder, trust_remote_code)
-    quantizer, shards = quantizer_of(config), read_shards(folder)
-    model = empty_model(config, trust_remote_code)
-    dtype = model.dtype
-    if quantizer is not None:
-        quantizer.preprocess_model(
-            model=model,
-            dtype=dtype,
-            device_map={"": "cpu"},
-            checkpoint_files=[str(shard.file) for shard in shards],
-            use_kernels=False,
-        )
-    names, layers = TensorNames(model, quantizer), find_layers(model)
+    streamed = stream_of(model)
+    prefix = stack_name(model) + "."
     with ExitStack() as stack:
-        stack.enter_context(without_progress())
-        parts: dict[int | None, dict[str, Any]] = {}
-        for shard in shards:
-            opened = stack.enter_context(safe_open(shard.file, framework="pt"))
-            for name in sorted(shard.tensors):
-                layer = names.layer_of(name)
-                parts.setdefault(layer.layer if layer else None, {})[name] = opened.get_slice(name)
-        fill(model, parts[None], dtype, quantizer)
-        model.tie_weights()
-        _check_filled(model, set(model.modules()) - set(layers.modules()))
-
-        def run(index: int, arguments: Arguments, own: Callable[[Arguments], Any]) -> Any:
-            with _kept(layers[index]):
-                fill(model, parts[index], dtype, quantizer)
-                _check_filled(model, set(layers[index].modules()))
-                return own(arguments)
-
-        stack.enter_context(replaced(dict(enumerate(layers)), run))
-        yield model
-
-
-@contextmanager
-def _kept(layer: nn.Module) -> Iterator[None]:
-    """After the block every module of `layer` has the parameters and buffers that it had before."""
-    before = [(module, dict(module._parameters), dict(module._buffers)) for module in layer.modules()]
-    try:
+        here = (p for name, p in model.named_parameters() if streamed is None or not name.startswith(prefix))
+        stack.enter_context(weights_in(here, dtype))
+        if streamed is not None and dtype is not None:
+            stack.enter_context(streamed.computing_in(dtype))
         yield
-    finally:
-        for module, parameters, buffers in before:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
 
 
-def _check_filled(model: PreTrainedModel, modules: set[nn.Module]) -> None:
-    for name, module in model.named_modules():
-        for leaf, parameter in module._parameters.items() if module in modules else ():
-            if parameter is not None and parameter.is_meta:
-                raise ValueError(f"model ({model.config.model_type}): its checkpoint lacks {name}.{leaf}")
+def stream_of(model: PreTrainedModel) -> Stream | None:
+    """The stream that brings the layers of `model`, if they are streamed."""
+    return _STREAMS.get(find_layers(model))
+
+
+def _check_mapped(model: PreTrainedModel, folder: Path) -> None:
+    stored: dict[str, tuple[str, list[int]]] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118, it is no mapping
+                part = opened.get_slice(name)
+                stored[name] = part.get_dtype(), part.get_shape()
+    prefix = stack_name(model) + "."
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix) and stored.get(name) != (_NAMES.get(parameter.dtype), list(parameter.shape)):
+            raise ValueError(
+                f"placement='stream': {folder} does not hold {name} as the model does ({parameter.dtype}, "
+                f"{list(parameter.shape)}), but {stored.get(name, 'under another name')}; save it once with "
+                "save_pretrained and stream that, or choose another placement"
+            )
+
+
+def _ask_for(weight: Tensor) -> None:
+    """Tells the system that the pages of `weight`, mapped from a file, are needed soon."""
+    if (advise := _madvise()) is not None and weight.is_contiguous():
+        start = weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        advise(start, weight.data_ptr() + weight.nbytes - start, mmap.MADV_WILLNEED)
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if os.name != "posix" or not hasattr(mmap, "MADV_WILLNEED"):
+        return None
+    function = ctypes.CDLL(None, use_errno=True).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function  # type: ignore[no-any-return]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from e3pruner.models.shards import Shard, read_shards
+from e3pruner.models.files.names import TensorNames
+from e3pruner.models.files.on_demand import check_complete, empty_model, on_demand, read_config
+from e3pruner.models.files.shards import Shard, read_shards
 from e3pruner.models.stack import find_layers, stack_name
-from e3pruner.models.streaming import check_complete, empty_model, read_config, streamed
 from e3pruner.models.sublayers import KINDS, projection
-from e3pruner.models.tensor_names import TensorNames
 from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
 from e3pruner.surgery.folder import bytes_bar, carry_over, result
 from e3pruner.surgery.in_memory import kept_layers, warn_of_sublayers
@@ -52,7 +52,7 @@ def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remot
     with bytes_bar("cut", size) as advance:
         digests = write_shards(out, cut, zeros=zeros.__contains__, advance=advance)
     with ExitStack() as stack:
-        dense, pruned = (stack.enter_context(streamed(f, trust_remote_code)) for f in (folder, out))
+        dense, pruned = (stack.enter_context(on_demand(f, trust_remote_code)) for f in (folder, out))
         assert_parity(dense, pruned, kept, sublayers, steps=2)
     warn_of_sublayers(sublayers)
     if not isinstance(plan, PruningPlan):

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from e3pruner.models.shards import INDEX
+from e3pruner.models.files.shards import INDEX
 from e3pruner.storage import locked, new_folder, remove_temporaries
 from e3pruner.surgery.plan import PLAN_FILE
 

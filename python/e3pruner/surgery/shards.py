@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from e3pruner.models.shards import INDEX, WEIGHTS, Shard, Stored
+from e3pruner.models.files.shards import INDEX, WEIGHTS, Shard, Stored
 from e3pruner.storage import write_json
 
 _CHUNK = 4 << 20  # bytes of a tensor in memory at a time, per thread
