@@ -9,9 +9,7 @@ from typing import overload
 
 from transformers import PreTrainedModel
 
-from e3pruner.surgery.adapter import ADAPTER_CONFIG, prune_adapter
 from e3pruner.surgery.checkpoint import prune_checkpoint
-from e3pruner.surgery.gguf import prune_gguf
 from e3pruner.surgery.in_memory import prune_model
 from e3pruner.surgery.plan import PruningPlan
 
@@ -41,18 +39,13 @@ def prune(
     one would then change the other. `save_pretrained` writes a checkpoint that plain `AutoModelForCausalLM` loads.
 
     Of files, the folder `out`, which appears when it is complete; a few megabytes of them are in memory at a time.
-    `model` is one of
-
-    - the folder of a checkpoint in safetensors, of any size, dtype or quantisation: its tensors keep their bytes, names
-      and per-layer settings are renumbered, what else lies there is carried over, except for weights in other forms and
-      the model's card. `pruning.json` gets the SHA-256 of every tensor;
-    - the folder of an adapter of PEFT (it holds `adapter_config.json`) that was trained on the dense model;
-    - a GGUF file.
+    `model` is the folder of a checkpoint in safetensors, of any size and dtype: its tensors keep their bytes, names and
+    per-layer settings are renumbered, what else lies there is carried over, except for weights in other forms and the
+    model's card. `pruning.json` gets the SHA-256 of every tensor.
 
     Sub-layers that the plan removes have their output projection set to 0: the checkpoint stays vanilla and its size
     does not shrink, which a warning says. Before anything is returned it is proven to be `model` without the removed
-    layers, see `assert_parity`; of a folder by reading one layer at a time. Where this machine cannot run the
-    quantisation of a checkpoint, a warning says so, and the settings, names and bytes alone are proven.
+    layers, see `assert_parity`; of a folder by reading one layer at a time.
 
     Raises `ValueError` for indices out of range, doubled, or none; for a plan of another model; for settings that
     cannot be renumbered; for tensors whose place in the model is not known; for weights on several devices; and if the
@@ -64,9 +57,4 @@ def prune(
         return prune_model(model, plan, copy_weights=copy_weights)
     if out is None:
         raise ValueError(f"model={str(model)!r} is cut as files; out= must name the folder for the result")
-    path, target = Path(model), Path(out)
-    if (path / ADAPTER_CONFIG).is_file():
-        return prune_adapter(path, plan, target)
-    if path.suffix == ".gguf":
-        return prune_gguf(path, plan, target)
-    return prune_checkpoint(path, plan, target, trust_remote_code=trust_remote_code)
+    return prune_checkpoint(Path(model), plan, Path(out), trust_remote_code=trust_remote_code)
