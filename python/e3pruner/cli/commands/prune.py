@@ -28,8 +28,9 @@ def prune(
 ) -> None:
     """Cut the layers of a plan out of a model and save a vanilla Hugging Face checkpoint.
 
-    The folder loads with `AutoModelForCausalLM.from_pretrained`, without this package. Files are cut, of any size, with a few megabytes of them in memory at a time; a --dtype other than theirs loads the model whole.
-    That the result is the model with the layers skipped is checked before it appears.
+    The folder loads with `AutoModelForCausalLM.from_pretrained`, without this package. Files are cut, of any size, with
+    a few megabytes of them in memory at a time; a --dtype other than theirs loads the model whole. That the result
+    is the model with the layers skipped is checked before it appears.
 
     Example: `e3 prune --model smollm2 --plan searched/pruning.json --out pruned`
     """
