@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli.conftest import Command
+from cli.conftest import Command, byte_tokenizer
 from recovery.test_tracking import curves
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from e3pruner import PruningPlan
@@ -104,6 +105,7 @@ def test_export_loads_without_this_package(pruned: Path, model_folder: Path, sea
     program = """
 import sys
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, work = sys.argv[1:]
 AutoTokenizer.from_pretrained(folder)
@@ -193,6 +195,30 @@ def test_distill_takes_one_teacher(teachers: tuple, pruned: Path, tmp_path: Path
     result = e3("distill", "--model", pruned, *teachers, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "give one of them" in result.stderr
+
+
+def test_eval_lets_models_write(text_file: Path, tmp_path: Path, e3: Command) -> None:
+    model, tokenizer = tmp_path / "model", byte_tokenizer()
+    network = tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=0, max_position_embeddings=512)
+    for part in (network, tokenizer):
+        part.save_pretrained(model)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once\n\nTwice, and then\n", encoding="utf-8")
+    arguments = ("--model", model, "--text", text_file, "--length", 32, "--held-out", 2)
+    arguments = (*arguments, "--no-speed", "--max-new-tokens", 12)
+    result = e3("eval", *arguments, "--generate", "--prompts", prompts, "--out", tmp_path / "out")
+    assert_done(result)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["writing"]
+    assert found.keys() == {str(model)}
+    assert found[str(model)]["greedy"].keys() == {"loops", "distinct_bigrams", "tokens", "ends"}
+    assert "greedy loops" in result.output
+    assert "all pass@4" in result.output
+
+
+def test_prompts_without_generate_are_refused(model_folder: Path, tmp_path: Path, e3: Command) -> None:
+    result = e3("eval", "--model", model_folder, "--prompts", tmp_path / "prompts.txt")
+    assert result.exit_code == 2
+    assert "--generate" in result.output
 
 
 def test_eval_compares_with_the_teacher(

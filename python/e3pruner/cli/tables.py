@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +29,26 @@ def print_tasks(scores: dict[str, dict[str, dict[str, float]]]) -> None:
         for metric in figures
     ]
     console().print(rich_table("Tasks", ["task", *scores], rows))
+
+
+def print_writing(found: dict[str, dict[str, Any]]) -> None:
+    """Prints {model: what `evaluation.writing` returns}, one figure per row with its standard error, to stdout."""
+    first = next(iter(found.values()))
+    places = [(part, name) for part in ("greedy", "sampled") for name in first[part]]
+    rows = [
+        [f"{part} {name.replace('_', ' ')}", *(_with_error(figures[part][name]) for figures in found.values())]
+        for part, name in places
+    ] + [
+        [f"{kind} {name}", *(_with_error(figures["tasks"][kind][name]) for figures in found.values())]
+        for kind, scores in first["tasks"].items()
+        for name in scores
+    ]
+    console().print(rich_table("Writing", ["figure", *found], rows))
+
+
+def _with_error(figure: tuple[float, float]) -> str:
+    value, error = figure
+    return f"{value:.3g}" if math.isnan(error) else f"{value:.3g} ± {error:.2g}"
 
 
 def rich_table(title: str, headings: list[str], rows: list[list[str]]) -> Table:

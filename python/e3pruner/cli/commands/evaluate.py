@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers import PreTrainedModel
 
 import e3pruner
 from e3pruner.cli import options
 from e3pruner.cli.command import command_line
 from e3pruner.cli.config import resolved, result_folder
-from e3pruner.cli.tables import print_table, print_tasks
-from e3pruner.evaluation import evaluate_tasks, latency
+from e3pruner.cli.tables import print_table, print_tasks, print_writing
+from e3pruner.evaluation import evaluate_tasks, latency, writing
 from e3pruner.models import output_head
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
@@ -37,6 +39,13 @@ def evaluate(
     task_folder: Annotated[
         Path | None, typer.Option(help="Folder of YAML files that define the tasks, in place of the harness's own.")
     ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Let each model write, and count loops, distinct bigrams, right answers.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file of prompts to write from, one per line; built-in ones without it.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each text that --generate writes.")] = 192,
     vocabulary: options.Vocabulary = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -55,7 +64,12 @@ def evaluate(
     `e3 eval --model recovered --text my.txt --no-speed --out figures`
 
     `e3 eval --model recovered --teacher smollm2 --task my_task --task-folder tasks`
+
+    `e3 eval --model recovered --teacher smollm2 --generate`
     """
+    if prompts is not None and not generate:
+        raise ValueError(f"--prompts {prompts} is for --generate, which is not given")
+    asked = None if prompts is None else _lines(prompts)
     names = [name for name in (teacher, model) if name is not None]
     with nullcontext() if out is None else result_folder(ctx, out, force) as folder:
         tokenizer = load_tokenizer(names[0], trust_remote_code=trust_remote_code)
@@ -81,8 +95,32 @@ def evaluate(
         results = about | {"models": rows}
         if task:
             results["tasks"] = scores
+        if generate:
+            results["writing"] = {
+                name: writing(_writer(network), tokenizer, prompts=asked, max_new_tokens=max_new_tokens, seed=seed)
+                for name, network in networks.items()
+            }
         if folder is not None:
             save_results(results, folder)
     print_table(results)
     if task:
         print_tasks(scores)
+    if generate:
+        print_writing(results["writing"])
+
+
+def _lines(path: Path) -> list[str]:
+    """Raises ValueError naming the file where no line holds text."""
+    found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"--prompts {path} holds no line of text")
+    return found
+
+
+def _writer(network: PreTrainedModel) -> PreTrainedModel | e3pruner.LayerSkipRuntime:
+    """What writes fastest: the runtime where it serves the model, which it says where not."""
+    try:
+        return e3pruner.LayerSkipRuntime(network)
+    except (ImportError, TypeError, ValueError) as error:
+        print(f"--generate: written by transformers, as the runtime does not serve it: {error}", file=sys.stderr)
+        return network
