@@ -44,6 +44,11 @@ class OutputHead:
         bias = None if self.bias is None else self.bias[:vocabulary]
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
 
+    def tiles(self, rows: int) -> list[slice]:
+        """Parts of so many rows, as many at a time as 2²⁴ logits have: 64 MiB in fp32."""
+        size = max(1, 2**24 // self.weight.shape[0])
+        return [slice(start, start + size) for start in range(0, rows, size)]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., H), in the dtype of the weight."""
         scaled = F.linear(hidden, self.weight, self.bias)
