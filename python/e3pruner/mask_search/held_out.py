@@ -21,7 +21,7 @@ def held_out_figures(problem: SearchProblem, masks: Sequence[Mask]) -> list[dict
     numbers, measured = range(len(problem.batches)), problem.measurements.measured
     for batch in numbers:
         if unknown := [mask for mask in dict.fromkeys(masks) if _key(mask, batch) not in measured]:
-            for mask, hidden in problem.forward.last_hiddens(problem.rows(batch).inputs, unknown):
+            for mask, (hidden,) in problem.forward.last_hiddens([problem.rows(batch).inputs], unknown):
                 problem.measure(_key(mask, batch), batch, partial(_means, problem, hidden), over=_OVER)
     found = []
     for mask in masks:

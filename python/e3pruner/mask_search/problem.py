@@ -200,9 +200,9 @@ class SearchProblem:
     def _on_this_rank(self, measure: str, masks: list[Mask], batch: int) -> dict[Mask, float]:
         """The mean of `measure` over this rank's tokens of one batch under each mask."""
         rows = self.rows(batch)
-        coming = self.forward.last_hiddens(rows.inputs, masks)
+        coming = self.forward.last_hiddens([rows.inputs], masks)
         found: dict[Mask, float] = {}
-        while students := dict(islice(coming, self._masks_at_once or len(masks))):
+        while students := {mask: hidden for mask, (hidden,) in islice(coming, self._masks_at_once or len(masks))}:
             with named_range("loss"):
                 found.update(zip(students, self._compare(measure, list(students.values()), rows, batch), strict=True))
             for _ in students:

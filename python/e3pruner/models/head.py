@@ -18,6 +18,7 @@ from e3pruner.models.stack import evaluating, returning_dicts, stack_name
 
 # Settings that multiply the logits (1) or divide them (-1).
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
+_TILE_LOGITS = 2**24
 _VERIFIED: WeakSet[PreTrainedModel] = WeakSet()
 
 
@@ -45,8 +46,8 @@ class OutputHead:
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
 
     def tiles(self, rows: int) -> list[slice]:
-        """Parts of so many rows, as many at a time as 2²⁴ logits have: 64 MiB in fp32."""
-        size = max(1, 2**24 // self.weight.shape[0])
+        """`rows` in parts whose logits may exist at a time: 64 MiB in fp32."""
+        size = max(1, _TILE_LOGITS // self.weight.shape[0])
         return [slice(start, start + size) for start in range(0, rows, size)]
 
     def logits(self, hidden: Tensor) -> Tensor:

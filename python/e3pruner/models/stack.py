@@ -63,7 +63,7 @@ def check_indices(name: str, indices: Iterable[int], num_layers: int) -> list[in
 def _beside_embedding(model: PreTrainedModel, names: list[str]) -> list[str]:
     """Those of `names` that share most of their path with the token embedding's."""
     embedding = model.get_input_embeddings()
-    path = next((name.split(".") for name, module in model.named_modules() if module is embedding), [])
+    path = next(name.split(".") for name, module in model.named_modules() if module is embedding)
 
     def shared(name: str) -> int:
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), path, strict=False)))

@@ -22,8 +22,8 @@ from e3pruner.text.sequences import Sequences
 
 class Teacher(Protocol):
     """`vocabulary`: columns of its predictions. `tokenizer_size`: of its tokenizer, where it is known. `head`: the
-    output head whose hidden states its `targets` are; None if it has predictions for the training data alone. `identity`:
-    a hash by which a resume knows that it is the same one.
+    output head whose hidden states its `targets` are; None if it has predictions for the training data alone.
+    `identity`: a hash by which a resume knows that it is the same one.
     """
 
     vocabulary: int
