@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 from transformers import PreTrainedModel
 
-from e3pruner.mask_search.checkpoint import Checkpoint
+from e3pruner.mask_search.calibration import Calibration
 from e3pruner.mask_search.checks import check_integer
-from e3pruner.mask_search.method import METHODS, Method, Search
+from e3pruner.mask_search.measurements import Checkpoint, Measurements
+from e3pruner.mask_search.method import METHODS, Method, Progress, Search
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.ranks import Ranks
 from e3pruner.mask_search.units import units_of
@@ -93,34 +95,38 @@ def search(
     batches = Ranks(model.device).together(
         "token_batches", lambda: batches_of("token_batches", token_batches, columns, model=model)
     )
+    calibration = Calibration(batches, model.device)
+    ranks = calibration.ranks
+    ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), prefixes_per_call, options])
+    known = Measurements()
+    if checkpoint is not None:
+        identity: dict[str, Any] = {"dtype": str(dtype), "tokens": calibration.identity, "model": model_identity(model)}
+        identity["prefixes_per_call"] = prefixes_per_call  # what is measured is rounded by it
+        known = store = Checkpoint(checkpoint, identity)
+        measured = ranks.from_first((store.measured, store.seconds))
+        if not ranks.first:
+            known = Measurements(*measured)
+    bar = _Bar(method) if progress and ranks.first else None
     problem = SearchProblem(
         model,
-        batches,
+        calibration,
         units=units,
         seed=seed,
         dtype=dtype,
+        measurements=known,
+        progress=bar,
         masks_at_once=masks_at_once,
         prefixes_per_call=prefixes_per_call,
     )
-    ranks = problem.ranks
-    ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), prefixes_per_call, options])
-    store = None
-    if checkpoint is not None:
-        identity: dict[str, Any] = {"dtype": str(dtype), "tokens": _tokens_of(problem), "model": model_identity(model)}
-        identity["prefixes_per_call"] = prefixes_per_call  # what is measured is rounded by it
-        store = Checkpoint(checkpoint, identity)
-        problem.measured, problem.seconds = ranks.from_first((store.measured, store.seconds))
-        store.measured, store.seconds = problem.measured, problem.seconds
-        problem.committed = store.save_if_due if ranks.first else problem.committed
     try:
-        with problem, _progress(problem, method) if progress and ranks.first else nullcontext():
+        with problem, bar or nullcontext():
             history, removed = run_search(problem, run(problem, **options))
             cost = problem.account.cost
             (kl,) = problem.score([problem.mask(removed)])
     finally:
-        if store is not None and ranks.first:
-            store.save()
-    metrics = {"kl": kl, "tokens": problem.tokens, "cost": cost}
+        if isinstance(known, Checkpoint):
+            known.save()
+    metrics = {"kl": kl, "tokens": calibration.tokens, "cost": cost}
     layers, sublayers = units.removed(removed)
     return PruningPlan.of_removed(
         layers,
@@ -168,19 +174,25 @@ def _check_fit(method: Method, granularity: str, quota: Mapping[str, int] | None
         raise ValueError(f"quota: {method.name} takes no account of kinds; use one of {able}")
 
 
-def _tokens_of(problem: SearchProblem) -> list[str]:
-    """A hash of each batch, of all ranks."""
-    own = [int(batch.identity[:12], 16) for batch in problem.batches]  # 48 bits pass through fp64
-    return [f"{int(each):012x}" for rank in problem.ranks.gather(own) for each in rank]
-
-
-@contextmanager
-def _progress(problem: SearchProblem, method: str) -> Iterator[None]:
+class _Bar(Progress):
     """A bar over the passes that the method expects, which is at most; it ends full."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"search: {method}", total=None)
-        problem.expect = lambda passes: bar.update(task, total=passes)
-        problem.advance = lambda: bar.advance(task)
-        yield
-        bar.update(task, total=bar.tasks[task].completed)
+
+    def __init__(self, method: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = ProgressBar(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task(f"search: {method}", total=None)
+
+    def expect(self, passes: int) -> None:
+        self._bar.update(self._task, total=passes)
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is None:
+            self._bar.update(self._task, total=self._bar.tasks[self._task].completed)
+        self._bar.stop()

@@ -18,6 +18,7 @@ from e3pruner.models.stack import evaluating, returning_dicts, stack_name
 
 # Settings that multiply the logits (1) or divide them (-1).
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
+_TILE_LOGITS = 2**24
 _VERIFIED: WeakSet[PreTrainedModel] = WeakSet()
 
 
@@ -43,6 +44,11 @@ class OutputHead:
             return self
         bias = None if self.bias is None else self.bias[:vocabulary]
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
+
+    def tiles(self, rows: int) -> list[slice]:
+        """`rows` in parts whose logits may exist at a time: 64 MiB in fp32."""
+        size = max(1, _TILE_LOGITS // self.weight.shape[0])
+        return [slice(start, start + size) for start in range(0, rows, size)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., H), in the dtype of the weight."""

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import e3pruner
 from e3pruner.evaluation import latency
 from e3pruner.evaluation.generation import continue_prompt
+from e3pruner.mask_search.calibration import Calibration
 from e3pruner.mask_search.checks import check_drop
+from e3pruner.mask_search.held_out import held_out_figures
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import find_layers
@@ -297,11 +299,11 @@ class Work(Stages):
         points = self.options.curve
         counts = sorted({math.ceil(self.drop * point / points) for point in range(1, points)} - {self.drop})
         precision = autocast_dtype("auto", self.dense.device)
-        with SearchProblem(
-            self.dense, self.held_out, units=units_of(self.dense, self.drop), dtype=precision
-        ) as problem:
+        text, units = Calibration(self.held_out, self.dense.device), units_of(self.dense, self.drop)
+        with SearchProblem(self.dense, text, units=units, dtype=precision) as problem:
             masks = {(m, n): problem.mask(mask["order"][:n]) for m, mask in found.items() for n in counts}
-            values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
+            figures = held_out_figures(problem, list(masks.values()))
+        values = {point: each["kl"] for point, each in zip(masks, figures, strict=True)}
         return {
             method: [*([n, values[method, n]] for n in counts), [self.drop, models[method]["kl"]]] for method in found
         }

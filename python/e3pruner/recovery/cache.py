@@ -75,7 +75,7 @@ class TeacherCache:
     `tail`: what its loss makes of the probability that is not stored, as in `e3kernels.topk_kl`.
     """
 
-    any_text = False
+    head = None
 
     def __init__(
         self, folder: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, tail: Tail = "bucket"

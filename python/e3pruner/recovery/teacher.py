@@ -21,14 +21,16 @@ from e3pruner.text.sequences import Sequences
 
 
 class Teacher(Protocol):
-    """`vocabulary`: columns of its predictions. `tokenizer_size`: of its tokenizer, where it is known. `any_text`:
-    whether it has predictions for text other than the training data. `identity`: a hash by which a resume knows that it
-    is the same one.
+    """`vocabulary`: columns of its predictions. `tokenizer_size`: of its tokenizer, where it is known. `head`: the
+    output head whose hidden states its `targets` are; None if it has predictions for the training data alone.
+    `identity`: a hash by which a resume knows that it is the same one.
     """
 
     vocabulary: int
     tokenizer_size: int | None
-    any_text: bool
+
+    @property
+    def head(self) -> OutputHead | None: ...
 
     @property
     def identity(self) -> str: ...
@@ -65,7 +67,6 @@ class LiveTeacher:
     `dtype`: that of the autocast it will run under, if known; its output head is then cast once only.
     """
 
-    any_text = True
     tokenizer_size: int | None = None
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:

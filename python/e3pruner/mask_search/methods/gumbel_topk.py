@@ -22,6 +22,7 @@ from e3pruner.mask_search.protocol import (
     removed_share,
     removed_units,
     sampled,
+    state_distances,
 )
 from e3pruner.mask_search.quadratic import GUESSED_SPREAD, MEASURED_SPREAD
 from e3pruner.mask_search.study import Study
@@ -101,10 +102,11 @@ def gumbel_topk(
 def _starts(problem: SearchProblem, start: str, batches: range) -> list[list[float]]:
     """One value per unit for each mask to start from; those of the prior come first."""
     if start == "kl":
-        influence = [problem.state_distance(1, cosine_distance)] if problem.units.units_per_layer == 1 else []
+        # First: its dense passes are the teacher's too.
+        influence = [state_distances(problem, 1, cosine_distance)] if problem.units.units_per_layer == 1 else []
         return [leave_one_out_scores(problem, batches), *influence]
     if start == "bi":
-        return [problem.state_distance(1, cosine_distance)]
+        return [state_distances(problem, 1, cosine_distance)]
     if start == "uniform":
         return [[1.0] * problem.units.count]
     generator = torch.Generator().manual_seed(problem.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,21 +11,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import e3kernels
+from e3kernels import textbook
 from e3kernels.ops.common.loss_call import TokenStats
 from e3kernels.profiling import MemoryTimeline, Profile, Range, RangeRecorder, Timeline, named_range
+from e3pruner.evaluation.figures import divergences
 from e3pruner.mask_search import METHODS
-from e3pruner.mask_search.account import Account
+from e3pruner.mask_search.calibration import Calibration
 from e3pruner.mask_search.checks import check_drop
+from e3pruner.mask_search.measurements import Measurements
 from e3pruner.mask_search.method import Search
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import OutputHead, find_layers
 from e3pruner.precision import autocast_dtype
-from e3pruner.profiling import textbook
 from e3pruner.profiling.fit import check_training_fits
 from e3pruner.profiling.model.engines import synchronizer
 from e3pruner.profiling.model.profile import without_middle
@@ -124,7 +125,7 @@ def _search(run: _Run) -> StepProfile:
                 next(running)
 
         step()
-        problem.account = Account()  # the teacher's passes belong to the steps, which make them
+        problem.account.clear()  # the teacher's passes belong to the steps, which make them
         with RangeRecorder(synchronizer(model.device)) as recorder:
             for _ in range(rounds):
                 step()
@@ -145,20 +146,25 @@ def _started(run: _Run) -> Iterator[tuple[SearchProblem, Search]]:
     """A search that has its importance start behind it. What that measured is taken from `run.measured`, or put there;
     then no batch has met the teacher, and every step is one on new text.
     """
-    kind = SearchProblem if run.losses == "fused" else _EagerProblem
-    batches = list(run.sequences[: run.batch * (run.rounds + 3)].split(run.batch))
-    dtype = autocast_dtype("auto", run.model.device)
+    text = Calibration(run.sequences[: run.batch * (run.rounds + 3)].split(run.batch), run.model.device)
 
     def search() -> tuple[SearchProblem, Search]:
-        problem = kind(run.model, batches, units=units_of(run.model, run.drop), seed=run.seed, dtype=dtype)
-        problem.measured = dict(run.measured)
+        problem = SearchProblem(
+            run.model,
+            text,
+            units=units_of(run.model, run.drop),
+            seed=run.seed,
+            dtype=autocast_dtype("auto", run.model.device),
+            measurements=Measurements(dict(run.measured)),
+            divergences=divergences if run.losses == "fused" else _eager_divergences,
+        )
         return problem, METHODS["gumbel-topk"](problem, steps=run.rounds + 3)
 
     if not run.measured:
         problem, running = search()
         with problem:
             next(running)
-        run.measured.update(problem.measured)
+        run.measured.update(problem.measurements.measured)
     problem, running = search()
     with problem:
         next(running)
@@ -210,23 +216,20 @@ def _of_steps(ranges: list[Range], skip: int = 0) -> tuple[float, dict[str, floa
     return statistics.median(step.end - step.start for step in steps), median
 
 
-class _EagerProblem(SearchProblem):
-    """The search with its divergence from whole logits, as plain PyTorch computes it."""
-
-    def _divergences(self, students: list[Tensor], batch: int) -> list[float]:
-        log_p = F.log_softmax(self.head.logits(self.teacher_of(batch)).float(), -1)
-        logits = (F.log_softmax(self.head.logits(student.flatten(0, 1)).float(), -1) for student in students)
-        return [float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) for log_q in logits]
+def _eager_divergences(head: OutputHead, teacher: Tensor, students: Sequence[Tensor]) -> list[float]:
+    """From whole logits, as plain PyTorch computes it."""
+    target = head.logits(teacher).float()
+    return [float(textbook.entropy_kl(head.logits(s).float(), target, weighting="none")) for s in students]
 
 
 class _EagerTeacher(LiveTeacher):
     """A teacher whose loss materialises both models' logits."""
 
     def loss(self, hidden: Tensor, head: OutputHead, targets: Tensor, labels: Tensor, **options: Any) -> Any:
-        logits = head.logits(hidden), self.head.logits(targets)
-        loss, weight = textbook.distillation(*logits, labels, options["kd_ratio"])
+        student, teacher = head.logits(hidden).flatten(0, 1), self.head.logits(targets).flatten(0, 1)
+        loss, weight = textbook.entropy_kl_tokens(student, teacher, labels.flatten(), kd_ratio=options["kd_ratio"])
         nothing = torch.zeros_like(weight)
-        return loss, TokenStats(nothing, nothing, nothing, weight.detach())
+        return loss.sum(), TokenStats(nothing, nothing, nothing, weight)
 
 
 @contextmanager
