@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny_models import of_one, tiny_model, tiny_tokens
 
+import e3pruner
 from e3pruner.models import find_layers, last_hidden
 from e3pruner.models.loading import Dtype, Placement, load_model
 from e3pruner.models.skipping_forward import SkippingForward
@@ -71,3 +72,25 @@ def test_a_checkpoint_in_another_form_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"placement='stream': .* does not hold model.layers.0.self_attn.q_proj"):
         streamed(str(tmp_path))
+
+
+def test_a_streamed_search_finds_the_same_and_sweeps_once_per_step(folder):
+    tokens = torch.randint(50, (6, 16), generator=torch.Generator().manual_seed(0))
+    options = {"drop": 2, "method": "greedy", "progress": False, "precision": "bf16"}
+    expected = e3pruner.search(load_model(folder, "cpu"), tokens.split(2), **options)
+    model = streamed(folder)
+    plan = e3pruner.search(model, tokens.split(2), **options)
+    assert plan.removed == expected.removed
+    assert plan.history == expected.history  # bit for bit
+    # The head's check, the route, the teacher and the proofs of it and of the first step; then one sweep per step.
+    assert max(stream_of(model).reads) <= len(plan.history) + 8
+
+
+def test_a_streamed_model_is_evaluated_in_one_sweep(folder):
+    batches = list(torch.randint(50, (6, 16), generator=torch.Generator().manual_seed(0)).split(2))
+    expected = e3pruner.evaluate(load_model(folder, "cpu"), batches, progress=False)
+    model = streamed(folder)
+    assert e3pruner.evaluate(model, batches, progress=False) == expected
+    before = list(stream_of(model).reads)
+    assert e3pruner.evaluate(model, batches, progress=False) == expected
+    assert [now - then for now, then in zip(stream_of(model).reads, before, strict=True)] == [1] * 6

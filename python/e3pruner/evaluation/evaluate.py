@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,12 +12,13 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.evaluation.figures import Figures
-from e3pruner.models import OutputHead, find_layers, last_hidden, output_head
+from e3pruner.models import find_layers, output_head
+from e3pruner.models.skipping_forward import each_last_hidden
 from e3pruner.models.stack import evaluating
+from e3pruner.models.streaming import computing_in
 from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
-from e3pruner.precision import autocast_dtype, weights_in
+from e3pruner.precision import autocast_dtype
 from e3pruner.text.given import Given, batches_of, is_whole
-from e3pruner.text.sequences import Sequences
 
 _PASS_TOKENS = 4096  # of one forward pass, where one batch is all there is
 
@@ -68,11 +68,21 @@ def evaluate(
     with ExitStack() as stack:
         for each in models:
             stack.enter_context(evaluating(each))
-            stack.enter_context(weights_in(each.parameters(), dtype))
-        for number, batch in enumerate(
-            track(batches, "evaluate", console=Console(stderr=True), disable=not progress, transient=True)
+            stack.enter_context(computing_in(each, dtype))
+        rows = [batch.trimmed() for batch in batches]
+        hidden = [each_last_hidden(each, [batch.to(each.device).inputs for batch in rows]) for each in models]
+        for number, (batch, *states) in enumerate(
+            track(
+                zip(rows, *hidden, strict=True),
+                "evaluate",
+                total=len(rows),
+                console=Console(stderr=True),
+                disable=not progress,
+                transient=True,
+            )
         ):
-            _add_batch(figures, models, heads, batch)
+            student, *others = [batch.to(state.device).at_predicted(state) for state in states]
+            figures.add(heads[0], student, batch.predicted, (heads[1], others[0]) if others else None)
             if math.isnan(figures.cross_entropy + figures.kl):
                 raise FloatingPointError(f"token_batches[{number}]: the loss is NaN")
     return figures.means() | {
@@ -80,12 +90,3 @@ def evaluate(
         "layers": len(find_layers(model)),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-
-
-def _add_batch(
-    figures: Figures, models: Sequence[PreTrainedModel], heads: Sequence[OutputHead], batch: Sequences
-) -> None:
-    rows = batch.trimmed()
-    hidden = [here.at_predicted(last_hidden(m, **here.inputs)) for m in models for here in [rows.to(m.device)]]
-    teacher = (heads[1], hidden[1]) if len(models) > 1 else None
-    figures.add(heads[0], hidden[0], rows.predicted, teacher)

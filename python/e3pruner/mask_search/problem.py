@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, Self
 
 import torch
@@ -23,7 +23,7 @@ from e3pruner.mask_search.units import Units
 from e3pruner.models import output_head
 from e3pruner.models.skipping_forward import Mask, SkippingForward, shared_prefixes
 from e3pruner.models.stack import evaluating
-from e3pruner.precision import weights_in
+from e3pruner.models.streaming import computing_in, stream_of
 from e3pruner.text.sequences import Sequences
 
 _COUNTS = {"kl": "counted", "nll": "predicted"}
@@ -90,13 +90,15 @@ class SearchProblem:
         self.expect = self._progress.expect
         self._divergences = divergences
         self._masks_at_once = masks_at_once
+        # Where weights come from files, a sweep over them serves all batches; elsewhere one at a time needs less memory.
+        self._batches_at_once = 1 if stream_of(model) is None else len(self.batches)
         self._dtype = dtype
         self._context = ExitStack()
 
     def __enter__(self) -> Self:
         self._context.enter_context(evaluating(self.model))
         self._context.enter_context(torch.no_grad())
-        self._context.enter_context(weights_in(self.model.parameters(), self._dtype))
+        self._context.enter_context(computing_in(self.model, self._dtype))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -126,6 +128,22 @@ class SearchProblem:
                 self.states(batch)
         return self.measurements.teacher[batch]
 
+    def _teachers_of(self, batches: Sequence[int]) -> None:
+        """Sees to the dense model's last hidden states of `batches`, all in one walk through the layers."""
+        missing = [batch for batch in batches if batch not in self.measurements.teacher]
+        if len(missing) < 2:
+            for batch in missing:
+                self.teacher_of(batch)
+            return
+        began = time.perf_counter()
+        inputs = [self.rows(batch).inputs for batch in missing]
+        with named_range("teacher forward"):
+            ((_, hiddens),) = self.forward.last_hiddens(inputs, [self.mask([])])
+        took = (time.perf_counter() - began) / len(missing)
+        for batch, hidden in zip(missing, hiddens, strict=True):
+            self.measurements.teacher[batch] = hidden.flatten(0, 1)
+            self.measurements.seconds.setdefault(f"dense {batch}", took)
+
     def score(self, masks: Sequence[Mask], batches: Sequence[int] | None = None, measure: str = "kl") -> list[float]:
         """Mean KL per token, in nats, of each mask over the batches with these numbers (all of them unless told).
 
@@ -134,6 +152,8 @@ class SearchProblem:
         Raises `FloatingPointError` naming the mask for which it is not finite.
         """
         chosen = range(len(self.batches)) if batches is None else batches
+        for start in range(0, len(chosen), self._batches_at_once):
+            self._measure_unknown(measure, masks, chosen[start : start + self._batches_at_once])
         table = [self._scores(measure, masks, batch) for batch in chosen]
         return self.calibration.mean(table, chosen, _COUNTS[measure])
 
@@ -167,45 +187,64 @@ class SearchProblem:
         return self.measurements.measured[key]
 
     def _scores(self, measure: str, masks: Sequence[Mask], batch: int) -> list[float]:
-        """The mean of `measure` on one batch under each mask, measured where it is not known."""
-        keys = {mask: f"{measure} {batch} {''.join('01'[runs] for runs in mask)}" for mask in masks}
-        if unknown := [mask for mask, key in keys.items() if key not in self.measurements.measured]:
-            self._measure_masks(measure, {mask: keys[mask] for mask in unknown}, batch)
+        """The measured mean of `measure` on one batch under each mask, paid for."""
         if measure == "kl":
             self._pay_dense(batch)
-        owed = [mask for mask, key in keys.items() if self.account.owes(key)]
+        owed = [mask for mask in masks if self.account.owes(_key(measure, batch, mask))]
         for mask, shared in shared_prefixes(owed):
-            self._pay(keys[mask], batch, self.costs.of_mask(mask, shared))
-        return [self.measurements.measured[keys[mask]][0] for mask in masks]
+            self._pay(_key(measure, batch, mask), batch, self.costs.of_mask(mask, shared))
+        return [self.measurements.measured[_key(measure, batch, mask)][0] for mask in masks]
 
-    def _measure_masks(self, measure: str, keys: dict[Mask, str], batch: int) -> None:
-        """Measures all masks on one batch; the time that it took is shared by what each mask ran."""
+    def _measure_unknown(self, measure: str, masks: Sequence[Mask], batches: Sequence[int]) -> None:
+        """Measures what is not known yet, batches of which as much is missing together."""
+
+        def unknown(batch: int) -> tuple[Mask, ...]:
+            return tuple(mask for mask in masks if _key(measure, batch, mask) not in self.measurements.measured)
+
+        for missing, alike in groupby(batches, unknown):
+            if missing:
+                self._measure_masks(measure, missing, list(alike))
+
+    def _measure_masks(self, measure: str, masks: Sequence[Mask], batches: list[int]) -> None:
+        """Measures all masks on all batches; the time that it took is shared by what each mask ran."""
         if measure == "kl":
-            self.teacher_of(batch)
+            self._teachers_of(batches)
         began = time.perf_counter()
-        self.calibration.ranks.check_equal("the masks", [measure, batch, [list(mask) for mask in keys]])
-        own = self._on_this_rank(measure, list(keys), batch)
-        values = self.calibration.over_ranks(list(own.values()), batch, _COUNTS[measure])
-        for mask, value in zip(own, values, strict=True):
-            if not math.isfinite(value):
-                removed = [unit for unit, runs in enumerate(mask) if not runs]
-                what = "layers" if self.units.units_per_layer == 1 else "sub-layers"
-                raise FloatingPointError(f"the {measure.upper()} is {value} on batch {batch} without {what} {removed}")
-        took = time.perf_counter() - began
-        work = {mask: self.costs.of_mask(mask, shared) for mask, shared in shared_prefixes(list(keys))}
-        seconds = {keys[mask]: took * work[mask] / sum(work.values()) for mask in keys}
-        found = {keys[mask]: [value] for mask, value in zip(own, values, strict=True)}
-        self.measurements.add(found, seconds)
+        self.calibration.ranks.check_equal("the masks", [measure, batches, [list(mask) for mask in masks]])
+        own = self._on_this_rank(measure, masks, batches)
+        found = {}
+        for number, batch in enumerate(batches):
+            means = [of_batches[number] for of_batches in own.values()]
+            for mask, value in zip(own, self.calibration.over_ranks(means, batch, _COUNTS[measure]), strict=True):
+                self._check_finite(measure, value, mask, batch)
+                found[_key(measure, batch, mask)] = [value]
+        took, sizes = time.perf_counter() - began, self.calibration.sizes["text"]
+        work = {
+            _key(measure, batch, mask): sizes[batch] * self.costs.of_mask(mask, shared)
+            for mask, shared in shared_prefixes(masks)
+            for batch in batches
+        }
+        self.measurements.add(found, {key: took * each / sum(work.values()) for key, each in work.items()})
 
-    def _on_this_rank(self, measure: str, masks: list[Mask], batch: int) -> dict[Mask, float]:
-        """The mean of `measure` over this rank's tokens of one batch under each mask."""
-        rows = self.rows(batch)
-        coming = self.forward.last_hiddens([rows.inputs], masks)
-        found: dict[Mask, float] = {}
-        while students := {mask: hidden for mask, (hidden,) in islice(coming, self._masks_at_once or len(masks))}:
+    def _check_finite(self, measure: str, value: float, mask: Mask, batch: int) -> None:
+        if not math.isfinite(value):
+            removed = [unit for unit, runs in enumerate(mask) if not runs]
+            what = "layers" if self.units.units_per_layer == 1 else "sub-layers"
+            raise FloatingPointError(f"the {measure.upper()} is {value} on batch {batch} without {what} {removed}")
+
+    def _on_this_rank(self, measure: str, masks: Sequence[Mask], batches: list[int]) -> dict[Mask, list[float]]:
+        """The mean of `measure` over this rank's tokens of each batch under each mask."""
+        rows = [self.rows(batch) for batch in batches]
+        coming = self.forward.last_hiddens([each.inputs for each in rows], masks)
+        found: dict[Mask, list[float]] = {}
+        while students := dict(islice(coming, self._masks_at_once or len(masks))):
             with named_range("loss"):
-                found.update(zip(students, self._compare(measure, list(students.values()), rows, batch), strict=True))
-            for _ in students:
+                means = [
+                    self._compare(measure, [hiddens[number] for hiddens in students.values()], rows[number], batch)
+                    for number, batch in enumerate(batches)
+                ]
+            found.update(zip(students, map(list, zip(*means, strict=True)), strict=True))
+            for _ in range(len(students) * len(batches)):
                 self._progress.advance()
             del students  # before the next ones come
         return found
@@ -223,3 +262,7 @@ class SearchProblem:
     def _pay(self, key: str, batch: int, passes: float) -> None:
         tokens = self.calibration.sizes["text"][batch]
         self.account.pay(key, passes * tokens, self.measurements.seconds.get(key, 0.0))
+
+
+def _key(measure: str, batch: int, mask: Mask) -> str:
+    return f"{measure} {batch} {''.join('01'[runs] for runs in mask)}"

@@ -20,6 +20,7 @@ from e3pruner.models.head import last_hidden
 from e3pruner.models.layer_calls import Inputs, entries, hidden_place, recorded, replaced
 from e3pruner.models.layer_walk import LayerWalk, silencing, walk
 from e3pruner.models.stack import find_layers
+from e3pruner.models.streaming import stream_of
 
 Mask = tuple[bool, ...]  # one entry per unit (see `Units`); True: it runs
 
@@ -113,6 +114,15 @@ class SkippingForward:
                 f"model ({self.model.config.model_type}): its layers, called one by one (prefixes_per_call={joined}), "
                 f"give a last hidden state that differs by {error:.3g} from that of its own forward pass"
             )
+
+
+def each_last_hidden(model: PreTrainedModel, batches: Sequence[Inputs]) -> Iterator[Tensor]:
+    """The last hidden state (B, T, H) of every batch; of a streamed model each layer is read once for all of them."""
+    if stream_of(model) is None or len(batches) < 2:
+        yield from (last_hidden(model, **inputs) for inputs in batches)
+    else:
+        ((_, hiddens),) = SkippingForward(model).last_hiddens(batches, [(True,) * len(find_layers(model))])
+        yield from hiddens
 
 
 def shared_prefixes(masks: Sequence[Mask]) -> list[tuple[Mask, int]]:

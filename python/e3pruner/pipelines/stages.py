@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from e3pruner.precision import weights_in
+from e3pruner.models.streaming import computing_in
 from e3pruner.storage import new_folder, read_checked, write_checked
 
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -63,6 +63,6 @@ class Stages:
 
     def export(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         """A checkpoint of the run, whole or not there."""
-        with new_folder(self.folder / name, force=True) as folder, weights_in(model.parameters(), self.dtype):
+        with new_folder(self.folder / name, force=True) as folder, computing_in(model, self.dtype):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
