@@ -6,6 +6,7 @@ normalised by the all-reduced maximum and sum, log softmax z = (z − m) − log
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +45,12 @@ class ShardedColumns(Columns):
         values = values.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(values, group=self.group)
         return values
+
+    def parts(self, values: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:
+        own = join(values)
+        gathered = [torch.empty_like(own) for _ in range(self.group.size())]
+        dist.all_gather(gathered, own, group=self.group)
+        return torch.stack(gathered, 1)
 
     def normaliser(self, z: Tensor) -> tuple[Tensor, Tensor]:
         largest = z.amax(-1, keepdim=True)

@@ -74,7 +74,7 @@ def entropy_kl(
         group: the logits are this rank's columns of a vocabulary that the ranks of `group` share out in their order
             (vocabulary parallelism). Labels are ids of the whole, and the loss is that of the whole, on every rank.
             DTensors that one dimension of their mesh shards along the last dimension imply it; any other DTensor is
-            gathered. The reference serves it.
+            gathered. Served by Triton where it serves the whole, else by the reference.
 
     Returns:
         The loss, 0-dim or (...) for "none", fp32 (fp64 for float64). No valid token gives 0, attached to the graph.

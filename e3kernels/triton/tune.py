@@ -33,11 +33,11 @@ def _launches(student: Tensor, teacher: Tensor) -> dict[str, Callable[[], Any]]:
     scalars = torch.tensor([2.0, 1.0, 1.0, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     call = entropy_kl.prepared(student, teacher, None, None, scalars, 1, 0, -100)
     one = torch.ones((), device=student.device)
-    rows = torch.zeros(len(student), entropy_kl.ROW_FIELDS.value, device=student.device)
+    terms = torch.zeros(len(student), entropy_kl.TERMS.value, device=student.device)
     grad = torch.empty_like(student)
     return {
         "statistics": lambda: entropy_kl.partial_statistics(call),
-        "gradient": lambda: entropy_kl.logits_gradient(call, rows, one),
+        "gradient": lambda: entropy_kl.logits_gradient(call, terms, one),
         "row": lambda: entropy_kl.rows_at_once(call, one, grad),
     }
 

@@ -13,12 +13,10 @@ import triton.language as tl
 
 import e3kernels as e3k
 from e3kernels import backends
-from e3kernels.contract import DIVERGENCES, REDUCTIONS
 from e3kernels.reference.gumbel_topk import scores
 from e3kernels.tiled.linear import TileKernel, kernels
-from e3kernels.triton import entropy_kl, launch, linear_entropy_kl, linear_topk_kl, tune
+from e3kernels.triton import launch, linear_entropy_kl, linear_topk_kl, tune
 from e3kernels.triton.gumbel_topk import gumbel_noise
-from e3kernels.triton.reduction import reduced_loss
 
 INF = math.inf
 
@@ -123,27 +121,6 @@ def test_missing_mass_is_infinite_wherever_it_lies():
     with e3k.use_backend("triton"):
         loss = e3k.entropy_kl(student, teacher, reduction="none")
     assert loss.isinf().tolist() == [True, True, False]
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse"])
-def test_vocabulary_parallel_shards_join_like_the_parts_of_a_row(with_gradients, divergence):
-    """Each shard with its own columns of both models and the labels counted from its first column."""
-    student, teacher, labels, mask = logits(3, 300)
-    labels[0] = 200
-    scalars = torch.tensor([1.3, 1.0, 0.6, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
-    code, valid = DIVERGENCES.index(divergence), mask & (labels != -100)
-    shards = [
-        entropy_kl.prepared(student[:, a:b], teacher[:, a:b], labels - a, valid, scalars, 1, code, -(2**62))
-        for a, b in ((0, 170), (170, 300))
-    ]
-    gathered = torch.cat([entropy_kl.partial_statistics(shard) for shard in shards], 1)
-    tokens = entropy_kl.token_statistics(shards[0], gathered, None, 300)
-    value, inverse = reduced_loss(tokens.losses, tokens.stats, REDUCTIONS.index("mean"), None)
-    grad = torch.cat([entropy_kl.logits_gradient(shard, tokens.rows, inverse) for shard in shards], 1)
-    loss = partial(e3k.entropy_kl, labels=labels, token_mask=mask, temperature=1.3, kd_ratio=0.6, divergence=divergence)
-    with e3k.use_backend("reference"):
-        exact = with_gradients(lambda z: loss(z, teacher.double()), [student.double()], 1)
-    assert_close([value, grad], exact)
 
 
 SPARSE = [
