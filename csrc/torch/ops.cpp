@@ -38,7 +38,7 @@ const e3::OpsTable& kernels() {
 
 e3::Parallel torch_pool() {
   const auto run = [](int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
   };
   return {static_cast<int>(torch::stable::get_num_threads()), run};
 }
@@ -130,7 +130,7 @@ bool streams(const Tensor& tensor) { return bytes_of(tensor) >= kStreamBytes; }
 Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const std::vector<int64_t>& strides,
                  ScalarType dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                aoti_torch_device_type_cpu(), 0, &handle));
@@ -393,7 +393,7 @@ struct GatedTensors {
   static Tensor expand(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(sizes),
                                       torch::stable::detail::from(false)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
 };

@@ -228,9 +228,9 @@ class SearchProblem:
     def _measure(self, measure: str, masks: Sequence[Mask], batch: int) -> dict[Mask, float]:
         self.ranks.check_equal("the masks", [measure, batch, [list(mask) for mask in masks]])
         compare = self._divergences if measure == "kl" else self._losses
-        coming = self.forward.last_hiddens(self.rows(batch).inputs, masks)
+        coming = self.forward.last_hiddens([self.rows(batch).inputs], masks)
         found: dict[Mask, float] = {}
-        while students := dict(islice(coming, self.masks_at_once or len(masks))):
+        while students := {mask: hidden for mask, (hidden,) in islice(coming, self.masks_at_once or len(masks))}:
             with named_range("loss"):
                 found.update(zip(students, compare(list(students.values()), batch), strict=True))
             for _ in students:
