@@ -27,9 +27,9 @@ __all__ = [
     "get_inner_triton_kernels",
     "graph_is_kept",
     "has_kernel",
-    "has_readable_value",
     "inside_transform",
     "is_batched",
+    "is_eager",
     "is_observed",
     "is_wrap_triton_enabled",
     "outer_levels_differentiate",
@@ -109,6 +109,6 @@ def is_batched(tensor: Tensor) -> bool:
     return inside_transform() or not torch._C._dispatch_keys(tensor).has(key)
 
 
-def has_readable_value(tensor: Tensor) -> bool:
-    """Whether `tensor` is an eager CPU tensor whose value may be read."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_batched(tensor)
+def is_eager(tensor: Tensor) -> bool:
+    """Whether `tensor` has memory of its own: none of a subclass, as tracing has them, or that a transform wraps."""
+    return type(tensor) is Tensor and not is_batched(tensor)

@@ -96,7 +96,7 @@ class LossOptions(NamedTuple):
             return None
         if not isinstance(items, Tensor):
             check_number("num_items", items, 0)
-            return scalar_tensor((items,))[0]
+            return scalar_tensor((items,), device)[0]
         if items.dim():
             raise ValueError(f"num_items has shape {tuple(items.shape)}; it must be an int or 0-dim tensor")
         check_dtype("num_items", items, (*INTEGER_DTYPES, *FLOAT_DTYPES))
@@ -172,7 +172,7 @@ def call_loss(
         *inputs,
         tokens.labels,
         tokens.mask,
-        scalar_tensor((*options.scalars, *teacher_scalars)),
+        scalar_tensor((*options.scalars, *teacher_scalars), first.device),
         *options.codes,
         *codes,
         code("reduction", options.reduction, REDUCTIONS),

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from e3kernels.compat import graph_is_kept, has_readable_value
+from e3kernels.compat import graph_is_kept, is_eager
 from e3kernels.contract import REDUCTIONS, accumulate_dtype
 from e3kernels.registration import Operator, declare
 
@@ -119,11 +119,13 @@ def _remember(signature: LossSignature) -> Callable[..., tuple[Tensor | None, ..
 
 
 def _scaled(gradient: Tensor, incoming: Tensor) -> Tensor:
-    """`gradient` · `incoming`. An eager CPU tensor equal to 1 saves the pass over memory, if no later backward pass
-    needs the gradient: whoever gets it may change it."""
-    if has_readable_value(incoming) and not graph_is_kept() and incoming.item() == 1:
+    """`gradient` · `incoming`, in the gradient's own memory if no later backward pass needs it: whoever gets it may
+    change it. An `incoming` on the CPU that is 1 saves the pass over it."""
+    if graph_is_kept() or not (is_eager(gradient) and is_eager(incoming)):
+        return gradient * incoming
+    if incoming.device.type == "cpu" and incoming.item() == 1:
         return gradient
-    return gradient * incoming
+    return gradient.mul_(incoming)
 
 
 def _make_backward(signature: LossSignature) -> Callable[[Any], Callable[..., Any]]:
