@@ -31,6 +31,8 @@ class ShardedColumns(Columns):
         own = torch.tensor([width, tokens], device=device)
         gathered = [torch.empty_like(own) for _ in range(group.size())]
         dist.all_gather(gathered, own, group=group)
+        widths: list[int]
+        counts: list[int]
         widths, counts = torch.stack(gathered).t().tolist()
         if len(set(counts)) > 1:
             raise ValueError(f"group: its ranks hold {counts} tokens; each must hold its columns of the same ones")

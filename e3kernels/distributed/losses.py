@@ -43,8 +43,8 @@ def sharded_loss(
     if dense != operator.name:
         # All ranks must cut the same tiles, also where one holds fewer columns: their sums meet tile by tile.
         rows = max(1, logits // columns.widest)
-        problem = import_module(f"e3kernels.tiled.{operator.name}").problem
-        forward, backward = kernels(problem, TileKernel(forward, backward, rows * width))
+        linear_loss = import_module(f"e3kernels.tiled.{operator.name}").linear_loss
+        forward, backward = kernels(linear_loss, TileKernel(forward, backward, rows * width))
         # Each rank's columns give a part of the gradient of the hidden states, which come behind (loss, stats).
         forward, backward = _summed(forward, 2, columns), _summed(backward, 0, columns)
     return differentiable(operator, forward, backward), columns.size

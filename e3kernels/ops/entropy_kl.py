@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from torch import Tensor
 
 from e3kernels.distributed.losses import sharded_loss
 from e3kernels.distributed.placement import on_this_rank
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape, last_size, rows_of
-from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
+from e3kernels.ops.common.keywords import EntropyKLKeywords
+from e3kernels.ops.common.loss_call import LossOptions, LossResult, TokenStats, call_loss, check_model, make_tokens
 from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
 
 if TYPE_CHECKING:
@@ -25,6 +26,16 @@ OPERATOR = declare_loss(
 )
 
 
+@overload
+def entropy_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[EntropyKLKeywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def entropy_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[EntropyKLKeywords],
+) -> tuple[Tensor, TokenStats]: ...  # fmt: skip
 def entropy_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -85,8 +96,9 @@ def entropy_kl(
         RuntimeError: the backend asked for cannot serve.
     """
     options = LossOptions(
-        temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
-        student_scale, reduction, return_stats,
+        temperature=temperature, weighting=weighting, gamma=gamma, kd_ratio=kd_ratio, divergence=divergence, beta=beta,
+        ignore_index=ignore_index, num_items=num_items, student_softcap=student_softcap, student_scale=student_scale,
+        reduction=reduction, return_stats=return_stats,
     )  # fmt: skip
     logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     beside = {"labels": labels, "token_mask": token_mask}

@@ -290,9 +290,9 @@ class LinearLoss:
 
 
 def kernels(
-    problem: Callable[..., LinearLoss], kernel: TileKernel
+    linear_loss: Callable[..., LinearLoss], kernel: TileKernel
 ) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
-    """Forward and backward kernels of the linear operator whose arguments `problem(kernel, needs, …)` takes.
+    """Forward and backward kernels of the linear operator whose arguments `linear_loss(kernel, needs, …)` takes.
 
     Autocast has already chosen the operator's compute dtype; inside, it would cast the sums too.
     """
@@ -300,11 +300,11 @@ def kernels(
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         *inputs, reduction, num_items, need_hidden, need_weight, need_bias = arguments
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return problem(kernel, (need_hidden, need_weight, need_bias), *inputs).forward(reduction, num_items)
+            return linear_loss(kernel, (need_hidden, need_weight, need_bias), *inputs).forward(reduction, num_items)
 
     def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         *inputs, need_hidden, need_weight, need_bias = arguments
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return problem(kernel, (need_hidden, need_weight, need_bias), *inputs).backward(grad_loss)
+            return linear_loss(kernel, (need_hidden, need_weight, need_bias), *inputs).backward(grad_loss)
 
     return forward, backward

@@ -15,7 +15,7 @@ from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
 from e3kernels.tiled.linear import TileKernel, kernels
-from e3kernels.tiled.linear_entropy_kl import problem
+from e3kernels.tiled.linear_entropy_kl import linear_loss
 from e3kernels.triton.entropy_kl import (
     DenseTokens,
     entropy_kl,
@@ -78,7 +78,7 @@ def entropy_kl_tile(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return losses.sum(), stats, call.student
 
 
-_tiled, linear_entropy_kl_backward = kernels(problem, TileKernel(entropy_kl_tile, entropy_kl_backward, TILE_LOGITS))
+_tiled, linear_entropy_kl_backward = kernels(linear_loss, TileKernel(entropy_kl_tile, entropy_kl_backward, TILE_LOGITS))
 
 
 def on_chip_tokens(

@@ -352,7 +352,7 @@ class SparseCall(NamedTuple):
     @property
     def padded(self) -> int:
         """k rounded up to the power of two that a tile needs."""
-        return triton.next_power_of_2(int(self.teacher_ids.shape[1]))
+        return int(triton.next_power_of_2(int(self.teacher_ids.shape[1])))
 
 
 class SparseTokens(NamedTuple):

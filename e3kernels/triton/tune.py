@@ -18,6 +18,7 @@ from torch import Tensor
 from e3kernels.compat import set_wrap_triton_enabled
 from e3kernels.triton import entropy_kl
 from e3kernels.triton.launch import CONFIGS, Sweep, configured_sweep, device_of, forced, table_of
+from e3kernels.triton.sweeps import TERMS
 
 VOCABULARIES = (8192, 32768, 151936)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -33,7 +34,7 @@ def _launches(student: Tensor, teacher: Tensor) -> dict[str, Callable[[], Any]]:
     scalars = torch.tensor([2.0, 1.0, 1.0, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     call = entropy_kl.prepared(student, teacher, None, None, scalars, 1, 0, -100)
     one = torch.ones((), device=student.device)
-    terms = torch.zeros(len(student), entropy_kl.TERMS.value, device=student.device)
+    terms = torch.zeros(len(student), TERMS.value, device=student.device)
     grad = torch.empty_like(student)
     return {
         "statistics": lambda: entropy_kl.partial_statistics(call),

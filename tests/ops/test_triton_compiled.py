@@ -109,6 +109,6 @@ def test_the_launches_of_a_step_on_cuda_tensors_are_one_graph(cuda_guard):
     output = run(str(ROOT / "tests" / "ops" / "traced_step.py"), "cuda", *cuda_guard).splitlines()
     graphs, nodes, on_cpu = output[-3:]
     assert int(graphs) == 2
-    # Beside the conversion of each float that is an input there is no CPU tensor, which would keep the graph from capture.
+    # No CPU tensor, which would keep the graph from capture, but the conversion of each float that is an input.
     assert all(name.startswith("convert_element_type") for name in on_cpu.removeprefix("CPU tensors:").split())
     assert all(name in nodes for name in (*FORWARD, "gated_residual_gradient"))

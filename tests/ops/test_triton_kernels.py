@@ -270,7 +270,7 @@ def test_linear_losses_in_tiles_of_two_rows(monkeypatch, with_gradients):
         linear_topk_kl: (linear_topk_kl.topk_kl, linear_topk_kl.topk_kl_backward),
     }
     for module, loss in losses.items():
-        forward, _ = kernels(module.problem, TileKernel(*kernel[module], logits=2 * 70))
+        forward, _ = kernels(module.linear_loss, TileKernel(*kernel[module], logits=2 * 70))
         monkeypatch.setattr(module, "_tiled", forward)
         assert_close(*both(loss, [hidden, weight], with_gradients))
 

@@ -82,11 +82,12 @@ def _fake(signature: LossSignature) -> Callable[..., Any]:
 
 
 def _backward_fake(signature: LossSignature) -> Callable[..., Any]:
-    def fake(_: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        count = len(signature.differentiable)
+    count = len(signature.differentiable)
+
+    def fake(_: Tensor, student: Tensor, *rest: Any) -> Tensor | tuple[Tensor, ...]:
         if count == 1:
-            return arguments[0].new_empty(arguments[0].shape)
-        return tuple(_empty_gradients(signature, arguments, arguments[-count:]))
+            return student.new_empty(student.shape)
+        return tuple(_empty_gradients(signature, (student, *rest), rest[-count:]))
 
     return fake
 
