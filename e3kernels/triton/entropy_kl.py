@@ -310,7 +310,7 @@ def prepared(
 def partial_statistics(d: DenseCall) -> Tensor:
     """(N, splits, 9): the statistics of each part of each row."""
     (N, V), device = d.student.shape, d.student.device
-    sweep = sweep_of("statistics", device, d.student.element_size(), V)
+    sweep = sweep_of("entropy_kl_statistics", device, d.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, PAIR_FIELDS.value, dtype=torch.float32, device=device)
     wrap_triton(entropy_kl_statistics)[(N, splits)](
@@ -336,7 +336,7 @@ def mixture_sums(d: DenseCall, partial: Tensor) -> Tensor:
     """(N, splits, 2): Σ q(log q − log r) and Σ p(log p − log r) of each part of each row; `partial` (N, parts, 9) are
     the statistics of all."""
     (N, V), device, parts = d.student.shape, d.student.device, partial.shape[1]
-    sweep = sweep_of("statistics", device, d.student.element_size(), V)
+    sweep = sweep_of("entropy_kl_mixture", device, d.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
     sums = torch.empty(N, splits, 2, dtype=torch.float32, device=device)
     flags = d.flags()
@@ -365,7 +365,7 @@ def token_statistics(d: DenseCall, partial: Tensor, mixture: Tensor | None, voca
 def logits_gradient(d: DenseCall, terms: Tensor, incoming: Tensor) -> Tensor:
     """∂/∂student of Σ incoming·loss, `incoming` one number a token or one for all, in the student's dtype."""
     (N, V), device = d.student.shape, d.student.device
-    sweep = sweep_of("gradient", device, d.student.element_size(), V)
+    sweep = sweep_of("entropy_kl_gradient", device, d.student.element_size(), V)
     grad = torch.empty(N, V, dtype=d.student.dtype, device=device)
     wrap_triton(entropy_kl_gradient)[(N, triton.cdiv(V, sweep.step))](
         d.student, d.teacher, d.labels, d.mask, d.scalars, terms, incoming, grad,
@@ -379,7 +379,7 @@ def rows_at_once(d: DenseCall, incoming: Tensor, grad: Tensor) -> tuple[Tensor, 
     """(stats, losses) of whole rows and their gradient in one kernel; `grad` (N, V) is written and may be the student
     itself."""
     (N, V), device = d.student.shape, d.student.device
-    sweep = sweep_of("row", device, d.student.element_size(), V)
+    sweep = sweep_of("entropy_kl_row", device, d.student.element_size(), V)
     stats, losses = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((4, N), (N,)))
     wrap_triton(entropy_kl_row)[(N,)](
         d.student, d.teacher, d.labels, d.mask, d.scalars, stats, losses, incoming, grad,

@@ -1,6 +1,6 @@
 """Launch configurations: by kernel and shape from one JSON file a device family, else by a heuristic.
 
-A file `configs/<family>.json` maps a kernel class to a list of {"columns", "itemsize", "warps", "vec", "unroll"}; the
+A file `configs/<family>.json` maps a kernel to a list of {"columns", "itemsize", "warps", "vec", "unroll"}; the
 first entry of the input's item size with columns ≥ V (null: any V) is taken. `source` says where the figures are from.
 """
 

@@ -378,10 +378,10 @@ def prepared(
     )  # fmt: skip
 
 
-def _partial_statistics(s: SparseCall) -> Tensor:
+def partial_statistics(s: SparseCall) -> Tensor:
     """(N, splits, 4): the statistics of the ids not stored in each part of each row."""
     (N, V), device = s.student.shape, s.student.device
-    sweep = sweep_of("statistics", device, s.student.element_size(), V)
+    sweep = sweep_of("topk_kl_statistics", device, s.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)
     wrap_triton(topk_kl_statistics)[(N, splits)](
@@ -418,10 +418,10 @@ def token_statistics(s: SparseCall, partial: Tensor, gathered: Tensor | None, vo
     return out
 
 
-def _gradient(s: SparseCall, tokens: SparseTokens, incoming: Tensor) -> Tensor:
+def logits_gradient(s: SparseCall, tokens: SparseTokens, incoming: Tensor) -> Tensor:
     """∂/∂student of Σ incoming·loss, `incoming` one number a token or one for all, in the student's dtype."""
     (N, V), k, device = s.student.shape, s.teacher_ids.shape[1], s.student.device
-    sweep = sweep_of("gradient", device, s.student.element_size(), V)
+    sweep = sweep_of("topk_kl_gradient", device, s.student.element_size(), V)
     grad = torch.empty(N, V, dtype=s.student.dtype, device=device)
     stride = int(incoming.dim() > 0)
     wrap_triton(topk_kl_gradient)[(N, triton.cdiv(V, sweep.step))](
@@ -450,7 +450,7 @@ def _tokens(
 ) -> tuple[SparseCall, SparseTokens]:  # fmt: skip
     codes = weighting, divergence, ignore_index, tail
     s = prepared(student, teacher_logprobs, teacher_ids, labels, mask, scalars, *codes, columns)
-    partial = columns.parts(_partial_statistics(s), lambda own: _joined(s, own))
+    partial = columns.parts(partial_statistics(s), lambda own: _joined(s, own))
     if columns is WHOLE:
         return s, token_statistics(s, partial, None, student.shape[1])
     gathered = _stored_logits_of_all(s, columns, scalars)
@@ -465,10 +465,10 @@ def topk_kl(*arguments: Any, columns: Columns = WHOLE) -> tuple[Tensor, Tensor, 
     if reduction == NONE:
         return tokens.losses, tokens.stats, empty
     loss, inverse = reduced_loss(tokens.losses, tokens.stats, reduction, num_items)
-    return loss, tokens.stats, _gradient(s, tokens, inverse) if need_student else empty
+    return loss, tokens.stats, logits_gradient(s, tokens, inverse) if need_student else empty
 
 
 def topk_kl_backward(grad_loss: Tensor, *inputs: Any, columns: Columns = WHOLE) -> Tensor:
     """∂/∂student of Σ grad_loss·loss, one incoming gradient a token."""
     s, tokens = _tokens(columns, *inputs)
-    return _gradient(s, tokens, grad_loss.contiguous())
+    return logits_gradient(s, tokens, grad_loss.contiguous())
