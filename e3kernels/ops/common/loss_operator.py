@@ -7,7 +7,7 @@ saved and the backward operator computes the gradients anew, with one incoming g
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +16,19 @@ from e3kernels.contract import REDUCTIONS, accumulate_dtype
 from e3kernels.registration import Operator, declare
 
 NONE = REDUCTIONS.index("none")
+
+
+class LossArguments(NamedTuple):
+    """The arguments of a loss operator: its tensors and the scalars, its codes, and what is asked of it."""
+
+    tensors: tuple[Tensor | None, ...]
+    codes: tuple[Any, ...]
+    reduction: int
+    num_items: Tensor | None
+    needs: tuple[bool, ...]
+
+    def flat(self) -> tuple[Any, ...]:
+        return *self.tensors, *self.codes, self.reduction, self.num_items, *self.needs
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,12 @@ class LossSignature:
         """Index of each differentiable tensor among the arguments."""
         names = [tensor.rstrip("?") for tensor in self.tensors]
         return tuple(names.index(name) for name in self.differentiable)
+
+    def read(self, arguments: tuple[Any, ...]) -> LossArguments:
+        """The operator's arguments by what they are."""
+        scalars, count = len(self.tensors), len(self.differentiable)
+        *codes, reduction, num_items = arguments[scalars + 1 : -count]
+        return LossArguments(arguments[: scalars + 1], tuple(codes), reduction, num_items, arguments[-count:])
 
     @property
     def _arguments(self) -> str:
@@ -58,8 +77,8 @@ class LossSignature:
         return f"(Tensor grad_loss, {self._arguments}, {self._needs}) -> ({gradients})"
 
 
-def _empty_gradients(signature: LossSignature, arguments: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
-    first, *parameters = [arguments[position] for position in signature.positions]
+def _empty_gradients(signature: LossSignature, tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+    first, *parameters = [tensors[position] for position in signature.positions]
     dtype = accumulate_dtype(first.dtype)
     gradients = [first.new_empty(first.shape if needs[0] else 0)]
     for parameter, need in zip(parameters, needs[1:], strict=True):
@@ -68,15 +87,12 @@ def _empty_gradients(signature: LossSignature, arguments: Sequence[Any], needs: 
 
 
 def _fake(signature: LossSignature) -> Callable[..., Any]:
-    count = len(signature.differentiable)
-
-    def fake(*arguments: Any) -> tuple[Tensor, ...]:
-        reduction, needs = arguments[-count - 2], arguments[-count:]
-        first = arguments[0]
+    def fake(first: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        call = signature.read((first, *rest))
         rows, dtype = first.shape[0], accumulate_dtype(first.dtype)
-        loss = first.new_empty((rows,) if reduction == NONE else (), dtype=dtype)
+        loss = first.new_empty((rows,) if call.reduction == NONE else (), dtype=dtype)
         stats = first.new_empty((4, rows), dtype=dtype)
-        return loss, stats, *_empty_gradients(signature, arguments, needs)
+        return loss, stats, *_empty_gradients(signature, call.tensors, call.needs)
 
     return fake
 
@@ -84,37 +100,37 @@ def _fake(signature: LossSignature) -> Callable[..., Any]:
 def _backward_fake(signature: LossSignature) -> Callable[..., Any]:
     count = len(signature.differentiable)
 
-    def fake(_: Tensor, student: Tensor, *rest: Any) -> Tensor | tuple[Tensor, ...]:
+    def fake(_: Tensor, first: Tensor, *rest: Any) -> Tensor | tuple[Tensor, ...]:
         if count == 1:
-            return student.new_empty(student.shape)
-        return tuple(_empty_gradients(signature, (student, *rest), rest[-count:]))
+            return first.new_empty(first.shape)
+        return tuple(_empty_gradients(signature, (first, *rest), rest[-count:]))
 
     return fake
 
 
 def _ask(signature: LossSignature) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """Ask the forward pass for the gradients of the inputs that require one."""
-    count = len(signature.differentiable)
 
     def ask(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        if arguments[-count - 2] == NONE:
+        call = signature.read(arguments)
+        if call.reduction == NONE:
             return arguments
-        inputs = [arguments[position] for position in signature.positions]
-        wanted = (tensor is not None and tensor.requires_grad for tensor in inputs)
-        return *arguments[:-count], *(asked or want for asked, want in zip(arguments[-count:], wanted, strict=True))
+        inputs = [call.tensors[position] for position in signature.positions]
+        wanted = [tensor is not None and tensor.requires_grad for tensor in inputs]
+        needs = tuple(asked or want for asked, want in zip(call.needs, wanted, strict=True))
+        return call._replace(needs=needs).flat()
 
     return ask
 
 
 def _remember(signature: LossSignature) -> Callable[..., tuple[Tensor | None, ...]]:
-    count, last = len(signature.differentiable), len(signature.tensors) + 1
-
     def remember(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.reduction = inputs[-count - 2]
-        ctx.codes = inputs[last : -count - 2]
-        ctx.arity = len(inputs)
-        return inputs[:last] if ctx.reduction == NONE else outputs[2:]
+        _, *not_differentiable = outputs
+        _, _, *gradients = outputs
+        ctx.mark_non_differentiable(*not_differentiable)
+        call = signature.read(inputs)
+        ctx.reduction, ctx.codes, ctx.arity = call.reduction, call.codes, len(inputs)
+        return call.tensors if call.reduction == NONE else tuple(gradients)
 
     return remember
 
