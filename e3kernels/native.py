@@ -31,7 +31,7 @@ SCHEMAS = {
     "linear_logits": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
     "linear_grad_hidden": "(Tensor grad, Tensor weight, Tensor(a!) out) -> ()",
 }
-# Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes a pair: 56 MiB.
+# Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes per pair: 56 MiB.
 _TILE_LOGITS = 7 << 20
 
 

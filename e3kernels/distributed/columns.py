@@ -1,6 +1,6 @@
 """The vocabulary in parts: rank r of a process group holds the columns from V_0 + … + V_{r−1} on.
 
-Sums over the vocabulary are all-reduced; what crosses the wire is a few numbers a token, never a logit. A softmax is
+Sums over the vocabulary are all-reduced; what crosses the wire is a few numbers per token, never a logit. A softmax is
 normalised by the all-reduced maximum and sum, log softmax z = (z − m) − log Σ e^{z − m}.
 """
 

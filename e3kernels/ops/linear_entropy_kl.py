@@ -77,7 +77,7 @@ def linear_entropy_kl(
     """`entropy_kl(student_hidden @ student_weight.T + student_bias, teacher_hidden @ teacher_weight.T + teacher_bias)`.
 
     Logits exist for one tile of tokens at a time, so that memory does not grow with N·V. A head that both models share
-    (one weight, one bias) is multiplied once a tile. Gradients of a weight and a bias are summed in fp32.
+    (one weight, one bias) is multiplied once per tile. Gradients of a weight and a bias are summed in fp32.
 
     Args:
         student_hidden, teacher_hidden: (..., H), the widths of the models may differ.
@@ -125,7 +125,7 @@ def linear_entropy_kl(
         "teacher_weight", teacher_weight, (vocabulary, teacher_hidden.shape[-1]), "as many rows as student_weight"
     )
     check_shape(
-        "teacher_hidden", teacher_hidden, (*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "one row a token"
+        "teacher_hidden", teacher_hidden, (*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "one row per token"
     )
     check_device(
         student_hidden.device,

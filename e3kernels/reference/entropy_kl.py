@@ -55,5 +55,5 @@ def entropy_kl(*arguments: Any, columns: Columns = WHOLE) -> tuple[Tensor, Tenso
 
 
 def entropy_kl_backward(grad_loss: Tensor, *inputs: Any, columns: Columns = WHOLE) -> Tensor:
-    """Kernel of `e3::entropy_kl_backward.reference`: one incoming gradient a token."""
+    """Kernel of `e3::entropy_kl_backward.reference`: one incoming gradient per token."""
     return _tokens(columns, *inputs).gradient(grad_loss)

@@ -122,5 +122,5 @@ def topk_kl(*arguments: Any, columns: Columns = WHOLE) -> tuple[Tensor, Tensor, 
 
 
 def topk_kl_backward(grad_loss: Tensor, *inputs: Any, columns: Columns = WHOLE) -> Tensor:
-    """Kernel of `e3::topk_kl_backward.reference`: one incoming gradient a token."""
+    """Kernel of `e3::topk_kl_backward.reference`: one incoming gradient per token."""
     return _tokens(columns, *inputs).gradient(grad_loss)

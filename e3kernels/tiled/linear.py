@@ -22,7 +22,7 @@ from torch import Tensor
 from e3kernels.contract import REDUCTIONS, accumulate_dtype
 from e3kernels.reference.token_loss import denominator, valid_tokens
 
-# Logits of one model in a tile of the reference kernels: their temporaries come to about 60 bytes a logit.
+# Logits of one model in a tile of the reference kernels: their temporaries come to about 60 bytes per logit.
 REFERENCE_LOGITS = 4 << 20
 # Bytes of a weight that are cast, or of its gradient that are multiplied out, at a time.
 _BLOCK_BYTES = 8 << 20
@@ -282,7 +282,7 @@ class LinearLoss:
         return losses.sum() / divisor, stats, *gradients.results(divisor)
 
     def backward(self, grad_loss: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of hidden, weight, bias for one incoming gradient a token."""
+        """Gradients of hidden, weight, bias for one incoming gradient per token."""
         gradients = self._gradients(self.needs)
         for rows, inputs in self._tiles(gradients):
             gradients.add(rows, self.kernel.backward(grad_loss[rows], *inputs))

@@ -363,7 +363,7 @@ def token_statistics(d: DenseCall, partial: Tensor, mixture: Tensor | None, voca
 
 
 def logits_gradient(d: DenseCall, terms: Tensor, incoming: Tensor) -> Tensor:
-    """∂/∂student of Σ incoming·loss, `incoming` one number a token or one for all, in the student's dtype."""
+    """∂/∂student of Σ incoming·loss, `incoming` one number per token or one for all, in the student's dtype."""
     (N, V), device = d.student.shape, d.student.device
     sweep = sweep_of("entropy_kl_gradient", device, d.student.element_size(), V)
     grad = torch.empty(N, V, dtype=d.student.dtype, device=device)
@@ -436,7 +436,7 @@ def entropy_kl_backward(
     grad_loss: Tensor, student: Tensor, teacher: Tensor, labels: Tensor | None, token_mask: Tensor | None,
     scalars: Tensor, weighting: int, divergence: int, ignore_index: int, columns: Columns = WHOLE,
 ) -> Tensor:  # fmt: skip
-    """∂/∂student of Σ grad_loss·loss, one incoming gradient a token."""
+    """∂/∂student of Σ grad_loss·loss, one incoming gradient per token."""
     d = prepared(student, teacher, labels, token_mask, scalars, weighting, divergence, ignore_index, columns)
     if columns is WHOLE and fills_device(student):
         grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)

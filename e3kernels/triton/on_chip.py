@@ -1,7 +1,7 @@
 """Logits on chip: a tile of the product hidden · weightᵀ that never leaves its program's registers.
 
-It saves the logits' way through memory, 4 bytes a logit each way, and pays for it with a matrix product slower than the
-vendor's: worth it for narrow heads and where no gradient is asked for.
+It saves the logits' way through memory, 4 bytes per logit each way, and pays for it with a matrix product slower than
+the vendor's: worth it for narrow heads and where no gradient is asked for.
 """
 
 from typing import Any, NamedTuple

@@ -1,6 +1,6 @@
 """Sweeps of one program over a part of a row: statistics, mixture sums, gradient.
 
-A program of LANES threads' worth of lanes takes LANES × VEC × UNROLL columns a step. A lane owns VEC neighbouring
+A program of LANES threads' worth of lanes takes LANES × VEC × UNROLL columns per step. A lane owns VEC neighbouring
 columns, one or two 128-bit accesses, so the sweep needs no exchange between threads until its end. A part is
 [first, last) with `last − first` a multiple of the step unless it ends at V: then `columns < V` is the only mask, and
 its alignment is known to the compiler.

@@ -419,7 +419,7 @@ def token_statistics(s: SparseCall, partial: Tensor, gathered: Tensor | None, vo
 
 
 def logits_gradient(s: SparseCall, tokens: SparseTokens, incoming: Tensor) -> Tensor:
-    """∂/∂student of Σ incoming·loss, `incoming` one number a token or one for all, in the student's dtype."""
+    """∂/∂student of Σ incoming·loss, `incoming` one number per token or one for all, in the student's dtype."""
     (N, V), k, device = s.student.shape, s.teacher_ids.shape[1], s.student.device
     sweep = sweep_of("topk_kl_gradient", device, s.student.element_size(), V)
     grad = torch.empty(N, V, dtype=s.student.dtype, device=device)
@@ -469,6 +469,6 @@ def topk_kl(*arguments: Any, columns: Columns = WHOLE) -> tuple[Tensor, Tensor, 
 
 
 def topk_kl_backward(grad_loss: Tensor, *inputs: Any, columns: Columns = WHOLE) -> Tensor:
-    """∂/∂student of Σ grad_loss·loss, one incoming gradient a token."""
+    """∂/∂student of Σ grad_loss·loss, one incoming gradient per token."""
     s, tokens = _tokens(columns, *inputs)
     return logits_gradient(s, tokens, grad_loss.contiguous())

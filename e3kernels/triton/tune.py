@@ -31,7 +31,7 @@ Table = dict[str, list[dict[str, int | None]]]
 
 
 def candidates(warp: int, itemsize: int) -> Iterator[Sweep]:
-    """Tiles of one or two 128-bit accesses a lane, 128 to 1024 lanes, 1 to 4 such rounds a step."""
+    """Tiles of one or two 128-bit accesses per lane, 128 to 1024 lanes, 1 to 4 such rounds per step."""
     for lanes, accesses, unroll in itertools.product((128, 256, 512, 1024), (1, 2), (1, 2, 4)):
         yield Sweep(lanes, accesses * 16 // itemsize, unroll, lanes // warp)
 

@@ -138,11 +138,11 @@ def make_tokens(
     shape = tuple(like.shape[:-1])
     check_device(like.device, labels=labels, token_mask=token_mask)
     if token_mask is not None:
-        check_shape("token_mask", token_mask, shape, "one value a token")
+        check_shape("token_mask", token_mask, shape, "one value per token")
         check_dtype("token_mask", token_mask, (torch.bool, *INTEGER_DTYPES))
         token_mask = token_mask.reshape(-1) != 0
     if labels is not None:
-        check_shape("labels", labels, shape, "one id a token")
+        check_shape("labels", labels, shape, "one id per token")
         check_dtype("labels", labels, INTEGER_DTYPES)
         labels = labels.reshape(-1).to(torch.int64)
     tokens = Tokens(shape, labels, token_mask)

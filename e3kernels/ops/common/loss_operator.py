@@ -2,7 +2,7 @@
 
 A loss operator returns (loss, stats, one gradient for each differentiable input). For reductions mean and sum the
 forward pass has already computed the gradients for an incoming gradient of 1 and saved them; for `none` the inputs are
-saved and the backward operator computes the gradients anew, with one incoming gradient a token.
+saved and the backward operator computes the gradients anew, with one incoming gradient per token.
 """
 
 from collections.abc import Callable, Sequence
