@@ -16,14 +16,7 @@ from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-OPERATOR = declare_loss(
-    LossSignature(
-        name="entropy_kl",
-        tensors=("student", "teacher", "labels?", "token_mask?"),
-        differentiable=("student",),
-        codes="int weighting, int divergence, int ignore_index",
-    )
-)
+OPERATOR = declare_loss(LossSignature("entropy_kl", student=("student",), teacher=("teacher",)))
 
 
 @overload

@@ -19,19 +19,10 @@ if TYPE_CHECKING:
 
 OPERATOR = declare_loss(
     LossSignature(
-        name="linear_entropy_kl",
-        tensors=(
-            "student_hidden",
-            "student_weight",
-            "student_bias?",
-            "teacher_hidden",
-            "teacher_weight",
-            "teacher_bias?",
-            "labels?",
-            "token_mask?",
-        ),
-        differentiable=("student_hidden", "student_weight", "student_bias"),
-        codes="int weighting, int divergence, int ignore_index, ScalarType? compute_dtype",
+        "linear_entropy_kl",
+        student=("student_hidden", "student_weight", "student_bias?"),
+        teacher=("teacher_hidden", "teacher_weight", "teacher_bias?"),
+        codes=("ScalarType? compute_dtype",),
     )
 )
 

@@ -20,18 +20,10 @@ if TYPE_CHECKING:
 
 OPERATOR = declare_loss(
     LossSignature(
-        name="linear_topk_kl",
-        tensors=(
-            "student_hidden",
-            "student_weight",
-            "student_bias?",
-            "teacher_logprobs",
-            "teacher_ids",
-            "labels?",
-            "token_mask?",
-        ),
-        differentiable=("student_hidden", "student_weight", "student_bias"),
-        codes="int weighting, int divergence, int ignore_index, int tail, ScalarType? compute_dtype",
+        "linear_topk_kl",
+        student=("student_hidden", "student_weight", "student_bias?"),
+        teacher=("teacher_logprobs", "teacher_ids"),
+        codes=("int tail", "ScalarType? compute_dtype"),
     )
 )
 

@@ -18,12 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 OPERATOR = declare_loss(
-    LossSignature(
-        name="topk_kl",
-        tensors=("student", "teacher_logprobs", "teacher_ids", "labels?", "token_mask?"),
-        differentiable=("student",),
-        codes="int weighting, int divergence, int ignore_index, int tail",
-    )
+    LossSignature("topk_kl", student=("student",), teacher=("teacher_logprobs", "teacher_ids"), codes=("int tail",))
 )
 
 

@@ -33,37 +33,32 @@ class LossArguments(NamedTuple):
 
 @dataclass(frozen=True)
 class LossSignature:
-    """Arguments of a loss operator: its tensors (`?` marks optional ones), which of them get a gradient, its codes."""
+    """What a loss operator takes: the student's tensors, which get a gradient, and the teacher's, which get none (`?`
+    marks optional ones), and the codes that it has beside those of all losses."""
 
     name: str
-    tensors: tuple[str, ...]
-    differentiable: tuple[str, ...]
-    codes: str
+    student: tuple[str, ...]
+    teacher: tuple[str, ...]
+    codes: tuple[str, ...] = ()
 
     @property
-    def positions(self) -> tuple[int, ...]:
-        """Index of each differentiable tensor among the arguments."""
-        names = [tensor.rstrip("?") for tensor in self.tensors]
-        return tuple(names.index(name) for name in self.differentiable)
-
-    def read(self, arguments: tuple[Any, ...]) -> LossArguments:
-        """The operator's arguments by what they are."""
-        scalars, count = len(self.tensors), len(self.differentiable)
-        *codes, reduction, num_items = arguments[scalars + 1 : -count]
-        return LossArguments(arguments[: scalars + 1], tuple(codes), reduction, num_items, arguments[-count:])
+    def _names(self) -> list[str]:
+        return [name.rstrip("?") for name in self.student]
 
     @property
     def _arguments(self) -> str:
-        tensors = [f"Tensor? {name[:-1]}" if name.endswith("?") else f"Tensor {name}" for name in self.tensors]
-        return ", ".join([*tensors, "Tensor scalars", self.codes])
+        tensors = (*self.student, *self.teacher, "labels?", "token_mask?")
+        typed = [f"Tensor? {name[:-1]}" if name.endswith("?") else f"Tensor {name}" for name in tensors]
+        codes = ("int weighting", "int divergence", "int ignore_index", *self.codes)
+        return ", ".join([*typed, "Tensor scalars", *codes])
 
     @property
     def _needs(self) -> str:
-        return ", ".join(f"bool need_{name}" for name in self.differentiable)
+        return ", ".join(f"bool need_{name}" for name in self._names)
 
     @property
     def schema(self) -> str:
-        gradients = ", ".join(f"Tensor grad_{name}" for name in self.differentiable)
+        gradients = ", ".join(f"Tensor grad_{name}" for name in self._names)
         return (
             f"({self._arguments}, int reduction, Tensor? num_items, {self._needs})"
             f" -> (Tensor loss, Tensor stats, {gradients})"
@@ -71,19 +66,25 @@ class LossSignature:
 
     @property
     def backward_schema(self) -> str:
-        if len(self.differentiable) == 1:
+        if len(self.student) == 1:
             return f"(Tensor grad_loss, {self._arguments}) -> Tensor"
-        gradients = ", ".join(f"Tensor grad_{name}" for name in self.differentiable)
+        gradients = ", ".join(f"Tensor grad_{name}" for name in self._names)
         return f"(Tensor grad_loss, {self._arguments}, {self._needs}) -> ({gradients})"
 
+    def read(self, arguments: tuple[Any, ...]) -> LossArguments:
+        """The operator's arguments by what they are."""
+        count, tensors = len(self.student), len(self.student) + len(self.teacher) + 3  # labels, token mask, scalars
+        *codes, reduction, num_items = arguments[tensors:-count]
+        return LossArguments(arguments[:tensors], tuple(codes), reduction, num_items, arguments[-count:])
 
-def _empty_gradients(signature: LossSignature, tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
-    first, *parameters = [tensors[position] for position in signature.positions]
-    dtype = accumulate_dtype(first.dtype)
-    gradients = [first.new_empty(first.shape if needs[0] else 0)]
-    for parameter, need in zip(parameters, needs[1:], strict=True):
-        gradients.append(first.new_empty(parameter.shape if need else 0, dtype=dtype))
-    return gradients
+    def empty_gradients(self, tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+        """For the fakes: the gradients of `tensors`, which begin with the student's; empty where not needed."""
+        first, *parameters = tensors[: len(self.student)]
+        dtype = accumulate_dtype(first.dtype)
+        gradients = [first.new_empty(first.shape if needs[0] else 0)]
+        for parameter, need in zip(parameters, needs[1:], strict=True):
+            gradients.append(first.new_empty(parameter.shape if need else 0, dtype=dtype))
+        return gradients
 
 
 def _fake(signature: LossSignature) -> Callable[..., Any]:
@@ -92,18 +93,18 @@ def _fake(signature: LossSignature) -> Callable[..., Any]:
         rows, dtype = first.shape[0], accumulate_dtype(first.dtype)
         loss = first.new_empty((rows,) if call.reduction == NONE else (), dtype=dtype)
         stats = first.new_empty((4, rows), dtype=dtype)
-        return loss, stats, *_empty_gradients(signature, call.tensors, call.needs)
+        return loss, stats, *signature.empty_gradients(call.tensors, call.needs)
 
     return fake
 
 
 def _backward_fake(signature: LossSignature) -> Callable[..., Any]:
-    count = len(signature.differentiable)
+    count = len(signature.student)
 
     def fake(_: Tensor, first: Tensor, *rest: Any) -> Tensor | tuple[Tensor, ...]:
         if count == 1:
             return first.new_empty(first.shape)
-        return tuple(_empty_gradients(signature, (first, *rest), rest[-count:]))
+        return tuple(signature.empty_gradients((first, *rest), rest[-count:]))
 
     return fake
 
@@ -115,9 +116,8 @@ def _ask(signature: LossSignature) -> Callable[[tuple[Any, ...]], tuple[Any, ...
         call = signature.read(arguments)
         if call.reduction == NONE:
             return arguments
-        inputs = [call.tensors[position] for position in signature.positions]
-        wanted = [tensor is not None and tensor.requires_grad for tensor in inputs]
-        needs = tuple(asked or want for asked, want in zip(call.needs, wanted, strict=True))
+        students = zip(call.tensors, call.needs, strict=False)  # which come first
+        needs = tuple(asked or (tensor is not None and tensor.requires_grad) for tensor, asked in students)
         return call._replace(needs=needs).flat()
 
     return ask
@@ -146,25 +146,26 @@ def _scaled(gradient: Tensor, incoming: Tensor) -> Tensor:
 
 
 def _make_backward(signature: LossSignature) -> Callable[[Any], Callable[..., Any]]:
+    count = len(signature.student)
+
     def make_backward(overload: Any) -> Callable[..., Any]:
         def backward(
             ctx: Any, saved: Sequence[Tensor | None], grad_loss: Tensor | None, *_: Any
         ) -> tuple[Tensor | None, ...]:
-            result: list[Tensor | None] = [None] * ctx.arity
+            nothing: tuple[None, ...] = (None,) * ctx.arity
             if grad_loss is None:
-                return tuple(result)
-            needs = [ctx.needs_input_grad[position] for position in signature.positions]
+                return nothing
+            needs = ctx.needs_input_grad[:count]
             if ctx.reduction == NONE:
                 arguments = (grad_loss, *saved, *ctx.codes)
-                gradients = [overload(*arguments)] if len(needs) == 1 else overload(*arguments, *needs)
+                gradients = [overload(*arguments)] if count == 1 else overload(*arguments, *needs)
             else:
                 gradients = [
                     _scaled(gradient, grad_loss) if need and gradient is not None else None
                     for gradient, need in zip(saved, needs, strict=True)
                 ]
-            for position, need, gradient in zip(signature.positions, needs, gradients, strict=True):
-                result[position] = gradient if need else None
-            return tuple(result)
+            wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+            return *wanted, *nothing[count:]
 
         return backward
 
