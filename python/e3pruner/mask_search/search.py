@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from transformers import PreTrainedModel
 
+from e3pruner.evaluation.target import number_to_drop
 from e3pruner.mask_search.calibration import Calibration
-from e3pruner.mask_search.checks import check_integer
 from e3pruner.mask_search.measurements import Checkpoint, Measurements
 from e3pruner.mask_search.method import METHODS, Method, Progress, Search
 from e3pruner.mask_search.problem import SearchProblem
@@ -26,17 +26,18 @@ from e3pruner.models.stack import check_indices
 from e3pruner.precision import autocast_dtype
 from e3pruner.surgery import PruningPlan
 from e3pruner.text.given import Given, batches_of
-from e3pruner.vocabulary import check_options, did_you_mean
+from e3pruner.vocabulary import check_integer, check_options, did_you_mean
 
 
 def search(
     model: PreTrainedModel,
     token_batches: Given,
-    drop: int = 8,
+    drop: int | None = None,
     method: str = "gumbel-topk",
     seed: int = 0,
     protect: Iterable[int] = (),
     *,
+    fraction: float | None = None,
     granularity: str = "layer",
     quota: Mapping[str, int] | None = None,
     precision: str = "auto",
@@ -46,16 +47,18 @@ def search(
     prefixes_per_call: int = 1,
     **options: Any,
 ) -> PruningPlan:
-    """Search `drop` decoder layers whose removal changes the predictions of `model` least.
+    """Search the decoder layers whose removal changes the predictions of `model` least.
 
     model: a Hugging Face causal language model; afterwards it is as it was, whatever happens.
     token_batches: calibration text: a list of batches, or one. A batch is token ids (B, T), a mapping with `input_ids`
         and where wanted `attention_mask`, `labels` and `position_ids`, a tuple (`input_ids`, `attention_mask`), or
         `e3pruner.text.Sequences`. Padding counts in nothing; of labelled text only what is to be predicted counts.
+    drop: how many layers go: 8, or all of `quota`, unless told. fraction: their share of all layers, instead of `drop`.
     method: one of `METHODS`; `options` are that method's keyword arguments.
     seed: of all randomness; (seed, tokens, model) decide the plan.
     protect: layers that stay whole.
-    granularity: "layer", or "sublayer": then attentions and MLPs go one by one, and `drop` counts them.
+    granularity: "layer", or "sublayer": then attentions and MLPs go one by one, and `drop` and
+        `fraction` count them.
     quota: how many go of each kind: of the configuration's `layer_types`, or of "attention" and "mlp"; they add up to
         `drop`.
     precision: "fp32" computes in the type of the weights, "bf16" with the weights rounded to bfloat16 meanwhile, "auto"
@@ -82,7 +85,9 @@ def search(
     """
     num_layers = len(find_layers(model))
     protected = check_indices("protect", protect, num_layers)
-    units = units_of(model, drop, protected, granularity, quota)
+    one_by_one = granularity == "sublayer"
+    count = number_to_drop(model, protected, quota=quota, sublayers=one_by_one, drop=drop, fraction=fraction)
+    units = units_of(model, count, protected, granularity, quota)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
     dtype = autocast_dtype(precision, model.device)

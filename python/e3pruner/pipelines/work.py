@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import e3pruner
 from e3pruner.evaluation import latency
 from e3pruner.evaluation.generation import continue_prompt
+from e3pruner.evaluation.target import check_drop, number_to_drop
 from e3pruner.mask_search.calibration import Calibration
-from e3pruner.mask_search.checks import check_drop
 from e3pruner.mask_search.held_out import held_out_figures
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.units import units_of
@@ -26,7 +26,6 @@ from e3pruner.models.loading import BUILT_IN, Dtype, load_model, load_tokenizer,
 from e3pruner.models.stack import check_indices
 from e3pruner.pipelines.options import PipelineOptions
 from e3pruner.pipelines.results import recovery_results, search_results
-from e3pruner.pipelines.settings import number_to_drop
 from e3pruner.pipelines.stages import Stages
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.compensation import Compensation

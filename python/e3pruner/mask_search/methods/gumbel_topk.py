@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 
 from e3kernels.profiling import named_range
-from e3pruner.mask_search.checks import check_choice, check_integer, check_positive
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.methods.bi import cosine_distance
 from e3pruner.mask_search.problem import SearchProblem
@@ -26,6 +25,7 @@ from e3pruner.mask_search.protocol import (
 )
 from e3pruner.mask_search.quadratic import GUESSED_SPREAD, MEASURED_SPREAD
 from e3pruner.mask_search.study import Study
+from e3pruner.vocabulary import check_choice, check_integer, check_positive
 
 _START_TOKENS = 1024  # calibration tokens of the importance start, which is corrected by all that follows
 _LAST_NOISE = 0.4  # of the first
