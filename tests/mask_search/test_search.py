@@ -228,3 +228,11 @@ def test_a_search_runs_no_more_than_it_pays_for(method, monkeypatch):
     plan = run(method, model)
     paid, proof = plan.metrics["cost"] * NUM_LAYERS, 10 * NUM_LAYERS * 8
     assert paid <= sum(tokens) + 1e-6 <= paid + proof
+
+
+def test_a_fraction_is_a_number_of_layers():
+    assert run("bi", drop=None, fraction=0.5, protect=[1]) == run("bi", drop=3, protect=[1])
+    plan = run("random", drop=None, fraction=0.25, granularity="sublayer")
+    assert 2 * len(plan.removed) + sum(map(len, plan.sublayers.values())) == 3
+    with pytest.raises(ValueError, match=r"drop=2 is one target, fraction=0\.5 another"):
+        run("bi", fraction=0.5)

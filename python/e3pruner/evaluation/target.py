@@ -56,10 +56,10 @@ def number_to_drop(
 
     Raises what `check_target` and `layers_to_drop` raise.
     """
-    check_target(**targets)
     given = {name: value for name, value in targets.items() if value is not None}
-    if "drop" in given:
-        return cast(int, given["drop"])
+    if list(given) == ["drop"]:
+        return cast(int, given["drop"])  # which `check_drop` checks, who knows how many layers there are
+    check_target(**given)
     if given:
         return layers_to_drop(model, protect=protect, sublayers=sublayers, **given)
     return sum(quota.values()) if quota else DEFAULT_DROP
@@ -85,8 +85,8 @@ def layers_to_drop(
     Raises `ValueError` unless one target is given, and for one that cannot be reached or needs no layer removed.
     """
     given = {"fraction": fraction, "parameters": parameters, "milliseconds": milliseconds}
-    check_target(**given)
     ((name, value),) = _only(given)
+    check_target(**{name: value})
     layers, size = len(find_layers(model)), 1 + sublayers
     protected = check_indices("protect", protect, layers)
     most = min(size * layers - 1, size * (layers - len(protected)))

@@ -11,6 +11,7 @@ from e3pruner.cli import options
 from e3pruner.cli.command import Command, command_line
 from e3pruner.cli.config import result_folder
 from e3pruner.cli.tables import console, rich_table
+from e3pruner.evaluation.target import check_target
 from e3pruner.models.device import usable_device
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.profiling.ceilings import measure_ceilings
@@ -108,8 +109,8 @@ def step(
 
     Example: `e3 profile step smollm2 --drop 8 --out profiled`
     """
-    with result_folder(ctx, out, force) as folder:
     check_target(drop=drop, fraction=fraction)
+    with result_folder(ctx, out, force) as folder:
         splits = token_splits(
             load_tokenizer(model, trust_remote_code=trust_remote_code), text, length=length, seed=seed
         )
