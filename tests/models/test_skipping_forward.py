@@ -226,3 +226,14 @@ def test_a_more_general_way_covers_what_it_does_more_of():
     assert Way(2, True, True).covers(Way(2, False, True))
     assert not Way(2, True, False).covers(Way(2, False, True))
     assert not Way(2, True, True).covers(Way(1, False, False))
+
+
+@pytest.mark.parametrize("model_type", sorted({*TINY_CONFIGS} - {"gpt2", "opt"}))  # which do more than norm at the end
+@torch.no_grad()
+def test_the_model_around_its_layers_runs_once_for_all_masks(model_type):
+    model, inputs, runs = tiny_model(model_type), {"input_ids": tiny_tokens()}, []
+    masks = lone_cuts()
+    of_one(SkippingForward(model), inputs, masks)
+    model.get_input_embeddings().register_forward_hook(lambda *_: runs.append(1))
+    of_one(SkippingForward(model), inputs, masks)
+    assert len(runs) == 1

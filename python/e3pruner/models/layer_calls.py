@@ -7,7 +7,7 @@ a mapping that an earlier layer wrote into. Nothing but a forward pass tells whe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from e3pruner.models.head import last_hidden
+from e3pruner.models.head import decoder_of, last_hidden
 from e3pruner.models.stack import evaluating, find_layers
 
 Place = int | str  # of an argument: its position or its name
@@ -60,8 +60,10 @@ class Route:
     for a bare hidden state, else for each further entry of the tuple the argument in which the next layer is given it,
     if any. links: for each call but the first, the arguments that are entries of what the call before returned, and
     which; None where the model changes the hidden state in between. shared: for each call but the first, the mappings
-    that the call before was given too. writers: layers that write into the hidden state that they are given. proven:
-    the ways of walking it, of one mask or many, one batch or many, that have been seen to give what the model gives.
+    that the call before was given too. tail: the child of the module that holds the layers that turns what the last
+    layer returned into the last hidden state; None where more happens there. writers: layers that write into the hidden
+    state that they are given. proven: the ways of walking it, of one mask or many, one batch or many, that have been
+    seen to give what the model gives.
     """
 
     kinds: list[type]
@@ -69,6 +71,7 @@ class Route:
     forms: dict[int, list[Place | None] | None]
     links: list[dict[Place, int] | None]
     shared: list[list[Place]]
+    tail: str | None
     writers: set[int]
     proven: set[Way] = field(default_factory=set)
 
@@ -114,6 +117,10 @@ def recorded(model: PreTrainedModel, inputs: Inputs) -> tuple[list[Step], Tensor
     """The calls of the layers in one forward pass of `model`, and the last hidden state (B, T, H). The route is learnt
     from them."""
     steps: list[Step] = []
+    behind: list[tuple[str, Any, Any]] = []  # of the other children: name, what each was given first, what it returned
+
+    def see(name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        behind.append((name, args[0] if args else None, output))
 
     def record(layer: int, arguments: Arguments, own: Callable[[Arguments], Any]) -> Any:
         hidden = arguments[hidden_place(arguments)]
@@ -123,10 +130,15 @@ def recorded(model: PreTrainedModel, inputs: Inputs) -> tuple[list[Step], Tensor
         return output
 
     layers = find_layers(model)
-    with replaced(dict(enumerate(layers)), record):
+    with ExitStack() as stack:
+        stack.enter_context(replaced(dict(enumerate(layers)), record))
+        for name, child in decoder_of(model).named_children():
+            stack.callback(child.register_forward_hook(partial(see, name)).remove)
         last = last_hidden(model, **inputs)
     if _known(model, inputs) is None:
-        _ROUTES.setdefault(layers, {})[frozenset(inputs)] = _route(layers, steps)
+        hidden = entries(steps[-1].output)[0]
+        tail = next((name for name, given, output in behind if given is hidden and output is last), None)
+        _ROUTES.setdefault(layers, {})[frozenset(inputs)] = _route(layers, steps, tail)
     return steps, last
 
 
@@ -174,7 +186,7 @@ def _call(forward: Forward, index: int, own: Callable[..., Any], *args: Any, **k
     return forward(index, arguments, partial(call, own))
 
 
-def _route(layers: nn.ModuleList, steps: list[Step]) -> Route:
+def _route(layers: nn.ModuleList, steps: list[Step], tail: str | None) -> Route:
     links = [_links(step, after) for step, after in pairwise(steps)]
     places = {entry: place for found in links for place, entry in found.items() if entry > 0}
     forms: dict[int, list[Place | None] | None] = {step.layer: None for step in steps}
@@ -187,6 +199,7 @@ def _route(layers: nn.ModuleList, steps: list[Step]) -> Route:
         forms=forms,
         links=[found if 0 in found.values() else None for found in links],
         shared=[_shared(step, after) for step, after in pairwise(steps)],
+        tail=tail,
         writers={step.layer for step in steps if step.wrote},
     )
 
