@@ -73,7 +73,8 @@ def last_hidden(
     inputs |= position_arguments(model, attention_mask, position_ids)
     with returning_dicts(model):
         output = decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
-    return output.last_hidden_state
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

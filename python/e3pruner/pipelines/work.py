@@ -254,7 +254,8 @@ class Work(Stages):
             **self.options.distill_options(),
         )
         self.export(student, self.tokenizer, self.name(number, RECOVERED))
-        return recovery_results(result)["recovery"]
+        recovered: dict[str, Any] = recovery_results(result)["recovery"]
+        return recovered
 
     def measured(self, number: int, kind: str) -> dict[str, Any]:
         return self.stage(f"{number}-evaluate-{kind}", lambda: self.evaluate(self.load_checkpoint(number, kind)))

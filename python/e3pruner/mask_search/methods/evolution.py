@@ -59,4 +59,5 @@ def _switched(problem: SearchProblem, parents: Tensor, step: int) -> Tensor:
             logits = torch.where(parents == kind, 0.0, -1e6)
             chosen = e3k.gumbel_topk(logits, switches, seed=problem.seed, step=3 * step + offset).mask[row]
             children[row] = torch.where(chosen == 1, 1 - kind, children[row])
-    return children.unique(dim=0)
+    distinct: Tensor = children.unique(dim=0)
+    return distinct

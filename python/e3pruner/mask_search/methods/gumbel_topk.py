@@ -96,7 +96,7 @@ def gumbel_topk(
         }
     candidates = torch.cat([first, best[None], study.best_known(finalists)])
     yield (last := study.race(candidates.unique(dim=0)))
-    return last["removed"]
+    return list(last["removed"])
 
 
 def _starts(problem: SearchProblem, start: str, batches: range) -> list[list[float]]:

@@ -188,7 +188,8 @@ def _errors(tensors: _Prepared, provider: str) -> tuple[float, float]:
 
     def truth(leaf: Tensor) -> Tensor:
         with e3k.use_backend("reference"):
-            return tensors.exact.ours(leaf)
+            value: Tensor = tensors.exact.ours(leaf)
+            return value
 
     few = tensors.few
     return errors_of(few.eager if provider == EAGER else few.ours, truth, few.leaf)
