@@ -96,21 +96,14 @@ def search(
     if masks_at_once is not None:
         check_integer("masks_at_once", masks_at_once, 1)
     check_integer("prefixes_per_call", prefixes_per_call, 1)
-    columns = output_head(model).weight.shape[0]
-    batches = Ranks(model.device).together(
-        "token_batches", lambda: batches_of("token_batches", token_batches, columns, model=model)
-    )
-    calibration = Calibration(batches, model.device)
+    calibration = _calibration(model, token_batches)
     ranks = calibration.ranks
     ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), prefixes_per_call, options])
     known = Measurements()
     if checkpoint is not None:
-        identity: dict[str, Any] = {"dtype": str(dtype), "tokens": calibration.identity, "model": model_identity(model)}
-        identity["prefixes_per_call"] = prefixes_per_call  # what is measured is rounded by it
-        known = store = Checkpoint(checkpoint, identity)
-        measured = ranks.from_first((store.measured, store.seconds))
-        if not ranks.first:
-            known = Measurements(*measured)
+        # What is measured depends on all of it: is rounded by dtype and prefixes_per_call.
+        of = {"dtype": str(dtype), "model": model_identity(model), "prefixes_per_call": prefixes_per_call}
+        known = _known(checkpoint, calibration, of)
     bar = _Bar(method) if progress and ranks.first else None
     problem = SearchProblem(
         model,
@@ -143,6 +136,21 @@ def search(
         history=history,
         metrics=metrics,
     )
+
+
+def _calibration(model: PreTrainedModel, token_batches: Given) -> Calibration:
+    columns = output_head(model).weight.shape[0]
+    batches = Ranks(model.device).together(
+        "token_batches", lambda: batches_of("token_batches", token_batches, columns, model=model)
+    )
+    return Calibration(batches, model.device)
+
+
+def _known(path: str | os.PathLike[str], calibration: Calibration, of: dict[str, Any]) -> Measurements:
+    """What the file of rank 0 knows of these tokens, on every rank; on the first it is kept in the file."""
+    store = Checkpoint(path, {"tokens": calibration.identity, **of})
+    known = calibration.ranks.from_first((store.measured, store.seconds))
+    return store if calibration.ranks.first else Measurements(*known)
 
 
 def run_search(problem: SearchProblem, running: Search) -> tuple[list[dict[str, Any]], list[int]]:
