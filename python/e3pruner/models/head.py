@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -33,6 +33,14 @@ class OutputHead:
     bias: Tensor | None
     softcap: float | None
     scale: float
+
+    def arguments(self, role: str) -> dict[str, Any]:
+        """What the linear losses of `e3kernels` are told of it as the "student" or the "teacher"."""
+        return {f"{role}_{each.name}": getattr(self, each.name) for each in fields(self)}
+
+    def detached(self) -> OutputHead:
+        """This head without a gradient."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     def to(self, dtype: torch.dtype) -> OutputHead:
         """This head with weight and bias in `dtype`: those of the model where they have it."""
