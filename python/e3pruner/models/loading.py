@@ -92,7 +92,8 @@ def load_model(
         _say_device(str(where))
     if streams:
         return stream(model.eval(), folder, where, None if dtype == Dtype.AUTO else getattr(torch, dtype))
-    return model.to(where).eval()
+    resident: PreTrainedModel = model.to(where).eval()
+    return resident
 
 
 @cache
