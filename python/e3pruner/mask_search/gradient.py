@@ -10,6 +10,7 @@ import torch
 import e3kernels as e3k
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.models import gated
+from e3pruner.models.stack import check_unquantised
 from e3pruner.storage import fingerprint
 
 
@@ -18,6 +19,9 @@ def gate_gradient(problem: SearchProblem, gates: Sequence[float], batch: int) ->
 
     It costs a forward and a backward pass through all layers and the output head.
     """
+
+    # Kernels of quantised weights need not have a backward pass: one of bitsandbytes gives wrong gradients on a CPU.
+    check_unquantised("model", problem.model, "a method that follows gradients of the gates needs others")
 
     def compute(number: int) -> list[float]:
         rows, head = problem.rows(number), problem.head.detached()

@@ -132,6 +132,8 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     factors = [(getattr(config, name, None), exponent) for name, exponent in _FACTORS.items()]
     scale = math.prod(factor**exponent for factor, exponent in factors if isinstance(factor, int | float))
     linear = model.get_output_embeddings()
+    if not linear.weight.is_floating_point():
+        raise ValueError(f"model ({model.config.model_type}): its output head is quantised ({linear.weight.dtype})")
     softcap = getattr(config, "final_logit_softcapping", None)
     head = OutputHead(linear.weight, getattr(linear, "bias", None), softcap, float(scale))
     if model not in _VERIFIED:

@@ -26,6 +26,7 @@ from e3pruner.models import find_layers
 from e3pruner.models.device import AUTO
 from e3pruner.models.identity import model_identity
 from e3pruner.models.loading import Dtype, load_model, load_tokenizer
+from e3pruner.models.stack import check_unquantised
 from e3pruner.pipelines.matrix import Cell, Matrix, Recovery
 from e3pruner.pipelines.results import run_results
 from e3pruner.precision import autocast_dtype
@@ -91,6 +92,7 @@ class Comparison:
         text = kinds_of_text(tokenizer, matrix.text, length=matrix.length, held_out=matrix.held_out)
         # In fp32 whatever the checkpoint: `precision` says what is computed in, and recovery needs the master weights.
         dense = load_model(matrix.model, device, Dtype.FLOAT32, trust_remote_code=trust_remote_code)
+        check_unquantised("model", dense, "to cut and heal it in memory, name it dequantised")
         return cls(matrix, dense, text, folder)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import find_layers
 from e3pruner.models.loading import BUILT_IN, Dtype, load_model, load_tokenizer, weights_dtype
-from e3pruner.models.stack import check_indices
+from e3pruner.models.stack import check_indices, check_unquantised
 from e3pruner.pipelines.options import PipelineOptions
 from e3pruner.pipelines.results import recovery_results, search_results
 from e3pruner.pipelines.stages import Stages
@@ -61,6 +61,7 @@ class Work(Stages):
         began, name, trust = time.perf_counter(), str(options.model), options.trust_remote_code
         tokenizer = load_tokenizer(name, trust_remote_code=trust)
         dense = load_model(name, options.device, Dtype.FLOAT32, trust_remote_code=trust)
+        check_unquantised("--model", dense, "to heal what is cut, name it dequantised; e3 prune cuts it as it is")
         layers = len(find_layers(dense))
         protected = check_indices("protect", options.protect, layers)
         drop = number_to_drop(dense, protected, drop=options.drop, fraction=options.fraction)

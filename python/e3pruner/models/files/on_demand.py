@@ -83,8 +83,8 @@ def on_demand(folder: Path, trust_remote_code: bool = False) -> Iterator[PreTrai
     Raises what transformers raises where it cannot read quantised weights here (see `quantizer_of`); ValueError for a
     checkpoint that lacks tensors, by name.
     """
-    config = read_config(folder, trust_remote_code)
-    quantizer, shards = quantizer_of(config), read_shards(folder)
+    config, shards = read_config(folder, trust_remote_code), read_shards(folder)
+    quantizer = quantizer_of(config)
     model = empty_model(config, trust_remote_code)
     dtype = model.dtype
     if quantizer is not None:
