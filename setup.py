@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,6 +27,16 @@ _spec = importlib.util.spec_from_file_location("building", ROOT / "e3kernels" / 
 building = sys.modules["building"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(building)
 MODULES = (building.OPS, building.RUNTIME)
+
+
+def long_description() -> str:
+    """README.md for a page that lies elsewhere: its links point at the files of this version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    home, tag = project["urls"]["Homepage"], f"v{project['version']}"
+    text = re.sub(
+        r"(!\[[^]]*\]\()(?!https?:)", rf"\1{home}/raw/{tag}/", (ROOT / "README.md").read_text(encoding="utf-8")
+    )
+    return re.sub(r"(\]\()(?!https?:|#)", rf"\1{home}/blob/{tag}/", text)
 
 
 def torch_to_build_against() -> building.Torch:
@@ -83,6 +95,8 @@ class Wheel(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
+        long_description=long_description(),
+        long_description_content_type="text/markdown",
         ext_modules=[Extension(f"e3kernels.{module.name}", module.sources, optional=True) for module in MODULES],
         cmdclass={"build_ext": BuildModules, "bdist_wheel": Wheel},
     )
