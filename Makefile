@@ -45,7 +45,7 @@ gpu-tune: $(VENV)/installed
 
 bench: $(VENV)/bench
 	mkdir -p bench/results
-	PYTHONPATH=tests $(BIN)/python bench/accuracy.py
+	$(BIN)/python bench/accuracy.py
 	$(BIN)/e3 bench --out bench/results/kernels.jsonl $(ARGS)
 
 include csrc/fuzz.mk
