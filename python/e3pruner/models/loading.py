@@ -7,7 +7,7 @@ import sys
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -95,11 +95,10 @@ def load_model(
     if streams:
         return stream(model.eval(), folder, where, None if dtype == Dtype.AUTO else getattr(torch, dtype))
     if not quantised:
-        resident: PreTrainedModel = model.to(where).eval()
-        return resident
+        return cast(PreTrainedModel, model.to(where).eval())
     with torch.no_grad():  # some formats are unpacked by the first call of the model, and by none of its parts
         model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=where))
-    return model
+    return cast(PreTrainedModel, model)
 
 
 @cache
