@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
 from rich.console import Console
@@ -17,12 +18,13 @@ from e3pruner.mask_search.checks import check_integer
 from e3pruner.mask_search.method import METHODS, Method, Search
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.ranks import Ranks
-from e3pruner.mask_search.units import units_of
+from e3pruner.mask_search.units import Units, units_of
 from e3pruner.models import find_layers, output_head
 from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import check_indices
 from e3pruner.precision import autocast_dtype
 from e3pruner.surgery import PruningPlan
+from e3pruner.surgery.in_memory import skeleton
 from e3pruner.text.given import Given, batches_of
 from e3pruner.vocabulary import check_options, did_you_mean
 
@@ -81,6 +83,7 @@ def search(
     num_layers = len(find_layers(model))
     protected = check_indices("protect", protect, num_layers)
     units = units_of(model, drop, protected, granularity, quota)
+    _try_surgery(model, units)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
     dtype = autocast_dtype(precision, model.device)
@@ -144,6 +147,8 @@ def run_search(problem: SearchProblem, running: Search) -> tuple[list[dict[str, 
             return history, sorted(stop.value)
         except FloatingPointError as error:
             raise FloatingPointError(f"search step {len(history)}: {error}") from error
+        if "importance" in record:  # of a layer that must stay there is none
+            record["importance"] = [value if isfinite(value) else None for value in record["importance"]]
         history.append({"step": len(history), "cost": problem.account.cost, **record})
 
 
@@ -157,6 +162,14 @@ def find_method(name: str, options: Mapping[str, Any]) -> Method:
         )
     check_options(f"method={name!r}", options, METHODS[name])
     return METHODS[name]
+
+
+def _try_surgery(model: PreTrainedModel, units: Units) -> None:
+    """Raises `ValueError` if a plan of the deepest units, or of the first, cannot be cut, as far as it can be known
+    without running the model."""
+    for values in ([0.0] * units.count, [float(unit) for unit in range(units.count)]):
+        gone = units.removed(units.cheapest(values) or ())[0]
+        skeleton(model, [layer for layer in range(units.count // units.a_layer) if layer not in gone])
 
 
 def _check_fit(method: Method, granularity: str, quota: Mapping[str, int] | None) -> None:

@@ -33,7 +33,7 @@ def assert_parity(
     shows here. Without a cache the logits equal, bit for bit, those of `model` with the other layers skipped. Decoding
     step by step with a cache gives the logits of one pass without, up to rounding.
     """
-    _assert_same_settings(find_layers(model), find_layers(pruned), kept)
+    assert_same_settings(find_layers(model), find_layers(pruned), kept)
     vocab_size = pruned.config.get_text_config(decoder=True).vocab_size
     tokens = torch.arange(_BATCH * (_PROMPT + _STEPS), device=pruned.device) * 7919 + 5
     ids = (tokens % vocab_size).view(_BATCH, -1)
@@ -58,7 +58,8 @@ def assert_parity(
         raise ValueError(f"model ({kind}) cannot be pruned: decoding with a cache changes its logits by {error:.2%}")
 
 
-def _assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequence[int]) -> None:
+def assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequence[int]) -> None:
+    """Raises `ValueError` unless layer i of `pruned` has the settings of layer `kept[i]` of `dense`."""
     for new, old in enumerate(kept):
         theirs = dict(dense[old].named_modules())
         for name, module in pruned[new].named_modules():
