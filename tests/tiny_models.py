@@ -151,3 +151,8 @@ def tiny_tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor
     """Random token ids (batch, length), clear of the special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB_SIZE, (batch, length), generator=generator)
+
+
+def of_one(forward, inputs, masks):
+    """The last hidden state of one batch by mask."""
+    return {mask: hidden for mask, (hidden,) in forward.last_hiddens([inputs], masks)}

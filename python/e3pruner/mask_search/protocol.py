@@ -38,14 +38,14 @@ def fitting(problem: SearchProblem, removed: Tensor, values: Tensor | None = Non
     def nearest(chosen: list[int]) -> list[int]:
         return chosen if units.fits(chosen) else cast(list[int], units.cheapest(spread, like=chosen))
 
-    return torch.stack([removed_of(problem, nearest(layers_of(problem, mask))) for mask in removed]).to(removed)
+    return torch.stack([removal_mask(problem, nearest(removed_units(problem, mask))) for mask in removed]).to(removed)
 
 
 def sampled(problem: SearchProblem, logits: Tensor, noise: float, step: int) -> Tensor:
     """Masks (N, F), 1 for removed: of each group of units the lowest θ + κ·g go. `logits` θ (N, F) or (F,)."""
     removed = torch.zeros_like(logits)
     for members, count in problem.units.groups:
-        inside = removed_of(problem, members).to(logits.dtype)
+        inside = removal_mask(problem, members).to(logits.dtype)
         # What is in no group of this round lies far below, where no noise reaches.
         scores = torch.where(inside == 1, logits, _FAR_BELOW)
         kept = e3k.gumbel_topk(scores, len(members) - count, noise_scale=noise, seed=problem.seed, step=step).mask
@@ -58,7 +58,7 @@ def leave_one_out_scores(problem: SearchProblem, batches: Sequence[int], measure
     """I_l: the mean KL without unit l alone, for every unit, over the batches with these numbers; infinite for layers
     without which no other set of layers may stay."""
     fixed = {layer for demand in problem.units.demands for layer in demand.fixed}
-    alone = [unit for unit in range(problem.units.count) if unit // problem.units.a_layer not in fixed]
+    alone = [unit for unit in range(problem.units.count) if unit // problem.units.units_per_layer not in fixed]
     scores = dict(zip(alone, problem.score([problem.mask([unit]) for unit in alone], batches, measure), strict=True))
     return [scores.get(unit, math.inf) for unit in range(problem.units.count)]
 
@@ -82,20 +82,20 @@ def run_starts(problem: SearchProblem) -> list[int]:
     return starts
 
 
-def layers_of(problem: SearchProblem, removed: Tensor) -> list[int]:
+def removed_units(problem: SearchProblem, removed: Tensor) -> list[int]:
     """The layers whose entry in `removed`, one for each layer that may go, is not 0."""
     return [layer for layer, gone in zip(problem.free, removed.tolist(), strict=True) if gone]
 
 
-def removed_of(problem: SearchProblem, units: Sequence[int]) -> Tensor:
-    """The mask (F,), fp64, whose `layers_of` are `units`."""
+def removal_mask(problem: SearchProblem, units: Sequence[int]) -> Tensor:
+    """The mask (F,), fp64, whose `removed_units` are `units`."""
     gone = set(units)
     return torch.tensor([float(unit in gone) for unit in problem.free], dtype=torch.float64)
 
 
 def scores_of(problem: SearchProblem, removed: Tensor, batches: Sequence[int] | None = None) -> list[float]:
     """`problem.score` of the masks `removed` (N, F)."""
-    return problem.score([problem.mask(layers_of(problem, mask)) for mask in removed], batches)
+    return problem.score([problem.mask(removed_units(problem, mask)) for mask in removed], batches)
 
 
 def removed_share(problem: SearchProblem, removed: Tensor) -> list[float]:

@@ -24,6 +24,7 @@ from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import check_indices
 from e3pruner.precision import autocast_dtype
 from e3pruner.surgery import PruningPlan
+from e3pruner.surgery.config import pruned_config
 from e3pruner.surgery.in_memory import skeleton
 from e3pruner.text.given import Given, batches_of
 from e3pruner.vocabulary import check_options, did_you_mean
@@ -73,9 +74,9 @@ def search(
     Under `torch.distributed` every rank calls this with the same arguments but its own share of each batch, and gets
     the same plan; rank 0 writes the checkpoint and shows the bar. Where one rank's share is refused, all raise.
 
-    Returns the plan. Its `history` holds one record a step (see `method.Search`) with "step" and "cost", the dense
+    Returns the plan. Its `history` holds one record per step (see `method.Search`) with "step" and "cost", the dense
     forward passes times tokens up to there; its `metrics` the calibration "tokens", the mean "kl" of the final mask on
-    them in nats a token, and the "cost" of the search.
+    them in nats per token, and the "cost" of the search.
 
     Raises `ValueError` or `TypeError` naming the argument before anything is computed, and `FloatingPointError` naming
     the step if a divergence is not finite.
@@ -169,7 +170,11 @@ def _try_surgery(model: PreTrainedModel, units: Units) -> None:
     without running the model."""
     for values in ([0.0] * units.count, [float(unit) for unit in range(units.count)]):
         gone = units.removed(units.cheapest(values) or ())[0]
-        skeleton(model, [layer for layer in range(units.count // units.a_layer) if layer not in gone])
+        kept = [layer for layer in range(units.count // units.units_per_layer) if layer not in gone]
+        if getattr(model, "is_quantized", False):  # built anew it would have the modules of the dequantised model
+            pruned_config(model.config, kept)
+        else:
+            skeleton(model, kept)
 
 
 def _check_fit(method: Method, granularity: str, quota: Mapping[str, int] | None) -> None:

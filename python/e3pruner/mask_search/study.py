@@ -10,7 +10,7 @@ from torch import Tensor
 
 from e3kernels.profiling import named_range
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import by_unit, layers_of, lowest, removed_of, scores_of
+from e3pruner.mask_search.protocol import by_unit, lowest, removal_mask, removed_units, scores_of
 from e3pruner.mask_search.quadratic import QuadraticModel
 
 _HOPE = 3.0  # standard deviations
@@ -18,7 +18,7 @@ _BEHIND = 2.0  # standard deviations
 
 
 class Study:
-    """Measurements of masks (N, F), 1 for removed, and the `model` of them; its prior is `importance`, one a unit."""
+    """Measurements of masks (N, F), 1 for removed, and the `model` of them; its prior is `importance`, one per unit."""
 
     def __init__(self, problem: SearchProblem, importance: list[float], spread: float) -> None:
         self.problem = problem
@@ -61,7 +61,7 @@ class Study:
             if not self.problem.units.demands:
                 return best
             cheapest = lowest(self.problem, by_unit(self.problem, self.model.marginal(best)))
-            other = removed_of(self.problem, cheapest)
+            other = removal_mask(self.problem, cheapest)
             costs = self.model.predict(torch.stack([other, best]))
             if not costs[1] - costs[0] > 1e-9 * self.model.scale:
                 return best
@@ -69,7 +69,7 @@ class Study:
 
     def _fits(self, mask: Tensor) -> bool:
         units = self.problem.units
-        return not units.demands or units.fits(layers_of(self.problem, mask))
+        return not units.demands or units.fits(removed_units(self.problem, mask))
 
     def best_known(self, count: int) -> Tensor:
         """The `count` masks with the lowest prediction among the whole ones measured so far."""
@@ -79,13 +79,13 @@ class Study:
 
     def race(self, masks: Tensor) -> dict[str, Any]:
         """The record of the final choice among `masks`: after each batch those that are clearly behind fall out."""
-        entered = [layers_of(self.problem, mask) for mask in masks]
+        entered = [removed_units(self.problem, mask) for mask in masks]
         for batch in range(len(self.problem.batches)):
             self.measure(masks, batch)
             predicted = self.model.predict(masks)
             behind = predicted - predicted.min()
             masks = masks[behind <= _BEHIND * self.model.deviation(masks, masks[predicted.argmin()])]
-        last = [layers_of(self.problem, mask) for mask in masks]
+        last = [removed_units(self.problem, mask) for mask in masks]
         scores = scores_of(self.problem, masks)
         best = scores.index(min(scores))
         return {"score": scores[best], "removed": last[best], "finalists": entered, "last": last, "scores": scores}

@@ -25,7 +25,7 @@ class Units:
     """
 
     count: int
-    a_layer: int
+    units_per_layer: int
     free: list[int]
     groups: list[tuple[list[int], int]]
     demands: list[Demand] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Units:
     def fits(self, removed: Collection[int]) -> bool:
         """Whether the units `removed` may go together."""
         gone = set(self.removed(removed)[0])
-        kept = [layer for layer in range(self.count // self.a_layer) if layer not in gone]
+        kept = [layer for layer in range(self.count // self.units_per_layer) if layer not in gone]
         return bool(kept) and not any(demand.broken_by(kept) for demand in self.demands)
 
     def cheapest(
@@ -52,7 +52,7 @@ class Units:
     def removed(self, units: Collection[int]) -> tuple[list[int], dict[str, list[int]]]:
         """Units to remove, as whole layers and as sub-layers of the others."""
         gone = set(units)
-        if self.a_layer == 1:
+        if self.units_per_layer == 1:
             return sorted(gone), {kind: [] for kind in KINDS}
         whole = [unit // 2 for unit in gone if unit % 2 == 0 and unit + 1 in gone]
         parts = {
@@ -111,10 +111,10 @@ def _cheapest(units: Units, values: Sequence[float], gone: set[int], like: set[i
     orders = [demand for demand in units.demands if isinstance(demand, Order)]
     start: State = (tuple(0 for _ in units.groups), tuple(0 for _ in limits), 0)
     best: dict[State, tuple[Cost, tuple[int, ...]]] = {start: ((0, 0.0, 0), ())}
-    for layer in range(units.count // units.a_layer):
+    for layer in range(units.count // units.units_per_layer):
         after: dict[State, tuple[Cost, tuple[int, ...]]] = {}
         for choice in _choices(units, layer, group_of, gone):
-            goes = len(choice) == units.a_layer
+            goes = len(choice) == units.units_per_layer
             for (counts, spent, kept), (cost, removed) in best.items():
                 if not goes and any(order.kinds[layer] != order.rule[kept] for order in orders):
                     continue
@@ -138,7 +138,7 @@ def _cheapest(units: Units, values: Sequence[float], gone: set[int], like: set[i
 
 def _choices(units: Units, layer: int, group_of: Mapping[int, int], gone: set[int]) -> Iterator[tuple[int, ...]]:
     """The sets of units of one layer that may go, those in `gone` among them."""
-    own = range(layer * units.a_layer, (layer + 1) * units.a_layer)
+    own = range(layer * units.units_per_layer, (layer + 1) * units.units_per_layer)
     needed = gone.intersection(own)
     for size in range(len(own) + 1):
         for choice in combinations([unit for unit in own if unit in group_of], size):

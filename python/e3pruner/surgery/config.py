@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig
 
 from e3pruner.surgery.demands import check_kept
 
+# Layers of multi-token prediction, stored behind the last one.
+PREDICTION_LAYERS = "num_nextn_predict_layers"
 # The first layer after a leading group: as many layers stay in the group as are kept of it.
 _BOUNDARIES = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers")
 _INDEX_SETS = ("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers", "moe_layers")
@@ -22,7 +24,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfig:
     """A copy of `config` for a model of the layers `kept` (ascending) only.
 
-    The number of layers follows; lists with one entry a layer are sliced, whether set or generated from a pattern;
+    The number of layers follows; lists with one entry per layer are sliced, whether set or generated from a pattern;
     indices and boundaries are renumbered. Raises `ValueError` naming a setting that ties what a layer does to its index
     in a way that no configuration of the pruned model expresses, or a demand on the layers that stay (`demands_of`).
     """
