@@ -56,9 +56,10 @@ def sampled(problem: SearchProblem, logits: Tensor, noise: float, step: int) -> 
 
 def leave_one_out_scores(problem: SearchProblem, batches: Sequence[int], measure: str = "kl") -> list[float]:
     """I_l: the mean KL without unit l alone, for every unit, over the batches with these numbers; infinite for layers
-    without which no other set of layers may stay."""
-    fixed = {layer for demand in problem.units.demands for layer in demand.fixed}
-    alone = [unit for unit in range(problem.units.count) if unit // problem.units.units_per_layer not in fixed]
+    that must stay."""
+    units = problem.units
+    fixed = {layer for demand in units.demands for layer in demand.fixed if units.units_per_layer == 1}
+    alone = [unit for unit in range(units.count) if unit not in fixed]
     scores = dict(zip(alone, problem.score([problem.mask([unit]) for unit in alone], batches, measure), strict=True))
     return [scores.get(unit, math.inf) for unit in range(problem.units.count)]
 
