@@ -8,10 +8,11 @@ from itertools import chain, combinations
 
 from transformers import PreTrainedModel
 
-from e3pruner.mask_search.checks import check_choice, check_drop
+from e3pruner.evaluation.target import check_drop
 from e3pruner.models import find_layers
 from e3pruner.models.sublayers import KINDS, writer
 from e3pruner.surgery.demands import Demand, Limit, Order, demands_of
+from e3pruner.vocabulary import check_choice
 
 GRANULARITIES = ("layer", "sublayer")
 
