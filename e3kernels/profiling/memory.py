@@ -54,7 +54,9 @@ class MemoryTimeline:
         for index, (time, size, address) in enumerate(trace.allocations):
             if size > 0:
                 otherwise = "weights" if time < began else "other"
-                categories[address] = _category(timeline.at(time), time, freed.get(index, float("inf")), ends, otherwise)
+                categories[address] = _category(
+                    timeline.at(time), time, freed.get(index, float("inf")), ends, otherwise
+                )
             if address in categories:  # what was allocated before the trace began is not known
                 held[categories[address]] += size
                 points.append((time, dict(held)))

@@ -134,9 +134,10 @@ def test_training_that_raises_ends_the_profile(tmp_path, first, recorded):
         train_dataset=examples(),
         callbacks=[ProfileCallback(tmp_path / "profiled", first=first, last=4)],
     )
-    with pytest.raises(OverflowError), warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        trainer.train()
+        with pytest.raises(OverflowError):
+            trainer.train()
     assert not torch.autograd._profiler_enabled()
     assert "forward" not in vars(trainer.model)
     assert [path.name for path in tmp_path.iterdir() if "profiled" in path.name] == ["profiled"] * bool(recorded)

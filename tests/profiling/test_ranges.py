@@ -185,5 +185,7 @@ def test_a_profile_inside_another_is_refused_and_the_outer_one_is_whole(outer):
 
 def test_a_trace_carries_the_shapes(profiled):
     events = json.loads((profiled[1] / "trace.json").read_text())["traceEvents"]
-    (product,) = [e for e in events if e.get("name") == "aten::mm" and e["args"].get("Input Dims") == [[8, 32], [32, 64]]]
+    (product,) = [
+        e for e in events if e.get("name") == "aten::mm" and e["args"].get("Input Dims") == [[8, 32], [32, 64]]
+    ]
     assert product["args"]["Input type"] == ["float", "float"]

@@ -74,5 +74,5 @@ def percent(value: float) -> str:
 
 
 def plural(count: int, thing: str) -> str:
-    """"1 step", "2 steps"."""
+    """ "1 step", "2 steps"."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
