@@ -20,13 +20,13 @@ def check_loading_fits(name: str, device: str, dtype: Dtype, *, trust_remote_cod
     where = usable_device(device)
     if size > (free := available(where)):
         raise ValueError(
-            f"--model {name} has {size / 2**30:.1f} GiB of weights in {str(wanted).removeprefix('torch.')}, {where} has "
-            f"{free / 2**30:.1f} GiB free; choose a narrower --dtype, or another machine"
+            f"--model {name} has {size / 2**30:.1f} GiB of weights in {str(wanted).removeprefix('torch.')}, {where} "
+            f"has {free / 2**30:.1f} GiB free; choose a narrower --dtype, or another machine"
         )
 
 
 def check_positions(model: PreTrainedModel, needed: int, what: str) -> None:
-    """Raises ValueError when sequences of `needed` tokens are longer than `model` can read; `what` names the arguments."""
+    """Raises ValueError when sequences of `needed` tokens are too long for `model`; `what` names the arguments."""
     limit = position_limit(model)
     if limit is not None and needed > limit:
         raise ValueError(

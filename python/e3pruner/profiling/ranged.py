@@ -1,4 +1,4 @@
-"""Calls of somebody else's method as a named range, until an `ExitStack` closes: nothing is hooked or wrapped for good."""
+"""Calls of a method as a named range, until an `ExitStack` closes."""
 
 from __future__ import annotations
 

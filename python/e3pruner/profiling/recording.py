@@ -111,7 +111,7 @@ class StepRecording:
 
 
 def recorded_page(profile: Profile, before: dict[str, int], title: str, count: int) -> Page:
-    """Phases, operators and memory of the first `count` ranges "step" of a profile; `before`: bytes held at its begin."""
+    """Phases, operators and memory of the first `count` ranges "step"; `before`: bytes held when the profile began."""
     phases = profile.trace.phases()
     steps = sorted((r for r in phases if r.name == STEP), key=lambda r: r.start)[:count]
     whole = sum(r.end - r.start for r in steps) / len(steps)

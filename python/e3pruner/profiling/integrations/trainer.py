@@ -16,8 +16,8 @@ from e3pruner.profiling.recording import StepRecording
 class ProfileCallback(TrainerCallback):
     """`Trainer(..., callbacks=[ProfileCallback("profiled", first=3, last=5)])`; the arguments of `StepRecording`.
 
-    Given to the trainer's constructor, it ends its profile when training raises, too; added later it cannot know, and is
-    to be closed: `with closing(callback): trainer.train()`. Of several processes the first one records.
+    Given to the trainer's constructor, it ends its profile when training raises, too; added later it cannot know, and
+    is to be closed: `with closing(callback): trainer.train()`. Of several processes the first one records.
     """
 
     def __init__(self, folder: str | os.PathLike[str], first: int = 3, last: int = 5) -> None:
