@@ -204,7 +204,7 @@ def measurements() -> Iterator[Errors]:
 def document(rows: list[Errors]) -> str:
     environment = describe_environment()
     lines = [
-        f"`PYTHONPATH=tests python bench/accuracy.py` at commit {environment['commit']}, "
+        f"`python bench/accuracy.py` at commit {environment['commit']}, "
         f"{environment['machine']['processor']} ({native_isa()}), torch {environment['versions']['torch']}.",
         "",
         "| op | dtype | edge | our error | the textbook's | within the bound |",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -33,6 +33,14 @@ class OutputHead:
     bias: Tensor | None
     softcap: float | None
     scale: float
+
+    def arguments(self, role: str) -> dict[str, Any]:
+        """What the linear losses of `e3kernels` are told of it as the "student" or the "teacher"."""
+        return {f"{role}_{each.name}": getattr(self, each.name) for each in fields(self)}
+
+    def detached(self) -> OutputHead:
+        """This head without a gradient."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     def to(self, dtype: torch.dtype) -> OutputHead:
         """This head with weight and bias in `dtype`: those of the model where they have it."""
@@ -73,7 +81,8 @@ def last_hidden(
     inputs |= position_arguments(model, attention_mask, position_ids)
     with returning_dicts(model):
         output = decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
-    return output.last_hidden_state
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -123,6 +132,8 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     factors = [(getattr(config, name, None), exponent) for name, exponent in _FACTORS.items()]
     scale = math.prod(factor**exponent for factor, exponent in factors if isinstance(factor, int | float))
     linear = model.get_output_embeddings()
+    if not linear.weight.is_floating_point():
+        raise ValueError(f"model ({model.config.model_type}): its output head is quantised ({linear.weight.dtype})")
     softcap = getattr(config, "final_logit_softcapping", None)
     head = OutputHead(linear.weight, getattr(linear, "bias", None), softcap, float(scale))
     if model not in _VERIFIED:

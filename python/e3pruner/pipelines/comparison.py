@@ -26,6 +26,7 @@ from e3pruner.models import find_layers
 from e3pruner.models.device import AUTO
 from e3pruner.models.identity import model_identity
 from e3pruner.models.loading import Dtype, load_model, load_tokenizer
+from e3pruner.models.stack import check_unquantised
 from e3pruner.pipelines.matrix import Cell, Matrix, Recovery
 from e3pruner.pipelines.results import run_results
 from e3pruner.precision import autocast_dtype
@@ -91,6 +92,7 @@ class Comparison:
         text = kinds_of_text(tokenizer, matrix.text, length=matrix.length, held_out=matrix.held_out)
         # In fp32 whatever the checkpoint: `precision` says what is computed in, and recovery needs the master weights.
         dense = load_model(matrix.model, device, Dtype.FLOAT32, trust_remote_code=trust_remote_code)
+        check_unquantised("model", dense, "to cut and heal it in memory, name it dequantised")
         return cls(matrix, dense, text, folder)
 
     def __post_init__(self) -> None:
@@ -164,7 +166,8 @@ class Comparison:
         store = Checkpoint(path, self.identity | {"tokens": digest})
         return KnownText(Calibration(tokens.split(_BATCH), self.model.device), store)
 
-    def _problem(self, text: KnownText, drop: int, seed: int = 0) -> SearchProblem:
+    def problem(self, text: KnownText, drop: int, seed: int = 0) -> SearchProblem:
+        """The search for `drop` layers on `text`, with all that is known of it."""
         return SearchProblem(
             self.model,
             text.calibration,
@@ -176,7 +179,7 @@ class Comparison:
 
     def _search(self, cell: Cell) -> Row:
         text = self.calibration(cell.seed)
-        problem = self._problem(text, cell.drop, cell.seed)
+        problem = self.problem(text, cell.drop, cell.seed)
         known = set(text.store.seconds)
         try:
             with problem:
@@ -206,7 +209,7 @@ class Comparison:
     def _judge(self, removed: Sequence[int], held_out: KnownText) -> dict[str, float]:
         """Figures of the dense model without `removed` on one kind of held-out text."""
         try:
-            with self._problem(held_out, len(removed)) as problem:
+            with self.problem(held_out, len(removed)) as problem:
                 return held_out_figures(problem, [problem.mask(removed)])[0]
         finally:
             held_out.store.save()

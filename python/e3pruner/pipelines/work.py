@@ -16,17 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import e3pruner
 from e3pruner.evaluation import latency
 from e3pruner.evaluation.generation import continue_prompt
+from e3pruner.evaluation.target import check_drop, number_to_drop
 from e3pruner.mask_search.calibration import Calibration
-from e3pruner.mask_search.checks import check_drop
 from e3pruner.mask_search.held_out import held_out_figures
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import find_layers
 from e3pruner.models.loading import BUILT_IN, Dtype, load_model, load_tokenizer, weights_dtype
-from e3pruner.models.stack import check_indices
+from e3pruner.models.stack import check_indices, check_unquantised
 from e3pruner.pipelines.options import PipelineOptions
 from e3pruner.pipelines.results import recovery_results, search_results
-from e3pruner.pipelines.settings import number_to_drop
 from e3pruner.pipelines.stages import Stages
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.compensation import Compensation
@@ -62,6 +61,7 @@ class Work(Stages):
         began, name, trust = time.perf_counter(), str(options.model), options.trust_remote_code
         tokenizer = load_tokenizer(name, trust_remote_code=trust)
         dense = load_model(name, options.device, Dtype.FLOAT32, trust_remote_code=trust)
+        check_unquantised("--model", dense, "to heal what is cut, name it dequantised; e3 prune cuts it as it is")
         layers = len(find_layers(dense))
         protected = check_indices("protect", options.protect, layers)
         drop = number_to_drop(dense, protected, drop=options.drop, fraction=options.fraction)
@@ -255,7 +255,8 @@ class Work(Stages):
             **self.options.distill_options(),
         )
         self.export(student, self.tokenizer, self.name(number, RECOVERED))
-        return recovery_results(result)["recovery"]
+        recovered: dict[str, Any] = recovery_results(result)["recovery"]
+        return recovered
 
     def measured(self, number: int, kind: str) -> dict[str, Any]:
         return self.stage(f"{number}-evaluate-{kind}", lambda: self.evaluate(self.load_checkpoint(number, kind)))

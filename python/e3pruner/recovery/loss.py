@@ -58,7 +58,7 @@ class DistillLoss:
         if hasattr(head.weight, "device_mesh") and not torch.is_autocast_enabled(hidden.device.type):
             head = head.to(hidden.dtype)  # as FSDP does, whose mixed precision stores another dtype than it multiplies
         with named_range("loss"):
-            return self.teacher.loss(
+            result: tuple[Tensor, Any] = self.teacher.loss(
                 hidden[:, :-1],
                 head.narrowed(self.vocabulary),
                 targets,
@@ -72,6 +72,7 @@ class DistillLoss:
                 reduction=reduction,
                 return_stats=True,
             )
+        return result
 
     def student_hidden(self, batch: Batch) -> Tensor:
         """The student's last hidden states (B, S, H)."""

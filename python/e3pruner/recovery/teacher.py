@@ -93,17 +93,5 @@ class LiveTeacher:
             return last_hidden(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)[:, :-1]
 
     def loss(self, hidden: Tensor, head: OutputHead, targets: Tensor, labels: Tensor, **options: Any) -> Any:
-        return e3k.linear_entropy_kl(
-            hidden,
-            head.weight,
-            targets,
-            self.head.weight,
-            labels,
-            student_bias=head.bias,
-            teacher_bias=self.head.bias,
-            student_softcap=head.softcap,
-            teacher_softcap=self.head.softcap,
-            student_scale=head.scale,
-            teacher_scale=self.head.scale,
-            **options,
-        )
+        both = head.arguments("student") | self.head.arguments("teacher")
+        return e3k.linear_entropy_kl(student_hidden=hidden, teacher_hidden=targets, labels=labels, **both, **options)

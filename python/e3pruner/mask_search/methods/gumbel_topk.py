@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 
 from e3kernels.profiling import named_range
-from e3pruner.mask_search.checks import check_choice, check_integer, check_positive
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.methods.bi import cosine_distance
 from e3pruner.mask_search.problem import SearchProblem
@@ -26,6 +25,7 @@ from e3pruner.mask_search.protocol import (
 )
 from e3pruner.mask_search.quadratic import GUESSED_SPREAD, MEASURED_SPREAD
 from e3pruner.mask_search.study import Study
+from e3pruner.vocabulary import check_choice, check_integer, check_positive
 
 _START_TOKENS = 1024  # calibration tokens of the importance start, which is corrected by all that follows
 _LAST_NOISE = 0.4  # of the first
@@ -85,7 +85,7 @@ def gumbel_topk(
         chosen = torch.cat([study.promising(drawn, best, samples - 1, step % count), known]).unique(dim=0)
         found = study.measure(chosen, step % count)
         with named_range("optimizer"):
-            best = model.descend(best)
+            best = study.descend(best)
         yield {
             "score": sum(found) / len(found),
             "removed": removed_units(problem, best),
@@ -96,7 +96,7 @@ def gumbel_topk(
         }
     candidates = torch.cat([first, best[None], study.best_known(finalists)])
     yield (last := study.race(candidates.unique(dim=0)))
-    return last["removed"]
+    return list(last["removed"])
 
 
 def _starts(problem: SearchProblem, start: str, batches: range) -> list[list[float]]:

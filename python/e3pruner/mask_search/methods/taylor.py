@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.protocol import lowest
+from e3pruner.models.stack import check_unquantised
 
 
 @search_method("taylor", quotas=True)
@@ -35,6 +36,7 @@ def taylor(problem: SearchProblem) -> Search:
 
 
 def _saliency(problem: SearchProblem, batch: int) -> list[float]:
+    check_unquantised("model", problem.forward.model, "method='taylor' needs the gradients of its weights")
     rows = problem.rows(batch)
     weights = [list(layer.parameters()) for layer in problem.forward.layers]
     flat = [weight for own in weights for weight in own]

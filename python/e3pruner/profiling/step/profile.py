@@ -18,18 +18,19 @@ from e3kernels import textbook
 from e3kernels.ops.common.loss_call import TokenStats
 from e3kernels.profiling import MemoryTimeline, Profile, Range, RangeRecorder, Timeline, named_range
 from e3pruner.evaluation.figures import divergences
+from e3pruner.evaluation.target import check_drop, number_to_drop
 from e3pruner.mask_search import METHODS
 from e3pruner.mask_search.calibration import Calibration
-from e3pruner.mask_search.checks import check_drop
 from e3pruner.mask_search.measurements import Measurements
 from e3pruner.mask_search.method import Search
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import OutputHead, find_layers
+from e3pruner.models.stack import check_indices
 from e3pruner.precision import autocast_dtype
 from e3pruner.profiling.fit import check_training_fits
 from e3pruner.profiling.model.engines import synchronizer
-from e3pruner.profiling.model.profile import without_middle
+from e3pruner.profiling.model.profile import middle
 from e3pruner.profiling.process_memory import peak_above_inputs
 from e3pruner.recovery import DistillOptions, LiveTeacher, Teacher, distill
 from e3pruner.recovery.teacher import narrowed
@@ -72,7 +73,9 @@ def profile_steps(
     model: PreTrainedModel,
     sequences: Tensor,
     *,
-    drop: int = 8,
+    drop: int | None = None,
+    fraction: float | None = None,
+    protect: Sequence[int] = (),
     batch: int = 4,
     rounds: int = 3,
     seed: int = 0,
@@ -80,22 +83,29 @@ def profile_steps(
 ) -> StepProfiles:
     """Profiles of `rounds` steps, after one that does not count, on token ids (N, S), `batch` sequences per step.
 
-    The search draws and measures masks without `drop` layers; the recovery trains a student that lacks the middle ones.
+    The search draws and measures masks without `drop` layers (8 unless told), or a `fraction` of all, and none of
+    `protect`; the recovery trains a student that lacks the middle ones of those that may go.
     Chrome traces of one step each are kept in `folder`/search and `folder`/recovery, if given.
 
     Raises ValueError for a `drop` that the model cannot lose, too few sequences, and a batch that does not fit in
     memory, from an estimate.
     """
-    check_drop(drop, len(find_layers(model)))
+    layers = len(find_layers(model))
+    protected = check_indices("protect", protect, layers)
+    count = number_to_drop(model, protected, drop=drop, fraction=fraction)
+    check_drop(count, layers, len(protected))
     if len(sequences) < batch * (rounds + 3):
         raise ValueError(f"sequences has {len(sequences)}; {rounds + 3} steps of batch={batch} need more")
     check_training_fits(model, batch, sequences.shape[1])
-    refusal = _recovery_refusal(model, drop)
+    free = [layer for layer in range(layers) if layer not in protected]
+    gone = [free[place] for place in middle(len(free), count)]
+    kept = [layer for layer in range(layers) if layer not in gone]
+    refusal = _recovery_refusal(model, kept)
     found = []
     measured: dict[str, list[float]] = {}
     for losses in ("fused", "eager"):
-        kept = folder if losses == "fused" else None
-        run = _Run(model, sequences, losses, drop, batch, rounds, seed, kept, measured)
+        traces = folder if losses == "fused" else None
+        run = _Run(model, sequences, losses, kept, protected, batch, rounds, seed, traces, measured)
         found.append(_search(run._replace(folder=run.folder and run.folder / "search")))
         if refusal is None:
             found.append(_recovery(run._replace(folder=run.folder and run.folder / "recovery")))
@@ -108,7 +118,8 @@ class _Run(NamedTuple):
     model: PreTrainedModel
     sequences: Tensor
     losses: str
-    drop: int
+    kept: list[int]  # by the student
+    protected: list[int]
     batch: int
     rounds: int
     seed: int
@@ -152,7 +163,7 @@ def _started(run: _Run) -> Iterator[tuple[SearchProblem, Search]]:
         problem = SearchProblem(
             run.model,
             text,
-            units=units_of(run.model, run.drop),
+            units=units_of(run.model, len(find_layers(run.model)) - len(run.kept), run.protected),
             seed=run.seed,
             dtype=autocast_dtype("auto", run.model.device),
             measurements=Measurements(dict(run.measured)),
@@ -171,10 +182,10 @@ def _started(run: _Run) -> Iterator[tuple[SearchProblem, Search]]:
         yield problem, running
 
 
-def _recovery_refusal(model: PreTrainedModel, drop: int) -> str | None:
+def _recovery_refusal(model: PreTrainedModel, kept: list[int]) -> str | None:
     """Why there is no student to recover: models whose layers follow from their index cannot lose those."""
     try:
-        prune(model, without_middle(len(find_layers(model)), drop), copy_weights=False)
+        prune(model, kept, copy_weights=False)
     except ValueError as error:
         return str(error)
     return None
@@ -182,7 +193,7 @@ def _recovery_refusal(model: PreTrainedModel, drop: int) -> str | None:
 
 def _recovery(run: _Run) -> StepProfile:
     model = run.model
-    student = prune(model, without_middle(len(find_layers(model)), run.drop)).float()
+    student = prune(model, run.kept).float()
 
     def train(steps: int) -> None:
         with _teacher(model, run.losses) as teacher:
