@@ -90,7 +90,7 @@ class SearchProblem:
         self.expect = self._progress.expect
         self._divergences = divergences
         self._masks_at_once = masks_at_once
-        # Where weights come from files, a sweep over them serves all batches; elsewhere one at a time needs less memory.
+        # Where weights come from files a sweep over them serves all batches; elsewhere one at a time needs less memory.
         self._batches_at_once = 1 if stream_of(model) is None else len(self.batches)
         self._dtype = dtype
         self._context = ExitStack()
