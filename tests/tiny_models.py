@@ -119,7 +119,11 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedMode
     """A model of `model_type` in evaluation mode, fp32; `changes` replace settings of its tiny configuration."""
     settings = (TINY_CONFIGS | EXTRA_CONFIGS | POSITION_CONFIGS | STATEFUL_CONFIGS)[model_type]
     config = AutoConfig.for_model(model_type, **settings | _TOKENS | changes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), seed)
+
+
+def randomised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """`model` with weights that are large and differ everywhere, biases and norms included."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -137,3 +141,8 @@ def tiny_tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor
     """Random token ids (batch, length), clear of the special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB_SIZE, (batch, length), generator=generator)
+
+
+def of_one(forward, inputs, masks):
+    """The last hidden state of one batch by mask."""
+    return {mask: hidden for mask, (hidden,) in forward.last_hiddens([inputs], masks)}

@@ -48,7 +48,7 @@ def entropy_kl(rows: int, vocabulary: int, device: str) -> dict[str, Step]:
 
 
 def topk_kl(rows: int, vocabulary: int, device: str) -> dict[str, Step]:
-    """Ten stored log-probabilities a token; nobody else has the tail event."""
+    """Ten stored log-probabilities per token; nobody else has the tail event."""
     student = torch.randn(rows, vocabulary, device=device, dtype=torch.bfloat16, requires_grad=True)
     stored, ids = torch.randn(rows, vocabulary, device=device).log_softmax(-1).topk(10)
 

@@ -2,9 +2,9 @@
 
 PYTHONPATH=bench:bench/ops python -m recovery.cost      (where e3kernels is not installed, its paths too)
 
-The cache: bytes a token on disk, rates of writing and reading. Training: tokens a second from the cache and from the
-live teacher, the same student and batches, in turns; the memory a run takes above the models. The losses: the memory of
-one value and gradient above inputs and results, beside TRL's and eager's.
+The cache: bytes per token on disk, rates of writing and reading. Training: tokens per second from the cache and from
+the live teacher, the same student and batches, in turns; the memory a run takes above the models. The losses: the
+memory of one value and gradient above inputs and results, beside TRL's and eager's.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class Study:
         return TeacherCache(folder, tokenizer=self.tokenizer, tail=tail)  # type: ignore[arg-type]
 
     def measure_cache(self) -> dict[str, Any]:
-        """Makes the cache: tokens a second, teacher included; and those of reading an epoch of it in random order."""
+        """Makes the cache: tokens per second, teacher included; and those of reading an epoch of it in random order."""
         data = self.text.training
         began = time.perf_counter()
         cache = self.cache("bucket")
@@ -176,7 +176,7 @@ def markdown(rows: list[dict[str, Any]], order: list[str]) -> str:
         lines.append(line)
     table = markdown_table(headings, lines)
     cache = [
-        f"Teacher cache: {row['bytes_per_token']:.1f} bytes a token, made at {row['write_tokens_per_s']:.0f} and "
+        f"Teacher cache: {row['bytes_per_token']:.1f} bytes per token, made at {row['write_tokens_per_s']:.0f} and "
         f"read at {row['read_tokens_per_s']:.0f} tokens/s."
         for row in rows
         if row["cell"] == CACHE

@@ -55,7 +55,7 @@ def configurations(tokenizer: PreTrainedTokenizerBase) -> dict[str, PreTrainedCo
 
 
 def train(config: PreTrainedConfig, rows: list[dict[str, Any]], steps: int, folder: Path) -> float:
-    """Saves the model in `folder`; returns the loss of the last steps, in nats a token."""
+    """Saves the model in `folder`; returns the loss of the last steps, in nats per token."""
     set_seed(0)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -88,7 +88,7 @@ def main() -> None:
         folder = arguments.out / name
         loss = train(config, rows, arguments.steps, folder)
         tokenizer.save_pretrained(folder)
-        print(f"{folder}: {loss:.2f} nats a token after {arguments.steps} steps on {training.numel():,} tokens")
+        print(f"{folder}: {loss:.2f} nats per token after {arguments.steps} steps on {training.numel():,} tokens")
 
 
 if __name__ == "__main__":

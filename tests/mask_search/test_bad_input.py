@@ -35,7 +35,7 @@ def untouched(monkeypatch):
         ({"token_batches": []}, ValueError, r"token_batches is empty"),
         ({"token_batches": [torch.empty(0, 4).long()]}, ValueError, r"token_batches\[0\] has shape \(0, 4\)"),
         ({"token_batches": [[[3, 4, 5], [3, 4]]]}, ValueError, r"token_batches\[0\] is no rectangular batch"),
-        ({"token_batches": [tiny_tokens(2, 8), tiny_tokens(2, 6)]}, ValueError, r"\[1\] has 6 tokens a sequence"),
+        ({"token_batches": [tiny_tokens(2, 8), tiny_tokens(2, 6)]}, ValueError, r"\[1\] has 6 tokens per sequence"),
         ({"token_batches": [tiny_tokens()[0]]}, ValueError, r"has shape \(12,\)"),
         ({"token_batches": [tiny_tokens().float()]}, ValueError, r"dtype torch.float32"),
         ({"token_batches": [tiny_tokens(), tiny_tokens() + VOCAB_SIZE]}, ValueError, r"\[1\] holds token .* 0 to 98"),

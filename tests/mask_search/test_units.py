@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_search.conftest import QUICK
-from tiny_models import NUM_LAYERS, tiny_model, tiny_tokens
+from tiny_models import NUM_LAYERS, of_one, tiny_model, tiny_tokens
 
 import e3pruner
 from e3pruner.mask_search import METHODS
@@ -29,7 +29,7 @@ def run(method, model_type="llama", **arguments):
 @torch.no_grad()
 def test_masks_of_sublayers_share_prefixes_and_change_nothing(masks, model_type):
     model, ids = tiny_model(model_type), tiny_tokens()
-    found = dict(SkippingForward(model, sublayers=True).last_hiddens({"input_ids": ids}, masks))
+    found = of_one(SkippingForward(model, sublayers=True), {"input_ids": ids}, masks)
     units = units_of(model, 1, granularity="sublayer")
     for mask in masks:
         removed, sublayers = units.removed([unit for unit, runs in enumerate(mask) if not runs])

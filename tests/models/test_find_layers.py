@@ -1,12 +1,16 @@
 import pytest
 import torch
 from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model
+from tiny_vision_models import tiny_vision_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, T5Config, T5ForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import e3pruner
 from e3pruner.models import find_layers
+from e3pruner.models.stack import stack_name
 
+KEPT = [0, 2, 5]
 _SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 
 
@@ -18,6 +22,18 @@ def test_finds_the_decoder_stack_of_every_type(model_type):
     assert len(layers) == NUM_LAYERS
     assert all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
     assert any(module is layers for module in model.modules())
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("vision_layers", [NUM_LAYERS, len(KEPT)])
+def test_a_vision_tower_of_as_many_layers_is_not_the_decoder(model_type, vision_layers):
+    """Before the cut, or after it: Gemma 3 4B has 34 text and 27 vision layers."""
+    model = tiny_vision_model(model_type, vision_layers=vision_layers)
+    assert len(find_layers(model)) == NUM_LAYERS
+    assert "vis" not in stack_name(model)
+    pruned = e3pruner.prune(model, KEPT)
+    assert len(find_layers(pruned)) == len(KEPT)
+    assert len(find_layers(model)) == NUM_LAYERS
 
 
 def test_refuses_an_encoder_decoder():

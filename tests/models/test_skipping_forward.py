@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
+from tiny_models import NUM_LAYERS, TINY_CONFIGS, of_one, tiny_model, tiny_tokens
 
 from e3pruner.models import find_layers, last_hidden, skipped
 from e3pruner.models.skipping_forward import SkippingForward, shared_prefixes
@@ -29,7 +29,7 @@ def plain(model, ids, mask):
 def assert_shared_equals_plain(model, ids, masks):
     forward, inputs = SkippingForward(model), {"input_ids": ids}
     dense = forward.dense(inputs)
-    shared = dict(forward.last_hiddens(inputs, masks))
+    shared = of_one(forward, inputs, masks)
     assert list(shared) == sorted(masks, reverse=True)
     assert torch.equal(dense, last_hidden(model, ids))
     for mask, hidden in shared.items():
@@ -68,9 +68,9 @@ def test_any_set_of_masks(masks):
 def test_a_step_enters_each_layer_once(masks, prefixes_per_call):
     model, inputs = tiny_model("llama"), {"input_ids": tiny_tokens()}
     forward = SkippingForward(model, prefixes_per_call=prefixes_per_call)
-    list(forward.last_hiddens(inputs, masks))  # the first time it is proven by passes of the whole model
+    list(forward.last_hiddens([inputs], masks))  # the first time it is proven by passes of the whole model
     runs = recorded_runs(model)
-    assert len(list(forward.last_hiddens(inputs, masks))) == len(masks)
+    assert len(list(forward.last_hiddens([inputs], masks))) == len(masks)
     assert runs == sorted(runs, key=lambda run: run[0])
     for layer in range(NUM_LAYERS):
         prefixes = {mask[: layer + 1] for mask in masks if mask[layer]}
@@ -78,6 +78,26 @@ def test_a_step_enters_each_layer_once(masks, prefixes_per_call):
         assert sum(rows) == len(prefixes) * 2
         assert len(rows) == math.ceil(len(prefixes) / prefixes_per_call)
     assert sum(rows for _, rows in runs) == 2 * sum(sum(mask[shared:]) for mask, shared in shared_prefixes(masks))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "bloom", "zaya"])
+@torch.no_grad()
+def test_batches_share_the_visit_to_a_layer(model_type):
+    model = tiny_model(model_type)
+    batches = [{"input_ids": tiny_tokens(2)}, {"input_ids": tiny_tokens(1)[:, :7]}, {"input_ids": tiny_tokens(3)}]
+    forward = SkippingForward(model)
+    entered = []
+    for index, layer in enumerate(find_layers(model)):
+        part = next(layer.children())
+        part.register_forward_hook(lambda _, args, output, index=index: entered.append(index))
+    list(forward.last_hiddens(batches, MASKS))  # the first time it is proven by passes of the whole model
+    entered.clear()
+    found = dict(forward.last_hiddens(batches, MASKS))
+    assert entered
+    assert entered == sorted(entered)
+    for mask, hiddens in found.items():
+        for batch, hidden in zip(batches, hiddens, strict=True):
+            assert torch.equal(hidden, plain(model, batch["input_ids"], mask))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "bloom", "falcon", "gpt2", "opt", "qwen3_moe", "zaya"])
@@ -88,7 +108,7 @@ def test_joined_calls_round_and_no_more(model_type):
     padding[0, :4] = padding[2, :1] = 0
     for inputs in ({"input_ids": tiny_tokens(1)}, {"input_ids": tiny_tokens(3), "attention_mask": padding}):
         alone, joined = (
-            dict(SkippingForward(model, prefixes_per_call=count).last_hiddens(inputs, lone_cuts())) for count in (1, 3)
+            of_one(SkippingForward(model, prefixes_per_call=count), inputs, lone_cuts()) for count in (1, 3)
         )
         assert alone.keys() == joined.keys()
         for mask in alone:
@@ -101,7 +121,7 @@ def test_groups_of_masks_bound_the_memory():
     masks = list(itertools.product((True, False), repeat=4))
     masks = [(*mask, True, True) for mask in masks]
     forward = SkippingForward(model)
-    expected = dict(forward.last_hiddens(inputs, masks))
+    expected = of_one(forward, inputs, masks)
     alive, most = [], []
 
     def count(layer, args, output):
@@ -114,7 +134,7 @@ def test_groups_of_masks_bound_the_memory():
         alive.clear()
         most.clear()
         forward = SkippingForward(model, masks_at_once=at_once)
-        for mask, hidden in forward.last_hiddens(inputs, masks):
+        for mask, (hidden,) in forward.last_hiddens([inputs], masks):
             assert torch.equal(hidden, expected[mask])
             del hidden
         assert max(most) <= bound
@@ -129,10 +149,12 @@ def test_state_that_passes_behind_the_calls_is_found_out():
     layers[4].mlp.register_forward_hook(lambda _, args, output: output + memo["kept"])
     shortest, other = (True, True, True, False, True, False), MASKS[0]
     for mask in (shortest, other):  # one mask at a time is right
-        ((_, found),) = SkippingForward(model).last_hiddens(inputs, [mask])
+        ((_, (found,)),) = SkippingForward(model).last_hiddens([inputs], [mask])
         assert torch.equal(found, plain(model, inputs["input_ids"], mask))
     with pytest.raises(ValueError, match=r"model \(llama\): its layers, called one by one .* differs by"):
-        list(SkippingForward(model).last_hiddens(inputs, [shortest, other]))
+        list(SkippingForward(model).last_hiddens([inputs], [shortest, other]))
+    with pytest.raises(ValueError, match=r"model \(llama\): its layers, called one by one .* differs by"):
+        list(SkippingForward(model).last_hiddens([inputs, {"input_ids": tiny_tokens() + 1}], [shortest]))
 
 
 @torch.no_grad()
@@ -162,6 +184,6 @@ def test_layers_get_their_own_forward_back():
     second.forward = own = second.forward
     for ids, raises in ((tiny_tokens(), False), (torch.tensor([[10**6]]), True)):  # beyond the vocabulary
         with pytest.raises(IndexError) if raises else nullcontext(), torch.no_grad():
-            list(SkippingForward(model).last_hiddens({"input_ids": ids}, MASKS))
+            list(SkippingForward(model).last_hiddens([{"input_ids": ids}], MASKS))
         assert "forward" not in vars(first)
         assert vars(second)["forward"] is own

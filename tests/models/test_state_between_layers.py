@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from tiny_models import NUM_LAYERS, STATEFUL_CONFIGS, tiny_model, tiny_tokens
+from tiny_models import NUM_LAYERS, STATEFUL_CONFIGS, of_one, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -62,7 +62,7 @@ def test_masks_that_share_layers_share_their_state(model_type, prefixes_per_call
     model, (state, may_go) = stateful(model_type), STATE[model_type]
     masks = {mask_of(removed): removed for size in (0, 1, 2) for removed in combinations(may_go, size)}
     forward = SkippingForward(model, prefixes_per_call=prefixes_per_call)
-    found = dict(forward.last_hiddens(IDS, list(masks)))
+    found = of_one(forward, IDS, list(masks))
     for mask, removed in masks.items():
         expected = bypassed(model, removed, state, IDS)
         if prefixes_per_call == 1:
@@ -91,6 +91,6 @@ def test_what_a_model_adds_between_its_layers_is_added_once():
         "deepstack_visual_embeds": [torch.randn(8, 32) for _ in range(3)],
     }
     masks = {mask_of(removed): removed for size in (0, 1, 2) for removed in combinations(range(NUM_LAYERS), size)}
-    found = dict(SkippingForward(model).last_hiddens(inputs, list(masks)))
+    found = of_one(SkippingForward(model), inputs, list(masks))
     for mask, removed in masks.items():
         assert torch.equal(found[mask], bypassed(model, removed, None, inputs)), removed

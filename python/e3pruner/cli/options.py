@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from e3pruner.cli.config import PAIRS, check_device, load_config
-from e3pruner.models.loading import Dtype
+from e3pruner.models.loading import Dtype as Dtype
 
 Model = Annotated[
     str,

@@ -14,7 +14,7 @@ PIPE_WIDTH = 180
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Prints the results' models, one a row, to stdout."""
+    """Prints the results' models, one per row, to stdout."""
     headings, rows = model_table(results)
     console().print(rich_table(results["title"], headings, rows))
 

@@ -59,7 +59,7 @@ def evaluate(
     `tokenizer`, which they share, has no token beyond.
 
     Returns "perplexity" = exp of the mean cross-entropy in nats, "tokens" (predicted ones), "layers", "parameters"
-    (tied ones count once), and with a teacher "kl", the mean KL(teacher ‖ model) in nats a token over the full
+    (tied ones count once), and with a teacher "kl", the mean KL(teacher ‖ model) in nats per token over the full
     vocabulary, and "top1_agreement", the share of positions where both rank the same token first. Logits exist one tile
     at a time.
 

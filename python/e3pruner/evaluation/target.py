@@ -77,8 +77,8 @@ def _for_milliseconds(model: PreTrainedModel, most: float, limit: int) -> int:
     dense, halved = _milliseconds(model, 0), _milliseconds(model, count - half)
     if dense <= most:
         raise ValueError(f"milliseconds={most:g}: a token takes {dense:.3g} already; nothing needs to go")
-    a_layer = (dense - halved) / (count - half)
-    drop = min(limit, max(1, math.ceil((dense - most) / a_layer))) if a_layer > 0 else limit
+    per_layer = (dense - halved) / (count - half)
+    drop = min(limit, max(1, math.ceil((dense - most) / per_layer))) if per_layer > 0 else limit
     if _milliseconds(model, drop) <= most:
         while drop > 1 and _milliseconds(model, drop - 1) <= most:
             drop -= 1

@@ -6,7 +6,8 @@ from __future__ import annotations
 class Account:
     """`cost`: dense forward passes times tokens. `seconds`: what the measurements took, whoever made them.
 
-    A measurement is paid for once a search, also if an earlier search made it: methods are compared by what they need.
+    A measurement is paid for once per search, also if an earlier search made it: methods are compared by what they
+    need.
     """
 
     def __init__(self) -> None:

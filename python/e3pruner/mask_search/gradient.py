@@ -14,7 +14,7 @@ from e3pruner.storage import fingerprint
 
 
 def gate_gradient(problem: SearchProblem, gates: Sequence[float], batch: int) -> tuple[float, list[float]]:
-    """The mean KL a token on one batch, layer l giving h + m_l·(f_l(h) − h), and ∂KL/∂m_l, for L gates m.
+    """The mean KL per token on one batch, layer l giving h + m_l·(f_l(h) − h), and ∂KL/∂m_l, for L gates m.
 
     It costs a forward and a backward pass through all layers and the output head.
     """

@@ -83,7 +83,7 @@ class SearchProblem:
         self.masks_at_once = masks_at_once
         self.forward = SkippingForward(
             model,
-            sublayers=units.a_layer == 2,
+            sublayers=units.units_per_layer == 2,
             masks_at_once=masks_at_once,
             prefixes_per_call=prefixes_per_call,
         )
@@ -105,7 +105,7 @@ class SearchProblem:
         # Tokens of each batch: of this rank, and of all.
         self._own = kinds
         self._all = {kind: [int(total) for total in self.ranks.sum(sizes)] for kind, sizes in kinds.items()}
-        self._unit_costs, self._head_cost = _costs(self.forward.layers, self.head.weight.numel(), units.a_layer)
+        self._unit_costs, self._head_cost = _costs(self.forward.layers, self.head.weight.numel(), units.units_per_layer)
 
     def __enter__(self) -> Self:
         self._context.enter_context(evaluating(self.model))
@@ -131,7 +131,7 @@ class SearchProblem:
         return self.batches[batch].to(self.head.weight.device)
 
     def score(self, masks: Sequence[Mask], batches: Sequence[int] | None = None, measure: str = "kl") -> list[float]:
-        """Mean KL a token, in nats, of each mask over the batches with these numbers (all of them unless told).
+        """Mean KL per token, in nats, of each mask over the batches with these numbers (all of them unless told).
 
         With `measure` "nll" it is the mean negative log-likelihood of the text, the log of the perplexity, instead.
 
@@ -228,9 +228,9 @@ class SearchProblem:
     def _measure(self, measure: str, masks: Sequence[Mask], batch: int) -> dict[Mask, float]:
         self.ranks.check_equal("the masks", [measure, batch, [list(mask) for mask in masks]])
         compare = self._divergences if measure == "kl" else self._losses
-        coming = self.forward.last_hiddens(self.rows(batch).inputs, masks)
+        coming = self.forward.last_hiddens([self.rows(batch).inputs], masks)
         found: dict[Mask, float] = {}
-        while students := dict(islice(coming, self.masks_at_once or len(masks))):
+        while students := {mask: hidden for mask, (hidden,) in islice(coming, self.masks_at_once or len(masks))}:
             with named_range("loss"):
                 found.update(zip(students, compare(list(students.values()), batch), strict=True))
             for _ in students:
@@ -241,7 +241,7 @@ class SearchProblem:
         for mask, value in values.items():
             if not math.isfinite(value):
                 removed = [unit for unit, runs in enumerate(mask) if not runs]
-                what = "layers" if self.units.a_layer == 1 else "sub-layers"
+                what = "layers" if self.units.units_per_layer == 1 else "sub-layers"
                 raise FloatingPointError(f"the {measure.upper()} is {value} on batch {batch} without {what} {removed}")
         return values
 
@@ -286,7 +286,7 @@ class SearchProblem:
 
     def _work(self, mask: Mask, shared: int) -> float:
         """Of a dense pass: what `mask` runs from unit `shared` on, and the head. A layer is begun as a whole."""
-        first = shared - shared % self.units.a_layer
+        first = shared - shared % self.units.units_per_layer
         return self._head_cost + sum(
             cost for cost, runs in zip(self._unit_costs[first:], mask[first:], strict=True) if runs
         )
@@ -298,11 +298,11 @@ class SearchProblem:
         self.account.pay(key, passes * self._all["text"][batch], self.seconds.get(key, 0.0))
 
 
-def _costs(layers: nn.ModuleList, head_size: int, units_a_layer: int) -> tuple[list[float], float]:
+def _costs(layers: nn.ModuleList, head_size: int, units_per_layer: int) -> tuple[list[float], float]:
     """The share of each unit and of the output head in the parameters that a forward pass multiplies by."""
     stack_size = sum(p.numel() for p in layers.parameters())
     whole = stack_size + head_size
-    if units_a_layer == 1:
+    if units_per_layer == 1:
         return [stack_size / len(layers) / whole] * len(layers), head_size / whole
     attention = sum(p.numel() for layer in layers for p in attention_of(layer).parameters())
     sizes = attention / len(layers), (stack_size - attention) / len(layers)

@@ -26,7 +26,7 @@ def sampled(problem: SearchProblem, logits: Tensor, noise: float, step: int) -> 
     """Masks (N, F), 1 for removed: of each group of units the lowest θ + κ·g go. `logits` θ (N, F) or (F,)."""
     removed = torch.zeros_like(logits)
     for members, count in problem.units.groups:
-        inside = removed_of(problem, members).to(logits.dtype)
+        inside = removal_mask(problem, members).to(logits.dtype)
         # What is in no group of this round lies far below, where no noise reaches.
         scores = torch.where(inside == 1, logits, _FAR_BELOW)
         kept = e3k.gumbel_topk(scores, len(members) - count, noise_scale=noise, seed=problem.seed, step=step).mask
@@ -55,20 +55,20 @@ def run_starts(problem: SearchProblem) -> list[int]:
     return starts
 
 
-def layers_of(problem: SearchProblem, removed: Tensor) -> list[int]:
+def removed_units(problem: SearchProblem, removed: Tensor) -> list[int]:
     """The layers whose entry in `removed`, one for each layer that may go, is not 0."""
     return [layer for layer, gone in zip(problem.free, removed.tolist(), strict=True) if gone]
 
 
-def removed_of(problem: SearchProblem, units: Sequence[int]) -> Tensor:
-    """The mask (F,), fp64, whose `layers_of` are `units`."""
+def removal_mask(problem: SearchProblem, units: Sequence[int]) -> Tensor:
+    """The mask (F,), fp64, whose `removed_units` are `units`."""
     gone = set(units)
     return torch.tensor([float(unit in gone) for unit in problem.free], dtype=torch.float64)
 
 
 def scores_of(problem: SearchProblem, removed: Tensor, batches: Sequence[int] | None = None) -> list[float]:
     """`problem.score` of the masks `removed` (N, F)."""
-    return problem.score([problem.mask(layers_of(problem, mask)) for mask in removed], batches)
+    return problem.score([problem.mask(removed_units(problem, mask)) for mask in removed], batches)
 
 
 def removed_share(problem: SearchProblem, removed: Tensor) -> list[float]:

@@ -71,9 +71,9 @@ def search(
     Under `torch.distributed` every rank calls this with the same arguments but its own share of each batch, and gets
     the same plan; rank 0 writes the checkpoint and shows the bar. Where one rank's share is refused, all raise.
 
-    Returns the plan. Its `history` holds one record a step (see `method.Search`) with "step" and "cost", the dense
+    Returns the plan. Its `history` holds one record per step (see `method.Search`) with "step" and "cost", the dense
     forward passes times tokens up to there; its `metrics` the calibration "tokens", the mean "kl" of the final mask on
-    them in nats a token, and the "cost" of the search.
+    them in nats per token, and the "cost" of the search.
 
     Raises `ValueError` or `TypeError` naming the argument before anything is computed, and `FloatingPointError` naming
     the step if a divergence is not finite.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from e3kernels.profiling import named_range
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import layers_of, scores_of
+from e3pruner.mask_search.protocol import removed_units, scores_of
 from e3pruner.mask_search.quadratic import QuadraticModel
 
 _HOPE = 3.0  # standard deviations
@@ -18,7 +18,7 @@ _BEHIND = 2.0  # standard deviations
 
 
 class Study:
-    """Measurements of masks (N, F), 1 for removed, and the `model` of them; its prior is `importance`, one a unit."""
+    """Measurements of masks (N, F), 1 for removed, and the `model` of them; its prior is `importance`, one per unit."""
 
     def __init__(self, problem: SearchProblem, importance: list[float], spread: float) -> None:
         self.problem = problem
@@ -59,13 +59,13 @@ class Study:
 
     def race(self, masks: Tensor) -> dict[str, Any]:
         """The record of the final choice among `masks`: after each batch those that are clearly behind fall out."""
-        entered = [layers_of(self.problem, mask) for mask in masks]
+        entered = [removed_units(self.problem, mask) for mask in masks]
         for batch in range(len(self.problem.batches)):
             self.measure(masks, batch)
             predicted = self.model.predict(masks)
             behind = predicted - predicted.min()
             masks = masks[behind <= _BEHIND * self.model.deviation(masks, masks[predicted.argmin()])]
-        last = [layers_of(self.problem, mask) for mask in masks]
+        last = [removed_units(self.problem, mask) for mask in masks]
         scores = scores_of(self.problem, masks)
         best = scores.index(min(scores))
         return {"score": scores[best], "removed": last[best], "finalists": entered, "last": last, "scores": scores}

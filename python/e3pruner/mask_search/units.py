@@ -23,14 +23,14 @@ class Units:
     """
 
     count: int
-    a_layer: int
+    units_per_layer: int
     free: list[int]
     groups: list[tuple[list[int], int]]
 
     def removed(self, units: Sequence[int]) -> tuple[list[int], dict[str, list[int]]]:
         """Units to remove, as whole layers and as sub-layers of the others."""
         gone = set(units)
-        if self.a_layer == 1:
+        if self.units_per_layer == 1:
             return sorted(gone), {kind: [] for kind in KINDS}
         whole = [unit // 2 for unit in gone if unit % 2 == 0 and unit + 1 in gone]
         parts = {

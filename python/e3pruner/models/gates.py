@@ -90,7 +90,7 @@ def _check_gates(gates: Tensor, num_layers: int) -> None:
 
 
 def _gate_hook(gate: Tensor) -> Any:
-    def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> Tensor | tuple:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = _hidden_states(args, kwargs)
         branch_out = output[0] if isinstance(output, tuple) else output
         if gate.dim() == 1 and len(gate) != len(hidden):
@@ -102,10 +102,11 @@ def _gate_hook(gate: Tensor) -> Any:
     return hook
 
 
-def _hidden_states(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
 
 
-def _refuse_cache(model: nn.Module, args: tuple, kwargs: dict) -> None:
+def _refuse_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHE_NAMES):
         raise ValueError(f"{CACHE}: a model with skipped layers takes no cache; pass use_cache=False, or prune it")

@@ -46,7 +46,7 @@ class Route:
     if any. links: for each call but the first, the arguments that are entries of what the call before returned, and
     which; None where the model changes the hidden state in between. shared: for each call but the first, the mappings
     that the call before was given too. writers: layers that write into the hidden state that they are given. proven:
-    the ways of walking it, of one mask or many, that have been seen to give what the model gives.
+    the ways of walking it, of one mask or many, one batch or many, that have been seen to give what the model gives.
     """
 
     kinds: list[type]
@@ -55,7 +55,7 @@ class Route:
     links: list[dict[Place, int] | None]
     shared: list[list[Place]]
     writers: set[int]
-    proven: set[tuple[int, bool]] = field(default_factory=set)
+    proven: set[tuple[int, bool, bool]] = field(default_factory=set)
 
     def handed_on(self, layer: int, arguments: Arguments) -> Any:
         """What `layer` returns if it is skipped: its hidden state, and the rest as it was given, in the layer's form.
@@ -128,7 +128,7 @@ def hidden_place(arguments: Arguments) -> Place:
     return 0 if 0 in arguments else "hidden_states"
 
 
-def entries(output: Any) -> tuple:
+def entries(output: Any) -> tuple[Any, ...]:
     """What a layer returns, as a tuple; the hidden state comes first."""
     return output if isinstance(output, tuple) else (output,)
 

@@ -26,8 +26,21 @@ Path = tuple[Units, ...]  # of the layers called so far
 Returned = tuple[Arguments, Any]  # what a layer was given and what it returned
 
 
+def walk(walks: Sequence[LayerWalk], paths: Sequence[Path]) -> list[dict[Path, Tensor]]:
+    """The last hidden state (B, T, H) of every batch at the end of each path, which has the units of every call of a
+    layer. Each layer is entered once, for all batches: its weights need to be in memory only meanwhile.
+    """
+    states = [each.first() for each in walks]
+    for depth in range(len(walks[0].route.layers) - 1):
+        for number, each in enumerate(walks):
+            states[number] = each.onward(depth, paths, states[number])
+    return [each.last_hiddens(paths, states.pop(0)) for each in walks]
+
+
 class LayerWalk:
-    """Walks the batch `inputs` through the layers of `model`; so many states as `prefixes_per_call` share a call."""
+    """The batch `inputs` on its way through the layers of `model`; so many states as `prefixes_per_call` share a
+    call.
+    """
 
     def __init__(self, model: PreTrainedModel, inputs: Inputs, prefixes_per_call: int) -> None:
         self.model = model
@@ -37,19 +50,20 @@ class LayerWalk:
         self._prefixes_per_call = prefixes_per_call
         self._calls: dict[int, list[Arguments]] = {}
 
-    def last_hiddens(self, paths: Sequence[Path]) -> dict[Path, Tensor]:
-        """The last hidden state (B, T, H) at the end of each path, which has the units of every call of a layer."""
-        states: dict[Path, Arguments] = {(): self._calls_of(1)[0]}
-        last = len(self.route.layers) - 1
-        for depth in range(last):
-            states = self._on(depth, self._through(depth, dict.fromkeys(path[: depth + 1] for path in paths), states))
-        returned = self._through(last, paths, states)
-        del states
-        return {path: self._pass(self.inputs, last, *returned.pop(path))[1] for path in paths}
+    def first(self) -> dict[Path, Arguments]:
+        """The state before the first layer, by the empty path."""
+        return {(): self._calls_of(1)[0]}
 
-    def _on(self, depth: int, returned: Mapping[Path, Returned]) -> dict[Path, Arguments]:
-        """The states behind the layer called at `depth`."""
+    def onward(self, depth: int, paths: Iterable[Path], states: Mapping[Path, Arguments]) -> dict[Path, Arguments]:
+        """The states behind the layer called at `depth`, which is not the last, from those before it."""
+        returned = self._through(depth, dict.fromkeys(path[: depth + 1] for path in paths), states)
         return {path: self._next(depth, *step) for path, step in returned.items()}
+
+    def last_hiddens(self, paths: Iterable[Path], states: Mapping[Path, Arguments]) -> dict[Path, Tensor]:
+        """The last hidden state (B, T, H) at the end of each path, from the states before the last layer."""
+        last = len(self.route.layers) - 1
+        returned = self._through(last, paths, states)
+        return {path: self._pass(self.inputs, last, *returned.pop(path))[1] for path in paths}
 
     def _through(self, depth: int, paths: Iterable[Path], states: Mapping[Path, Arguments]) -> dict[Path, Returned]:
         """The layer called at `depth` on the state before the end of each path; by path."""

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from e3pruner.models.device import AUTO, usable_device
 from e3pruner.models.smollm2 import smollm2_folder
+from e3pruner.models.streaming import stream
 from e3pruner.storage import read_json
 
 BUILT_IN = "smollm2"
@@ -28,6 +29,11 @@ TOKENIZER_FILES = (
 )
 # Errors that speak of this machine or of the weights' file, not of what the folder describes.
 _FAILURES = (OSError, SafetensorError, MemoryError, torch.OutOfMemoryError)
+
+
+class Placement(StrEnum):
+    WHOLE = "whole"
+    STREAM = "stream"
 
 
 class Dtype(StrEnum):
@@ -49,16 +55,26 @@ def model_folder(name: str) -> Path:
 
 
 def load_model(
-    name: str, device: str = AUTO, dtype: Dtype = Dtype.AUTO, *, trust_remote_code: bool = False
+    name: str,
+    device: str = AUTO,
+    dtype: Dtype = Dtype.AUTO,
+    *,
+    placement: Placement = Placement.WHOLE,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model in evaluation mode, on `usable_device(device)`.
+
+    placement: "whole", all of it there; "stream", a decoder layer is brought there when it is called, so that two of
+    them exist at a time and the rest stays in the checkpoint's files (see `streaming`).
 
     Raises FileNotFoundError for no checkpoint folder, ValueError naming it where it describes no model, lacks weights
     of it, or brings its own code and `trust_remote_code` is not set; OSError or SafetensorError for damaged weights.
     """
     where = usable_device(device)
     folder = checked_folder(name, trust_remote_code)
-    options: dict[str, Any] = {"dtype": str(dtype), "local_files_only": True, "output_loading_info": True}
+    streams = placement == Placement.STREAM
+    options: dict[str, Any] = {"dtype": "auto" if streams else str(dtype)}
+    options |= {"local_files_only": True, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # to say which, below
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
@@ -74,6 +90,8 @@ def load_model(
         )
     if device == AUTO:
         _say_device(str(where))
+    if streams:
+        return stream(model.eval(), folder, where, None if dtype == Dtype.AUTO else getattr(torch, dtype))
     return model.to(where).eval()
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from e3kernels.profiling import named_range
 from e3pruner.models.head import last_hidden
 from e3pruner.models.layer_calls import Inputs, entries, hidden_place, recorded, replaced
-from e3pruner.models.layer_walk import LayerWalk, silencing
+from e3pruner.models.layer_walk import LayerWalk, silencing, walk
 from e3pruner.models.stack import find_layers
 
 Mask = tuple[bool, ...]  # one entry per unit (see `Units`); True: it runs
@@ -65,24 +65,27 @@ class SkippingForward:
         steps, last = recorded(self.model, inputs)
         return [*(step.arguments[hidden_place(step.arguments)] for step in steps), entries(steps[-1].output)[0]], last
 
-    def last_hiddens(self, inputs: Inputs, masks: Sequence[Mask]) -> Iterator[tuple[Mask, Tensor]]:
-        """Yields (mask, last hidden state (B, T, H) under it), in the order of `shared_prefixes`. `masks` are distinct.
+    def last_hiddens(self, batches: Sequence[Inputs], masks: Sequence[Mask]) -> Iterator[tuple[Mask, list[Tensor]]]:
+        """Yields each mask with the last hidden state (B, T, H) of every batch under it, in the order of
+        `shared_prefixes`. `masks` are distinct. All batches pass a layer before any enters the next.
 
         Raises `ValueError` if layers called one by one do not give what the model's own forward pass gives. That is
-        tried once for each model and set of names of `inputs`, of one mask and of many, on the one that skips most.
+        tried once for each model and set of names of `inputs`, of one mask and of many, of one batch and of many, on
+        the mask that skips most.
         """
-        walk = LayerWalk(self.model, {k: v for k, v in inputs.items() if v is not None}, self._prefixes_per_call)
+        given = [{name: value for name, value in batch.items() if value is not None} for batch in batches]
+        walks = [LayerWalk(self.model, inputs, self._prefixes_per_call) for inputs in given]
         ordered = sorted(masks, reverse=True)
         size = self._masks_at_once or max(1, len(ordered))
         for start in range(0, len(ordered), size):
-            paths = {mask: self._path(walk, mask) for mask in ordered[start : start + size]}
+            paths = {mask: self._path(walks[0], mask) for mask in ordered[start : start + size]}
             with named_range("student forward"):
-                found = walk.last_hiddens(list(dict.fromkeys(paths.values())))
-            if (way := (self._prefixes_per_call, len(paths) > 1)) not in walk.route.proven:
+                found = walk(walks, list(dict.fromkeys(paths.values())))
+            if (way := (self._prefixes_per_call, len(paths) > 1, len(walks) > 1)) not in walks[0].route.proven:
                 shortest = min(paths, key=sum)
-                self._prove(walk, shortest, found[paths[shortest]])
-                walk.route.proven.add(way)
-            yield from ((mask, found[path]) for mask, path in paths.items())
+                self._prove(walks[0], shortest, found[0][paths[shortest]])
+                walks[0].route.proven.add(way)
+            yield from ((mask, [hiddens[path] for hiddens in found]) for mask, path in paths.items())
             del found  # before the next group comes
 
     def _path(self, walk: LayerWalk, mask: Mask) -> tuple[Mask, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import cast
 
 from torch import nn
@@ -14,7 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of `model`, in order: the stack that every part of this package gates, skips and slices.
 
-    It is the one `nn.ModuleList` that holds `num_hidden_layers` modules, all of them `GradientCheckpointingLayer`s.
+    It is the `nn.ModuleList` of `num_hidden_layers` modules, all of them `GradientCheckpointingLayer`s, that sits where
+    the token embedding does: a vision or audio tower may have as many layers, and has no tokens.
 
     Raises `TypeError` for anything but a Hugging Face causal language model, PEFT-wrapped models included, and
     `ValueError` for encoder-decoders, quantised models and models without exactly one such stack.
@@ -26,13 +28,16 @@ def stack_name(model: PreTrainedModel) -> str:
     """The qualified name of the decoder stack within `model`; the same errors as `find_layers`."""
     _refuse_unfit(model)
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count > 0
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
-    ]
+    names = _beside_embedding(
+        model,
+        [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and len(module) == count > 0
+            and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+        ],
+    )
     if len(names) != 1:
         found = ", ".join(names) or "none"
         raise ValueError(
@@ -53,6 +58,18 @@ def check_indices(name: str, indices: Iterable[int], num_layers: int) -> list[in
     if len(set(indices)) != len(indices):
         raise ValueError(f"{name}={indices} names a layer twice")
     return sorted(indices)
+
+
+def _beside_embedding(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Those of `names` that share most of their path with the token embedding's."""
+    embedding = model.get_input_embeddings()
+    path = next(name.split(".") for name, module in model.named_modules() if module is embedding)
+
+    def shared(name: str) -> int:
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), path, strict=False)))
+
+    most = max(map(shared, names), default=0)
+    return [name for name in names if shared(name) == most]
 
 
 @contextmanager

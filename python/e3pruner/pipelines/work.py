@@ -34,7 +34,7 @@ from e3pruner.surgery import PruningPlan
 from e3pruner.surgery.plan import PLAN_FILE
 from e3pruner.text.kinds import unseen_text
 from e3pruner.text.sequences import Rows
-from e3pruner.text.splits import Tokens, batches, take, token_splits
+from e3pruner.text.splits import Splits, batches, take, token_splits
 
 CACHE, MEASURED, TRAINING = "cache", "measured", "training"
 PRUNED, RECOVERED, DENSE = "pruned", "recovered", "dense"
@@ -48,7 +48,7 @@ class Work(Stages):
     options: PipelineOptions
     dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    tokens: Tokens
+    splits: Splits
     judge: Rows | None
     unseen: Tensor | None
     drop: int
@@ -57,9 +57,9 @@ class Work(Stages):
     @classmethod
     def load(cls, options: PipelineOptions, folder: Path) -> Work:
         """Raises ValueError for a model, a text or a number of layers that does not fit."""
-        began, name, trust = time.perf_counter(), str(options.model), {"trust_remote_code": options.trust_remote_code}
-        tokenizer = load_tokenizer(name, **trust)
-        dense = load_model(name, options.device, Dtype.FLOAT32, **trust)
+        began, name, trust = time.perf_counter(), str(options.model), options.trust_remote_code
+        tokenizer = load_tokenizer(name, trust_remote_code=trust)
+        dense = load_model(name, options.device, Dtype.FLOAT32, trust_remote_code=trust)
         layers = len(find_layers(dense))
         protected = check_indices("protect", options.protect, layers)
         drop = number_to_drop(dense, protected, drop=options.drop, fraction=options.fraction)
@@ -70,24 +70,24 @@ class Work(Stages):
             )
         parts = partial(token_splits, tokenizer, length=options.length, seed=options.seed)
         text = None if options.text is None else Path(options.text)
-        tokens = parts(text, teacher=dense if options.written else None)
-        take(tokens.calibration, options.sequences, "--sequences")
-        take(tokens.held_out, options.held_out, "--held-out")
+        splits = parts(text, teacher=dense if options.written else None)
+        take(splits.calibration, options.sequences, "--sequences")
+        take(splits.held_out, options.held_out, "--held-out")
         judge = None if options.judge is None else parts(Path(options.judge)).training[: options.sequences]
         unseen = None
         if options.unseen is not None:
-            given = (tokens.training, tokens.calibration)
+            given = (splits.training, splits.calibration)
             seen = [rows if isinstance(rows, Tensor) else rows.input_ids for rows in given]
             size = {"length": options.length, "held_out": options.held_out}
             unseen = unseen_text(tokenizer, str(options.unseen), seen=seen, **size)
-        dtype = weights_dtype(name, Dtype(options.dtype), **trust)
+        dtype = weights_dtype(name, Dtype(options.dtype), trust_remote_code=trust)
         return cls(
             folder=folder,
             dtype=dtype,
             options=options,
             dense=dense,
             tokenizer=tokenizer,
-            tokens=tokens,
+            splits=splits,
             judge=judge,
             unseen=unseen,
             drop=drop,
@@ -102,11 +102,11 @@ class Work(Stages):
 
     @property
     def calibration(self) -> Rows:
-        return take(self.tokens.calibration, self.options.sequences, "--sequences")
+        return take(self.splits.calibration, self.options.sequences, "--sequences")
 
     @property
     def held_out(self) -> list[Rows]:
-        return batches(take(self.tokens.held_out, self.options.held_out, "--held-out"), self.options.batch)
+        return batches(take(self.splits.held_out, self.options.held_out, "--held-out"), self.options.batch)
 
     def run(self) -> dict[str, Any]:
         """All stages in their order; the parts of the results that they give (see `e3pruner.report.results`)."""
@@ -193,7 +193,7 @@ class Work(Stages):
     def cache(self) -> None:
         temperature = self.options.recover.get("temperature", 1.0)
         e3pruner.cache_teacher(
-            self.dense, self.tokens.training, self.folder / CACHE, tokenizer=self.tokenizer, temperature=temperature
+            self.dense, self.splits.training, self.folder / CACHE, tokenizer=self.tokenizer, temperature=temperature
         )
 
     def search(self, number: int, kept: list[int]) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class Work(Stages):
         result = e3pruner.distill(
             student,
             teacher=e3pruner.TeacherCache(self.folder / CACHE) if self.options.cached else self.dense,
-            data=self.tokens.training,
+            data=self.splits.training,
             held_out=self.held_out,
             plan=plan,
             **going_on(training),

@@ -16,8 +16,8 @@ _GEMM = 2048
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes a second that all threads read, and copy (read and written bytes both counted); FLOPs a second of a square
-    matrix product of 2048, by dtype; seconds of a call of the dispatcher that does nothing.
+    """Bytes per second that all threads read, and copy (read and written bytes both counted); FLOPs per second of a
+    square matrix product of 2048, by dtype; seconds of a call of the dispatcher that does nothing.
     """
 
     read: float

@@ -1,9 +1,9 @@
 """A teacher on disk: its top-k log-probabilities of a text, so that training needs no teacher in memory.
 
 A folder of safetensors shards beside a JSON manifest. A shard holds, for its sequences, `ids` (rows, S − 1, k) and
-`logprobs` (rows, S − 1, k) in fp16, likeliest first: with k = 10 and a vocabulary above 65,536 tokens 60 bytes a token,
-below it 40. Their rounding changes a probability by less than 0.05 % of |log p|; what is missing to 1 is the tail,
-which `e3kernels.linear_topk_kl` treats as one event.
+`logprobs` (rows, S − 1, k) in fp16, likeliest first: with k = 10 and a vocabulary above 65,536 tokens 60 bytes per
+token, below it 40. Their rounding changes a probability by less than 0.05 % of |log p|; what is missing to 1 is the
+tail, which `e3kernels.linear_topk_kl` treats as one event.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class TeacherCache:
         self.folder, self.tail = Path(folder), tail
         self.manifest = _read_manifest(self.folder)
         self.vocabulary: int = self.manifest["vocabulary"]
-        self.tokens: int | None = self.manifest["tokens"]
+        self.tokenizer_size: int | None = self.manifest["tokens"]
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._checked: set[int] = set()
         if missing := [f.name for f in _shard_files(self.folder, self.manifest) if not f.exists()]:

@@ -22,19 +22,19 @@ from e3pruner.text.sequences import IGNORED, Rows
 class DistillLoss:
     """Loss of `student` against `teacher` on a batch, under autocast to `dtype` (None: none).
 
-    `tokens`: the size of the tokenizer that both share, where it is known: see `DistillOptions.vocabulary`.
+    `tokenizer_size`: of the tokenizer that both share, where it is known: see `DistillOptions.vocabulary`.
     """
 
     student: PreTrainedModel
     teacher: Teacher
     options: DistillOptions
     dtype: torch.dtype | None
-    tokens: int | None = None
+    tokenizer_size: int | None = None
 
     def __post_init__(self) -> None:
         sizes = {"teacher": self.teacher.vocabulary, "student": output_head(self.student).weight.shape[0]}
-        tokens = self.teacher.tokens if self.tokens is None else self.tokens
-        self.vocabulary = common_vocabulary(sizes, self.options.vocabulary, tokens, joint=" and the ")
+        known = self.teacher.tokenizer_size if self.tokenizer_size is None else self.tokenizer_size
+        self.vocabulary = common_vocabulary(sizes, self.options.vocabulary, known, joint=" and the ")
         if self.vocabulary != self.teacher.vocabulary:
             self.teacher.narrow(self.vocabulary)
 
@@ -90,7 +90,7 @@ class HeldOut:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """{"kl": mean divergence from the teacher in nats a token, "perplexity": exp of the mean cross-entropy}.
+        """{"kl": mean divergence from the teacher in nats per token, "perplexity": exp of the mean cross-entropy}.
 
         Without "kl" if the teacher has no predictions for this text.
         """

@@ -21,13 +21,13 @@ from e3pruner.text.sequences import Sequences
 
 
 class Teacher(Protocol):
-    """`vocabulary`: columns of its predictions. `tokens`: the size of its tokenizer, where it is known. `any_text`:
+    """`vocabulary`: columns of its predictions. `tokenizer_size`: of its tokenizer, where it is known. `any_text`:
     whether it has predictions for text other than the training data. `identity`: a hash by which a resume knows that it
     is the same one.
     """
 
     vocabulary: int
-    tokens: int | None
+    tokenizer_size: int | None
     any_text: bool
 
     @property
@@ -66,7 +66,7 @@ class LiveTeacher:
     """
 
     any_text = True
-    tokens: int | None = None
+    tokenizer_size: int | None = None
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
         self.model = model

@@ -87,7 +87,7 @@ def _relative_times(rows: list[Row], provider: str) -> dict[tuple[Any, ...], flo
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a line a row, cases together, times in ms and relative to the floor and to our own."""
+    """Markdown: one line per row, cases together, times in ms and relative to the floor and to our own."""
     heading = ("case", "provider", "median ms", "p20–p80", "× floor", "× e3", "rate", "MiB", "loss error", "grad error")
     lines: list[Iterable[str]] = [heading, ("---",) * len(heading)]
     medians = {(case_of(row), row["provider"]): row["median"] for row in rows}

@@ -29,7 +29,7 @@ def quality(results: dict[str, Any]) -> Figure:
         axes.set(ylim=(len(lines) - 0.4, -0.6), title=as_text(caption))
         axes.grid(axis="y", visible=False)
         _logarithmic(axes, "x", [line["kl"][0] for line in lines])
-    axes.set_xlabel("held-out KL (nats a token)")
+    axes.set_xlabel("held-out KL (nats per token)")
     return figure
 
 
@@ -48,7 +48,7 @@ def price(results: dict[str, Any]) -> Figure:
             bar = [[max(0.0, spread.mean - spread.low)], [max(0.0, spread.high - spread.mean)]]
             look = {"color": colour, "marker": marker, "ls": "", "label": as_text(line["method"])}
             axes.errorbar(line["cost"] or free, spread.mean, yerr=bar, **look)
-        axes.set(xscale="log", title=as_text(caption), ylabel="held-out KL (nats a token)")
+        axes.set(xscale="log", title=as_text(caption), ylabel="held-out KL (nats per token)")
         _logarithmic(axes, "y", [line["kl"][0] for line in lines])
     axes.set_xlabel("tokens × dense forward passes")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
@@ -74,7 +74,7 @@ def depth(results: dict[str, Any]) -> Figure:
         axes.plot(drops, [spread.mean for _, spread in points], label=as_text(label), **look)
         low, high = ([getattr(spread, name) for _, spread in points] for name in ("low", "high"))
         axes.fill_between(drops, low, high, color=colour, alpha=0.15, lw=0)
-    axes.set(xlabel="layers removed", ylabel="held-out KL (nats a token)")
+    axes.set(xlabel="layers removed", ylabel="held-out KL (nats per token)")
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     _logarithmic(axes, "y", [line["kl"][0] for line in lines])
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)

@@ -97,14 +97,14 @@ def runs(row: np.ndarray) -> Iterator[tuple[int, int, float]]:
 
 
 def curve(results: Results) -> Figure:
-    """Held-out KL against the number of layers removed, one line a method."""
+    """Held-out KL against the number of layers removed, one line per method."""
     figure = Figure(figsize=(8.4, 3.4))
     axes = figure.subplots()
     for number, (method, points) in enumerate(results["curve"].items()):
         count, kl = zip(*points, strict=True)
         look = {"color": getattr(COLOURS, SERIES[number % 4]), "ls": DASHES[number % 4], "marker": MARKERS[number % 4]}
         axes.plot(count, kl, label=as_text(method), markersize=5, **look)
-    axes.set(xlabel="layers removed", ylabel="held-out KL (nats a token)")
+    axes.set(xlabel="layers removed", ylabel="held-out KL (nats per token)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     axes.legend(loc="upper left")
@@ -125,7 +125,7 @@ def recovery(results: Results) -> Figure:
             axes.plot(steps[window - 1 :], mean, color=COLOURS.series1, label=f"training loss, mean of {window} steps")
     if history["held_out"]:
         axes.plot(*zip(*history["held_out"], strict=True), color=COLOURS.removed, marker="o", label="held-out KL")
-    axes.set(xlabel="training step", ylabel="nats a token")
+    axes.set(xlabel="training step", ylabel="nats per token")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right")
     return figure

@@ -5,7 +5,7 @@ Keys (all but `title` and `environment` may be missing; the report then leaves t
 - `title`, `summary`, `command`: str; `environment`: see `environment.py`; `config`: the resolved options;
   `seconds`: by stage.
 - `layers`: int, of the dense model; `removed`: the removed layers' indices.
-- `importance`: one mean KL per layer (nats a token), the cost of removing that layer alone.
+- `importance`: one mean KL per layer (nats per token), the cost of removing that layer alone.
 - `mask_path`: `{"steps": [...], "removed": [[share of the step's masks without layer 0, 1, ...], ...]}`.
 - `methods`: `[{"method", "removed", "cost", "seconds", ...the figures of a model}]`, the mask of each method on the
   held-out text, the one that was pruned first; `cost` in tokens times dense forward passes.

@@ -50,7 +50,7 @@ class LayerSkipRuntime:
         from e3pruner.runtime.decoder_description import describe  # imports the compiled module
 
         self.model = model
-        self.speculation: _runtime.SpeculationCounts | None = None  # of the last request that had a draft
+        self.speculation: _runtime.SpeculationCounts | None = None  # experimental: of the last request that had a draft
         self._description = describe(model)
         self._decoder = self._native.Decoder(self._description)
         whole_or_part = ((True, True), (True, False), (False, True))  # attention and MLP
@@ -163,8 +163,9 @@ class LayerSkipRuntime:
         `generation_config` gives the options that are not given here; what it leaves open is as in Hugging Face's
         `generate`, and an option that the runtime does not have is refused by its name.
 
-        `draft_keep`, a part of the kept layers, drafts for self-speculative decoding of one sequence: greedy text is
-        identical, sampled text equally distributed; `self.speculation` then counts drafted and accepted tokens.
+        `draft_keep` (experimental: no model has shown a gain yet), a part of the kept layers, drafts for
+        self-speculative decoding of one sequence: greedy text is identical, sampled text equally distributed;
+        `self.speculation` then counts drafted and accepted tokens.
 
         Raises ValueError for a bad argument or a context that would exceed the model's, RuntimeError for a model in
         training mode or one that was changed, and for logits that are not finite or leave no token.

@@ -25,7 +25,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfig:
     """A copy of `config` for a model of the layers `kept` (ascending) only.
 
-    The number of layers follows; lists with one entry a layer are sliced, whether set or generated from a pattern;
+    The number of layers follows; lists with one entry per layer are sliced, whether set or generated from a pattern;
     indices and boundaries are renumbered. Raises `ValueError` naming a setting that ties what a layer does to its index
     in a way that no configuration of the pruned model expresses.
     """

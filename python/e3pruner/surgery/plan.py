@@ -32,7 +32,7 @@ class PruningPlan:
     kept, removed: disjoint, together 0 … num_layers − 1, `kept` not empty.
     method, seed: the search method and the seed that found it.
     model_type: `config.model_type` of the model it was found for; empty if it is for any.
-    history: one record a step of the search, oldest first.
+    history: one record per step of the search, oldest first.
     metrics: figures measured for the final mask.
     sublayers: kept layers that lose their "attention" or their "mlp" (a layer that loses both is one of `removed`).
 

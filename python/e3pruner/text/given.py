@@ -42,7 +42,7 @@ def batches_of(name: str, given: Given, vocabulary: int, **models: PreTrainedMod
         _check_tokens(own, batch, vocabulary)
         if batch.shape[1] != batches[0].shape[1] and not all(masked):
             raise ValueError(
-                f"{own} has {batch.shape[1]} tokens a sequence, {names[0]} has {batches[0].shape[1]}; rows of "
+                f"{own} has {batch.shape[1]} tokens per sequence, {names[0]} has {batches[0].shape[1]}; rows of "
                 "different length need an attention_mask with every batch"
             )
         if not isinstance(entry, Sequences) and not own_mask:

@@ -19,7 +19,7 @@ from e3pruner.text.sequences import Rows, Sequences
 Taken = TypeVar("Taken", Tensor, Sequences, Rows)
 
 
-class Tokens(NamedTuple):
+class Splits(NamedTuple):
     """Token sequences, each (sequences, length) int64; of documents they are told apart, and so is what is learnt."""
 
     training: Rows
@@ -34,7 +34,7 @@ def token_splits(
     length: int,
     seed: int,
     teacher: PreTrainedModel | None = None,
-) -> Tokens:
+) -> Splits:
     """Training, calibration and held-out sequences of `length` tokens from the file `text`, or from the built-in text
     and, with a `teacher`, what it writes itself. Held-out sequences of the kinds of text take turns.
 
@@ -47,7 +47,7 @@ def token_splits(
         built_in = demo_tokens(tokenizer, teacher, length=length, seed=seed)
         held_out = chain.from_iterable(zip_longest(*built_in.held_out.values()))
         turns = torch.stack([sequence for sequence in held_out if sequence is not None])
-        return Tokens(built_in.training, built_in.calibration, turns)
+        return Splits(built_in.training, built_in.calibration, turns)
     if holds_documents(text):
         documents = read_documents(text, tokenizer)
         names = deal({str(number): len(document.tokens) for number, document in enumerate(documents)})
@@ -56,9 +56,9 @@ def token_splits(
             split: pack_documents([documents[number] for number in sorted(map(int, numbers))], length, begin)
             for split, numbers in names.items()
         }
-        return Tokens(packed["training"], packed["calibration"], packed["held_out"])
+        return Splits(packed["training"], packed["calibration"], packed["held_out"])
     parts = split_text(text.read_text(encoding="utf-8"))
-    return Tokens(*(cut(tokenizer, part, length, f"{text}, split {name}") for name, part in parts.items()))
+    return Splits(*(cut(tokenizer, part, length, f"{text}, split {name}") for name, part in parts.items()))
 
 
 def split_text(text: str) -> dict[str, str]:
@@ -67,7 +67,7 @@ def split_text(text: str) -> dict[str, str]:
     The cut is made before tokenisation, so no character reaches two splits.
     """
     parts, start, share = {}, 0, 0.0
-    for name in Tokens._fields:
+    for name in Splits._fields:
         share += SHARES[name]
         space = re.compile(r"\s").search(text, max(start, int(share * len(text))))
         stop = space.end() if space else len(text)

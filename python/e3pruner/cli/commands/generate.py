@@ -26,7 +26,10 @@ def generate(
         Path | None, typer.Option(help="Run the layers that a pruning.json keeps only.", exists=True, dir_okay=False)
     ] = None,
     speculative: Annotated[
-        bool, typer.Option("--speculative", help="The kept layers draft, all verify: the whole model's text.")
+        bool,
+        typer.Option(
+            "--speculative", help="Experimental, no model has shown a gain yet: the kept layers draft, all verify."
+        ),
     ] = False,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")] = True,
     seed: options.Seed = 0,

@@ -15,7 +15,7 @@ from e3pruner.mask_search.protocol import run_starts
 def angular(problem: SearchProblem) -> Search:
     """Layers l … l + n − 1 go, l = argmin E arccos(cos(h_l, h_{l+n}))/π over all tokens (after arXiv 2403.17887).
 
-    One dense pass a batch, no head. Raises `ValueError` if no n neighbouring layers may all go.
+    One dense pass per batch, no head. Raises `ValueError` if no n neighbouring layers may all go.
     """
     starts = run_starts(problem)
     problem.expect(len(problem.batches))

@@ -11,7 +11,7 @@ from e3pruner.mask_search.protocol import lowest
 
 @search_method("bi", quotas=True)
 def bi(problem: SearchProblem) -> Search:
-    """BI_l = 1 − E cos(h_l, h_{l+1}), the lowest go (ShortGPT, arXiv 2403.03853). One dense pass a batch, no head."""
+    """BI_l = 1 − E cos(h_l, h_{l+1}), the lowest go (ShortGPT, arXiv 2403.03853). One dense pass per batch, no head."""
     problem.expect(len(problem.batches))
     influence = problem.state_distance(1, cosine_distance)
     removed = lowest(problem, influence)

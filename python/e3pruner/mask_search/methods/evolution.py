@@ -9,7 +9,7 @@ import e3kernels as e3k
 from e3pruner.mask_search.checks import check_integer
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import layers_of, removed_share, scores_of
+from e3pruner.mask_search.protocol import removed_share, removed_units, scores_of
 
 _MOST_SWITCHES = 3
 _LAST_BATCHES = 4  # that the survivors and their parent are compared on
@@ -39,10 +39,10 @@ def evolution(problem: SearchProblem, *, generations: int = 20, offspring: int =
         parent = rivals[last.index(min(last))]
         yield {
             "score": min(last),
-            "removed": layers_of(problem, parent),
+            "removed": removed_units(problem, parent),
             "removed_share": removed_share(problem, children),
         }
-    return layers_of(problem, parent)
+    return removed_units(problem, parent)
 
 
 def _switched(problem: SearchProblem, parents: Tensor, step: int) -> Tensor:

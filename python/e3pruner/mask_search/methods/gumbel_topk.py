@@ -15,7 +15,14 @@ from e3pruner.mask_search.checks import check_choice, check_integer, check_posit
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.methods.bi import cosine_distance
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import layers_of, leave_one_out_scores, lowest, removed_of, removed_share, sampled
+from e3pruner.mask_search.protocol import (
+    leave_one_out_scores,
+    lowest,
+    removal_mask,
+    removed_share,
+    removed_units,
+    sampled,
+)
 from e3pruner.mask_search.quadratic import GUESSED_SPREAD, MEASURED_SPREAD
 from e3pruner.mask_search.study import Study
 
@@ -65,9 +72,9 @@ def gumbel_topk(
     importance = starts[0] if start == "kl" else _in_nats(problem, starts[0])
     study = Study(problem, importance, MEASURED_SPREAD if start == "kl" else GUESSED_SPREAD)
     study.measure_alone(start_batches)
-    first = torch.stack([removed_of(problem, lowest(problem, values)) for values in starts])
+    first = torch.stack([removal_mask(problem, lowest(problem, values)) for values in starts])
     model, best = study.model, first[0]
-    yield {"importance": importance, "removed": layers_of(problem, best)}
+    yield {"importance": importance, "removed": removed_units(problem, best)}
 
     for step in range(steps):
         kappa = noise * _LAST_NOISE ** (step / max(1, steps - 1))
@@ -80,7 +87,7 @@ def gumbel_topk(
             best = model.descend(best)
         yield {
             "score": sum(found) / len(found),
-            "removed": layers_of(problem, best),
+            "removed": removed_units(problem, best),
             "removed_share": removed_share(problem, chosen),
             "logits": logits.tolist(),
             "noise_scale": kappa,
@@ -92,9 +99,9 @@ def gumbel_topk(
 
 
 def _starts(problem: SearchProblem, start: str, batches: range) -> list[list[float]]:
-    """One value a unit for each mask to start from; those of the prior come first."""
+    """One value per unit for each mask to start from; those of the prior come first."""
     if start == "kl":
-        influence = [problem.state_distance(1, cosine_distance)] if problem.units.a_layer == 1 else []
+        influence = [problem.state_distance(1, cosine_distance)] if problem.units.units_per_layer == 1 else []
         return [leave_one_out_scores(problem, batches), *influence]
     if start == "bi":
         return [problem.state_distance(1, cosine_distance)]

@@ -6,7 +6,7 @@ import torch
 
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import layers_of, sampled
+from e3pruner.mask_search.protocol import removed_units, sampled
 
 
 @search_method("first-n")
@@ -41,7 +41,7 @@ def symmetric(problem: SearchProblem) -> Search:
 def random_subset(problem: SearchProblem) -> Search:
     """`drop` layers drawn uniformly without replacement from those that may go."""
     uniform = torch.zeros(len(problem.free), dtype=torch.float64)
-    return _at_once(layers_of(problem, sampled(problem, uniform, 1.0, 0)))
+    return _at_once(removed_units(problem, sampled(problem, uniform, 1.0, 0)))
 
 
 def _at_once(removed: list[int]) -> Search:

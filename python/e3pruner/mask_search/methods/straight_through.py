@@ -9,7 +9,7 @@ from e3pruner.mask_search.checks import check_choice, check_integer, check_posit
 from e3pruner.mask_search.gradient import gate_gradient
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import layers_of, leave_one_out_scores, log_z_scores, lowest
+from e3pruner.mask_search.protocol import leave_one_out_scores, log_z_scores, lowest, removed_units
 
 OPTIMIZERS = ("adam", "sgd")
 CURRICULA = ("cubic", "linear", "none")
@@ -71,7 +71,7 @@ def straight_through(
         (theta.grad,) = torch.autograd.grad(probs, theta, probs.new_tensor([slopes[layer] for layer in free]))
         descent.step()
         final = e3k.gumbel_topk(theta.detach(), len(free) - problem.drop, noise_scale=0.0).mask
-        removed = layers_of(problem, 1 - final)
+        removed = removed_units(problem, 1 - final)
         yield {"score": loss, "removed": removed, "logits": theta.tolist(), "drop": gone}
     return removed
 

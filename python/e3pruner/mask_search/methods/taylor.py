@@ -18,7 +18,7 @@ from e3pruner.mask_search.protocol import lowest
 def taylor(problem: SearchProblem) -> Search:
     """I_l = Σ |W·∂NLL/∂W| over the weights of layer l, the lowest go (Shortened LLaMA, arXiv 2402.02834).
 
-    One forward and one backward pass a batch, which holds the gradients of all layers at once.
+    One forward and one backward pass per batch, which holds the gradients of all layers at once.
     """
     numbers = range(len(problem.batches))
     problem.expect(len(numbers))

@@ -77,7 +77,7 @@ def profile_steps(
     seed: int = 0,
     folder: Path | None = None,
 ) -> StepProfiles:
-    """Profiles of `rounds` steps, after one that does not count, on token ids (N, S), `batch` sequences a step.
+    """Profiles of `rounds` steps, after one that does not count, on token ids (N, S), `batch` sequences per step.
 
     The search draws and measures masks without `drop` layers; the recovery trains a student that lacks the middle ones.
     Chrome traces of one step each are kept in `folder`/search and `folder`/recovery, if given.

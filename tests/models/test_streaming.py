@@ -1,0 +1,73 @@
+import pytest
+import torch
+from tiny_models import of_one, tiny_model, tiny_tokens
+
+from e3pruner.models import find_layers, last_hidden
+from e3pruner.models.loading import Dtype, Placement, load_model
+from e3pruner.models.skipping_forward import SkippingForward
+from e3pruner.models.streaming import computing_in, stream_of
+
+MASKS = [tuple(layer != gone for layer in range(6)) for gone in range(7)]
+DTYPES = [Dtype.AUTO, Dtype.BFLOAT16]
+
+
+@pytest.fixture(params=["llama", "gpt2", "gemma2"])
+def folder(request, tmp_path):
+    tiny_model(request.param).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def streamed(folder, dtype=Dtype.AUTO):
+    return load_model(folder, "cpu", dtype, placement=Placement.STREAM)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_streamed_layers_compute_what_resident_ones_do(folder, dtype):
+    whole, model, ids = load_model(folder, "cpu", dtype), streamed(folder, dtype), tiny_tokens()
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+    masks = MASKS[1:]
+    expected, found = (of_one(SkippingForward(each), {"input_ids": ids}, masks) for each in (whole, model))
+    assert all(torch.equal(found[mask], expected[mask]) for mask in masks)
+
+
+@torch.no_grad()
+def test_a_walk_brings_each_layer_once(folder):
+    model = streamed(folder, Dtype.BFLOAT16)
+    batches = [{"input_ids": tiny_tokens(rows)} for rows in (2, 1, 3)]
+    forward, stream = SkippingForward(model), stream_of(model)
+    list(forward.last_hiddens(batches, MASKS))  # proven once by passes of the whole model
+    before = list(stream.reads)
+    list(forward.last_hiddens(batches, MASKS))
+    assert [after - count for after, count in zip(stream.reads, before, strict=True)] == [1] * 6
+
+
+@torch.no_grad()
+def test_two_layers_have_a_copy_at_most(folder):
+    model, most = streamed(folder, Dtype.BFLOAT16), []
+    layers = find_layers(model)
+    for layer in layers:
+        next(layer.children()).register_forward_hook(
+            lambda *_: most.append([next(each.parameters()).dtype for each in layers].count(torch.bfloat16))
+        )
+    last_hidden(model, tiny_tokens())
+    assert set(most) == {1}  # and the next one, which nobody sees yet
+
+
+@torch.no_grad()
+def test_the_dtype_of_a_block_ends_with_it(folder):
+    model, ids = streamed(folder), tiny_tokens()
+    before = model(ids).logits
+    with computing_in(model, torch.bfloat16):
+        assert model(ids).logits.dtype == torch.bfloat16
+        assert torch.equal(model(ids).logits, load_model(folder, "cpu", Dtype.BFLOAT16)(ids).logits)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_checkpoint_in_another_form_is_refused(tmp_path):
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text().replace('"bfloat16"', '"float32"')
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"placement='stream': .* does not hold model.layers.0.self_attn.q_proj"):
+        streamed(str(tmp_path))
