@@ -10,7 +10,11 @@ from torch import Tensor
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-def _per_token(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
+def _share(entropy: Tensor, support: int) -> Tensor:
+    return entropy.detach() / math.log(support) if support > 1 else 0 * entropy.detach()
+
+
+def _per_token(log_p: Tensor, log_q: Tensor, divergence: str, beta: float, share: Tensor) -> Tensor:
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return F.kl_div(b, a, log_target=True, reduction="none").sum(-1)
 
@@ -18,6 +22,8 @@ def _per_token(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Te
         return kl(log_p, log_q)
     if divergence == "reverse":
         return kl(log_q, log_p)
+    if divergence == "adaptive":
+        return share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p)
     log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
@@ -43,7 +49,7 @@ def _combine(
     num_items: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    ratio = entropy.detach() / math.log(support) if support > 1 else 0 * entropy.detach()
+    ratio = _share(entropy, support)
     valid = torch.ones_like(divergence, dtype=torch.bool)
     hard = torch.zeros_like(divergence)
     if labels is not None:
@@ -89,7 +95,7 @@ def entropy_kl(
     z, zt = _cap(student, student_softcap, student_scale), _cap(teacher, teacher_softcap, teacher_scale)
     log_p, log_q = F.log_softmax(zt / temperature, -1), F.log_softmax(z / temperature, -1)
     entropy = torch.special.entr(log_p.exp()).sum(-1)
-    value = _per_token(log_p, log_q, divergence, beta)
+    value = _per_token(log_p, log_q, divergence, beta, _share(entropy, z.shape[-1]))
     return _combine(value, entropy, z.shape[-1], z, labels, token_mask, temperature=temperature, **rest)
 
 
@@ -119,5 +125,5 @@ def topk_kl(
         log_p = torch.cat((log_p, (1 - log_p.exp().sum(-1, keepdim=True)).log()), -1)
         log_q = torch.cat((log_q, (1 - log_q.exp().sum(-1, keepdim=True)).log()), -1)
     entropy = torch.special.entr(stored.exp()).sum(-1)
-    value = _per_token(log_p, log_q, divergence, beta)
+    value = _per_token(log_p, log_q, divergence, beta, _share(entropy, stored.shape[-1]))
     return _combine(value, entropy, stored.shape[-1], z, labels, token_mask, temperature=temperature, **rest)

@@ -7,7 +7,6 @@
 //   h = H/log S in [0, 1], H the teacher's entropy, S its support (h = 0 where S <= 1);  norm = Σw, num_items or 1
 #pragma once
 
-#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -15,12 +14,8 @@
 
 namespace e3::E3_ISA_NAMESPACE {
 
-// coefficient·value, 0 where the coefficient is 0 even if the value is infinite or NaN.
-inline double term(double coefficient, double value) { return coefficient == 0.0 ? 0.0 : coefficient * value; }
-
 inline Coefficients coefficients(const Objective& objective, const TeacherEntropy& entropy) {
-  const double share = entropy.support > 1 ? entropy.value / std::log(static_cast<double>(entropy.support)) : 0.0;
-  const double h = share < 0.0 ? 0.0 : share > 1.0 ? 1.0 : share;  // NaN stays
+  const double h = entropy.share();
   const double squared = objective.temperature * objective.temperature;
   if (objective.weighting == Weighting::mix) return {1.0, h * squared, 1.0 - h, h != 0.0};
   double weight = 1.0;

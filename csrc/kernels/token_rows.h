@@ -1,6 +1,7 @@
 // How a loss walks over its tokens: rows over the threads, the gradient of one beside the sums of the next.
 #pragma once
 
+#include <cmath>
 #include <optional>
 #include <utility>
 
@@ -11,10 +12,19 @@
 
 namespace e3::E3_ISA_NAMESPACE {
 
+// coefficient·value, 0 where the coefficient is 0 even if the value is infinite or NaN.
+inline double term(double coefficient, double value) { return coefficient == 0.0 ? 0.0 : coefficient * value; }
+
 // H, and the number S of outcomes that it is over.
 struct TeacherEntropy {
   double value;
   int64_t support;
+
+  // H/log S in [0, 1], 0 where S <= 1; NaN stays.
+  double share() const {
+    const double h = support > 1 ? value / std::log(static_cast<double>(support)) : 0.0;
+    return h < 0.0 ? 0.0 : h > 1.0 ? 1.0 : h;
+  }
 };
 
 struct TokenStats {

@@ -7,6 +7,8 @@
 //   renorm     S events, both sides renormalised over the stored ids
 //   truncated  Σ p(log p − log q) over the stored ids; not a divergence
 //
+// The adaptive divergence has α = H/log S of the stored probabilities, renormalised.
+//
 // With g_j = ∂D/∂log q_j of event j and G = Σ g_j:
 //
 //   ∂D/∂x_i = g_i − G·q_i            i stored

@@ -71,7 +71,7 @@ def test_entropy_kl(with_gradients, rows, vocabulary, dtype, options):
 
 
 @pytest.mark.parametrize(("rows", "reduction"), [(3, "mean"), (6, "sum")])
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd", "adaptive"])
 def test_entropy_kl_excluded_words(with_gradients, divergence, rows, reduction):
     """By both paths: words that one model or both exclude, and NaN in a row that does not count."""
     student, teacher, labels, _ = logits(rows, 140, seed=1)
@@ -125,7 +125,7 @@ def test_missing_mass_is_infinite_wherever_it_lies():
     assert loss.isinf().tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "adaptive"])
 def test_vocabulary_parallel_shards_join_like_the_parts_of_a_row(with_gradients, divergence):
     """Each shard with its own columns of both models and the labels counted from its first column."""
     student, teacher, labels, mask = logits(3, 300)

@@ -26,26 +26,38 @@ class KlGradientPass {
   }
 
  private:
-  // a·q − b·p with T = 1 or without labels: the cross-entropy's softmax is q and joins in a.
+  // What e^{x^s−m_s}, e^{x^t−m_t} and the student's times the surplus in bits are multiplied by. With T = 1 or without
+  // labels the cross-entropy's softmax is q and joins in.
   struct Slopes {
     float student;
     float teacher;
+    float surplus;
   };
 
   Slopes slopes() const {
     const double a = c_.divergence / row_.temperature();
     const double b = row_.labelled() && !row_.untempered() ? c_.cross_entropy : 0.0;
-    return {static_cast<float>((a + b) / s_.sums.student_sum), static_cast<float>(a / s_.sums.teacher_sum)};
+    const double forward = a * s_.share, reverse = a * (1.0 - s_.share);
+    double of_q = forward + b;
+    if constexpr (has_reverse(D)) {
+      // log q − log p is the surplus in nats and log Z_t − log Z_s.
+      of_q += reverse * (std::log(s_.sums.teacher_sum) - std::log(s_.sums.student_sum) - s_.reverse);
+    }
+    return {static_cast<float>(of_q / s_.sums.student_sum), static_cast<float>(forward / s_.sums.teacher_sum),
+            static_cast<float>(reverse / (kBitsPerNat * s_.sums.student_sum))};
   }
 
-  // From the kept exponentials straight to the result; the label's element is written again, less the one-hot.
+  // From the kept terms straight to the result; the label's element is written again, less the one-hot.
   void from_kept(int64_t begin, int count) const {
     const Slopes slope = slopes();
     const float scale = problem_.student_transform.scale;
-    const float student = slope.student * scale, teacher = -slope.teacher * scale;
-    const auto [es, et] = row_.kept(begin);
-    const auto value = [es = es, et = et, student, teacher](int i) {
-      return fma(load(es + i), broadcast(student), load(et + i) * teacher);
+    const float student = slope.student * scale, teacher = -slope.teacher * scale, surplus = slope.surplus * scale;
+    const Kept kept = row_.kept<D>(begin);
+    const auto value = [=](int i) {
+      Vf rest{};
+      if constexpr (has_forward(D)) rest = load(kept.teacher + i) * teacher;
+      if constexpr (has_reverse(D)) rest = fma(load(kept.surplus + i), broadcast(surplus), rest);
+      return fma(load(kept.student + i), broadcast(student), rest);
     };
     store_values(count, problem_.student.dtype, stream_out_, target_, begin, value);
     const int64_t label = row_.labelled() ? row_.label() - begin : -1;
@@ -66,13 +78,16 @@ class KlGradientPass {
       }
     } else {
       const Mixing by = mixing(row_, s_.sums);
-      const double a = c_.divergence / row_.temperature() * (D == Divergence::reverse ? 1.0 : 1.0 - problem_.beta);
-      const float slope = static_cast<float>(a);
-      const float mean = static_cast<float>(D == Divergence::reverse ? s_.values.divergence : s_.mixture.student);
+      const double a = c_.divergence / row_.temperature();
+      const float forward = static_cast<float>(a * s_.share);
+      const float slope = static_cast<float>(a * (has_reverse(D) ? 1.0 - s_.share : 1.0 - problem_.beta));
+      const float mean = static_cast<float>(has_reverse(D) ? s_.reverse : s_.mixture.student);
       for (int i = 0; i < count; i += kLanes) {
         const Mixture m(load(xs + i), load(xt + i), by);
-        const Vf other = D == Divergence::reverse ? m.log_p : m.log_mu;
-        store(g + i, select(Vi(m.q == 0.0f), Vf{}, Vf(slope * m.q * (m.log_q - other - mean))));
+        const Vf other = has_reverse(D) ? m.log_p : m.log_mu;
+        Vf value = select(Vi(m.q == 0.0f), Vf{}, Vf(slope * m.q * (m.log_q - other - mean)));
+        if constexpr (has_forward(D)) value += forward * (m.q - m.p);
+        store(g + i, value);
       }
     }
   }

@@ -30,18 +30,26 @@ class KlRow {
   // The cross-entropy's softmax, at T = 1, has sums of its own.
   bool untempered() const { return labelled() && temperature() != 1.0f; }
 
-  // Where the exponentials of the columns from `begin` on are kept for the gradient; lanes past their end may be read.
+  // Where the terms of the columns from `begin` on are kept for the gradient; lanes past their end may be read.
+  template <Divergence D>
   Kept kept(int64_t begin) const {
-    return {context.scratch + begin, context.scratch + whole_steps(problem.vocabulary) + begin};
+    const int64_t stride = whole_steps(problem.vocabulary);
+    float* at = context.scratch + begin;
+    return {at, at + stride, at + (D == Divergence::adaptive ? 2 : 1) * stride};
   }
-  static int64_t kept_floats(int64_t vocabulary) { return 2 * whole_steps(vocabulary) + kLanes; }
+  template <Divergence D>
+  static int64_t kept_floats(int64_t vocabulary) {
+    return (D == Divergence::adaptive ? 3 : 2) * whole_steps(vocabulary) + kLanes;
+  }
 };
 
 struct KlStatistics {
   TokenStats values;
   KlSums sums;
   JsdSums mixture;
-  bool kept;  // the exponentials of the row are in the scratch
+  double share;  // α: D = α·KL(p‖q) + (1−α)·KL(q‖p)
+  double reverse;  // KL(q‖p), 0 where it does not count
+  bool kept;  // the terms of the row are in the scratch
 };
 
 inline Mixing mixing(const KlRow& row, const KlSums& sums) {
@@ -131,9 +139,9 @@ class KlStatisticsPass {
     }
     KlSums sums = with_values(xs, [&](const auto* students) {
       const auto* teachers = static_cast<decltype(students)>(xt.data);
-      if constexpr (D == Divergence::forward) {
+      if constexpr (D != Divergence::jsd) {
         if (row_.context.scratch != nullptr) {
-          return sum_block<D, true>(students, teachers, padded(count), m, ahead, row_.kept(begin));
+          return sum_block<D, true>(students, teachers, padded(count), m, ahead, row_.kept<D>(begin));
         }
       }
       return sum_block<D, false>(students, teachers, padded(count), m, ahead, {});
@@ -145,21 +153,31 @@ class KlStatisticsPass {
     return sums;
   }
 
+  double divergence(KlStatistics& s) const {
+    if constexpr (D == Divergence::jsd) {
+      s.mixture = mixture(s.sums);
+      return problem_.beta * s.mixture.teacher + (1.0 - problem_.beta) * s.mixture.student;
+    }
+    s.share = D == Divergence::adaptive ? s.values.teacher_entropy.share() : D == Divergence::forward ? 1.0 : 0.0;
+    double value = 0;
+    if constexpr (has_forward(D)) {
+      value += term(s.share, kl(s.sums.forward, s.sums.teacher_reference, s.sums.teacher_sum, s.sums.student_sum));
+    }
+    if constexpr (has_reverse(D)) {
+      if (s.share != 1.0)
+        s.reverse = kl(s.sums.reverse, s.sums.student_reference, s.sums.student_sum, s.sums.teacher_sum);
+      value += (1.0 - s.share) * s.reverse;
+    }
+    return value;
+  }
+
   // +∞ where the first distribution has mass and the second none. Of a logit it has none where e^{x−m} is 0 even in
   // fp64.
-  double divergence(KlStatistics& s) const {
+  static double kl(const Cross& cross, double first_reference, double first_sum, double second_sum) {
     constexpr double kNoMass = -745.0;
-    const double log_student = std::log(s.sums.student_sum), log_teacher = std::log(s.sums.teacher_sum);
-    if constexpr (D == Divergence::forward) {
-      if (s.sums.exposed - s.sums.teacher_reference - log_teacher > kNoMass) return INFINITY;
-      return s.sums.cross / s.sums.teacher_sum + log_student - log_teacher;
-    }
-    if constexpr (D == Divergence::reverse) {
-      if (s.sums.exposed - s.sums.student_reference - log_student > kNoMass) return INFINITY;
-      return s.sums.cross / s.sums.student_sum + log_teacher - log_student;
-    }
-    s.mixture = mixture(s.sums);
-    return problem_.beta * s.mixture.teacher + (1.0 - problem_.beta) * s.mixture.student;
+    const double log_first = std::log(first_sum);
+    if (cross.exposed - first_reference - log_first > kNoMass) return INFINITY;
+    return cross.sum / first_sum + std::log(second_sum) - log_first;
   }
 
   JsdSums mixture(const KlSums& sums) const {

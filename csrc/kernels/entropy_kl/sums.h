@@ -13,16 +13,22 @@
 
 namespace e3::E3_ISA_NAMESPACE {
 
-// Sums of one or more blocks relative to references m; `cross` is B, or B with the roles exchanged.
+// What one distribution, whom the expectation is over, has beyond another.
+struct Cross {
+  double sum = 0;  // B, or B with the roles exchanged
+  double exposed = -INFINITY;  // the largest logit of the one where the other has −∞
+};
+
+// Sums of one or more blocks relative to references m.
 struct KlSums {
   double student_reference = -INFINITY;
   double teacher_reference = -INFINITY;
   double student_sum = 0;
   double teacher_sum = 0;
   double teacher_energy = 0;  // A
-  double cross = 0;
+  Cross forward;  // of the teacher beyond the student
+  Cross reverse;  // of the student beyond the teacher
   double label_sum = 0;  // Σ e^{T·(x^s−m_s)}
-  double exposed = -INFINITY;  // the largest logit of the first distribution where the second has −∞
   bool plain = true;  // no block needed a reference of its own
 };
 struct References {
@@ -45,8 +51,12 @@ template <Divergence D>
 void rebase(KlSums& sums, double student_reference, double teacher_reference, double temperature) {
   const Shift student = shift(sums.student_sum, sums.student_reference, student_reference);
   const Shift teacher = shift(sums.teacher_sum, sums.teacher_reference, teacher_reference);
-  sums.cross = D == Divergence::reverse ? student.factor * (sums.cross + sums.student_sum * (student.by - teacher.by))
-                                        : teacher.factor * (sums.cross + sums.teacher_sum * (teacher.by - student.by));
+  if constexpr (has_forward(D)) {
+    sums.forward.sum = teacher.factor * (sums.forward.sum + sums.teacher_sum * (teacher.by - student.by));
+  }
+  if constexpr (has_reverse(D)) {
+    sums.reverse.sum = student.factor * (sums.reverse.sum + sums.student_sum * (student.by - teacher.by));
+  }
   sums.teacher_energy = teacher.factor * (sums.teacher_energy + sums.teacher_sum * teacher.by);
   sums.teacher_sum *= teacher.factor;
   sums.student_sum *= student.factor;
@@ -66,15 +76,17 @@ void join(KlSums& total, KlSums part, double temperature) {
   total.student_sum += part.student_sum;
   total.teacher_sum += part.teacher_sum;
   total.teacher_energy += part.teacher_energy;
-  total.cross += part.cross;
+  for (Cross KlSums::* cross : {&KlSums::forward, &KlSums::reverse}) {
+    (total.*cross).sum += (part.*cross).sum;
+    (total.*cross).exposed = std::fmax((total.*cross).exposed, (part.*cross).exposed);
+  }
   total.label_sum += part.label_sum;
-  total.exposed = std::fmax(total.exposed, part.exposed);
   total.plain &= part.plain;
 }
 
 // Running sums of one chain of lanes.
 struct Lanes {
-  Vf student{}, teacher{}, energy{}, cross{};
+  Vf student{}, teacher{}, energy{}, forward{}, reverse{};
 };
 
 // Lanes whose exponents are in units of which `unit` make a nat.
@@ -85,7 +97,8 @@ inline KlSums folded(const Lanes (&lanes)[2], double student_reference, double t
   sums.student_sum = horizontal_sum(lanes[0].student + lanes[1].student);
   sums.teacher_sum = horizontal_sum(lanes[0].teacher + lanes[1].teacher);
   sums.teacher_energy = horizontal_sum(lanes[0].energy + lanes[1].energy) / unit;
-  sums.cross = horizontal_sum(lanes[0].cross + lanes[1].cross) / unit;
+  sums.forward.sum = horizontal_sum(lanes[0].forward + lanes[1].forward) / unit;
+  sums.reverse.sum = horizontal_sum(lanes[0].reverse + lanes[1].reverse) / unit;
   return sums;
 }
 
@@ -104,10 +117,12 @@ KlSums sum_teacher(const T* xt, int count, float first, Prefetch ahead) {
   return folded(lanes, 0.0, m.value(), kBitsPerNat);
 }
 
-// Where the exponentials of a block are kept for the gradient.
+// Where a block's terms are kept for the gradient, each one that the divergence has: the exponentials of both models
+// and the student's times its surplus over the teacher, y^s − y^t.
 struct Kept {
   float* student;
   float* teacher;
+  float* surplus;
 };
 
 // What is read next of both models.
@@ -130,12 +145,16 @@ KlSums sum_block(const T* student, const T* teacher, int count, References first
       lanes[chain].student += es;
       lanes[chain].teacher += et;
       lanes[chain].energy = fma(et, yt, lanes[chain].energy);
-      if constexpr (kKeep) {
-        store(kept.student + at, es);
-        store(kept.teacher + at, et);
+      if constexpr (kKeep) store(kept.student + at, es);
+      if constexpr (has_forward(D)) {
+        lanes[chain].forward = fma(et, yt - ys, lanes[chain].forward);
+        if constexpr (kKeep) store(kept.teacher + at, et);
       }
-      if constexpr (D == Divergence::forward) lanes[chain].cross = fma(et, yt - ys, lanes[chain].cross);
-      if constexpr (D == Divergence::reverse) lanes[chain].cross = fma(es, ys - yt, lanes[chain].cross);
+      if constexpr (has_reverse(D)) {
+        const Vf surplus = ys - yt;
+        lanes[chain].reverse = fma(es, surplus, lanes[chain].reverse);
+        if constexpr (kKeep) store(kept.surplus + at, Vf(es * surplus));
+      }
     }
   }
   return folded(lanes, ms.value(), mt.value(), kBitsPerNat);
@@ -148,12 +167,12 @@ KlSums sum_limits(const float* xs, const float* xt, int count, float student_ref
   constexpr float kNats = 65536.0f, kUnits = 1.0f / kNats;
   const float ms = student_reference * kUnits, mt = teacher_reference * kUnits;
   Lanes lanes[2];
-  Vf exposed = broadcast(-kInfinity);
+  Vf forward_exposed = broadcast(-kInfinity), reverse_exposed = forward_exposed;
   // `first` is the distribution that the expectation is over: a word that either excludes adds nothing to it.
-  const auto cross = [&](Vf first, Vf second, Vf probability, Vf difference) {
+  const auto cross = [](Vf first, Vf second, Vf probability, Vf difference, Vf& sum, Vf& exposed) {
     const Vi open = Vi(second == -kInfinity);
     exposed = max(exposed, select(open, first, broadcast(-kInfinity)));
-    lanes[0].cross += select(Vi(first == -kInfinity) | open, Vf{}, Vf(probability * difference));
+    sum += select(Vi(first == -kInfinity) | open, Vf{}, Vf(probability * difference));
   };
   for (int i = 0; i < count; i += kLanes) {
     const Vf s = load(xs + i), t = load(xt + i), ds = s * kUnits - ms, dt = t * kUnits - mt;
@@ -161,15 +180,17 @@ KlSums sum_limits(const float* xs, const float* xt, int count, float student_ref
     lanes[0].student += es;
     lanes[0].teacher += et;
     lanes[0].energy = fma(et, max(broadcast(kLowest), dt), lanes[0].energy);
-    if constexpr (D == Divergence::forward) cross(t, s, et, dt - ds);
-    if constexpr (D == Divergence::reverse) cross(s, t, es, ds - dt);
+    if constexpr (has_forward(D)) cross(t, s, et, dt - ds, lanes[0].forward, forward_exposed);
+    if constexpr (has_reverse(D)) cross(s, t, es, ds - dt, lanes[0].reverse, reverse_exposed);
   }
   KlSums sums = folded(lanes, student_reference, teacher_reference, kUnits);
-  sums.exposed = horizontal_max(exposed);
+  sums.forward.exposed = horizontal_max(forward_exposed);
+  sums.reverse.exposed = horizontal_max(reverse_exposed);
   return sums;
 }
 inline bool is_finite(const KlSums& sums) {
-  return std::isfinite(sums.student_sum + sums.teacher_sum + sums.teacher_energy + sums.cross + sums.label_sum);
+  return std::isfinite(sums.student_sum + sums.teacher_sum + sums.teacher_energy + sums.forward.sum + sums.reverse.sum +
+                       sums.label_sum);
 }
 
 // A reference for exponents: 0 stands in where every logit is −∞.

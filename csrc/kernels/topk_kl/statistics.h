@@ -72,6 +72,7 @@ class TopkRow {
 
 struct TopkStatistics {
   TokenStats values;
+  double share;  // α of the adaptive divergence
   TopkSums sums;
   Normaliser norm;  // of q
   Normaliser label_norm;  // of the softmax at T = 1
@@ -94,7 +95,7 @@ class TopkStatisticsPass {
     }
     const double norm = log_sum(log_p);
     for (int64_t j = 0; j < problem_.k; ++j) {
-      if (log_p[j] != -INFINITY) entropy.value -= expectation(std::exp(log_p[j] - norm), log_p[j] - norm);
+      if (log_p[j] != -INFINITY) entropy.value -= term(std::exp(log_p[j] - norm), log_p[j] - norm);
     }
     return entropy;
   }
@@ -108,6 +109,7 @@ class TopkStatisticsPass {
       before.finish();
     }
     s.values.teacher_entropy = teacher_entropy();
+    if (problem_.divergence == Divergence::adaptive) s.share = s.values.teacher_entropy.share();
     events(s);
     if (row_.labelled()) {
       s.label_norm = normaliser(s.sums.reference, s.sums.label_sum, row_.temperature());
@@ -229,17 +231,27 @@ class TopkStatisticsPass {
       if (log_p[j] != -INFINITY) add_event(renorm ? log_p[j] - stored : log_p[j], s.norm.log_share(x[j]), s, g[j]);
     }
     if (problem_.tail == Tail::bucket) {
-      const double mass = -std::expm1(stored), log_rest = std::log(s.sums.rest) + s.norm.log_share(s.sums.reference);
-      const bool none = s.values.teacher_entropy.support == problem_.vocabulary || mass <= 0;
-      add_event(none ? -INFINITY : std::log(mass), s.sums.rest == 0 ? -INFINITY : log_rest, s, s.rest_slope);
+      const double mass = rest_of_teacher(stored, s),
+                   log_rest = std::log(s.sums.rest) + s.norm.log_share(s.sums.reference);
+      add_event(mass <= 0 ? -INFINITY : std::log(mass), s.sums.rest == 0 ? -INFINITY : log_rest, s, s.rest_slope);
     }
     for (int64_t j = 0; j < problem_.k; ++j) {
-      if (log_p[j] != -INFINITY) g[j] -= expectation(std::exp(s.norm.log_share(x[j])), s.slope_sum);
+      if (log_p[j] != -INFINITY) g[j] -= term(std::exp(s.norm.log_share(x[j])), s.slope_sum);
     }
   }
 
+  // The teacher's probability of all ids that are not stored, from the logarithm of that of those that are. What is
+  // stored is rounded: where KL(q‖p) counts and the student has mass there, it is taken for no less than can be told.
+  double rest_of_teacher(double stored, const TopkStatistics& s) const {
+    constexpr double kResolution = 0x1p-24;
+    if (s.values.teacher_entropy.support == problem_.vocabulary) return 0.0;
+    const double mass = -std::expm1(stored);
+    return has_reverse(problem_.divergence) && s.sums.rest != 0 && mass < kResolution ? kResolution : mass;
+  }
+
   void add_event(double log_p, double log_q, TopkStatistics& s, double& slope) const {
-    const EventTerm event = event_term(problem_.divergence, problem_.beta, log_p, log_q);
+    const EventTerm event =
+        event_term(problem_.divergence, problem_.beta, s.share, log_p, log_q);
     s.values.divergence += event.value;
     s.slope_sum += event.slope;
     slope = event.slope;
