@@ -119,7 +119,8 @@ def test_what_rounding_leaves_of_the_bucket_is_no_zero(backend, with_gradients, 
         exact = with_gradients(lambda z: call(z, logprobs.double(), ids), [student.double()], 1)
     assert ours[0].isfinite().all()
     assert ours[1].isfinite().all()
-    torch.testing.assert_close([part.double() for part in ours], exact, rtol=1e-5, atol=1e-5)
+    # In fp32 the rest itself, 1 − Σp, has few digits, and so has its logarithm.
+    torch.testing.assert_close([part.double() for part in ours], exact, rtol=5e-3, atol=5e-3)
 
 
 def test_a_bucket_that_neither_has_is_none(backend):
