@@ -5,6 +5,7 @@
 #                                every kernel against its peers and its physical floor, and its errors
 #   make fuzz                    the C++ kernels under the sanitizers
 #   make gpu                     the Triton kernels on the GPU of this machine
+#   make gpu-tune [OUT=FOLDER]   the fastest launch tiles of the GPU of this machine
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -16,7 +17,7 @@ TORCH   = $(shell $(BIN)/python -c "import torch; print(torch.__path__[0])")
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu gpu-tune clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -41,9 +42,12 @@ gpu: $(VENV)/bench
 	$(BIN)/pytest tests/ops -m gpu
 	$(BIN)/python -m bench.gpu
 
+gpu-tune: $(VENV)/installed
+	$(BIN)/python -m e3kernels.triton.tune $(if $(OUT),--out $(OUT))
+
 bench: $(VENV)/bench
 	mkdir -p bench/results
-	PYTHONPATH=tests $(BIN)/python bench/accuracy.py
+	$(BIN)/python bench/accuracy.py
 	$(BIN)/e3 bench --out bench/results/kernels.jsonl $(ARGS)
 
 include csrc/fuzz.mk

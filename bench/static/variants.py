@@ -68,7 +68,7 @@ def ours() -> dict[str, Callable[[], Any]]:
         "topk_kl/bf16/bucket/labels": lambda: _sparse(bf16, 0, True),
         "gated_residual/bf16/sequence": lambda: _gated(bf16, True),
     }
-    for code, divergence in enumerate(("reverse", "jsd"), 1):
+    for code, divergence in enumerate(("reverse", "jsd", "adaptive"), 1):
         calls[f"entropy_kl/bf16/{divergence}"] = lambda c=code: _dense(bf16, c, MEAN, False)
         calls[f"entropy_kl/bf16/{divergence}/row"] = lambda c=code: _dense(bf16, c, SUM, False)
     for code, tail in enumerate(("renorm", "truncated"), 1):

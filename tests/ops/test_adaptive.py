@@ -28,7 +28,9 @@ def blended(loss, student, support, with_gradients):
     )
     entropy = loss(student, return_stats=True, **PLAIN)[1].teacher_entropy
     share = (entropy / math.log(support)).clamp(0, 1)
-    return share * forward[0] + (1 - share) * reverse[0], share[:, None] * forward[1] + (1 - share[:, None]) * reverse[1]
+    return share * forward[0] + (1 - share) * reverse[0], share[:, None] * forward[1] + (1 - share[:, None]) * reverse[
+        1
+    ]
 
 
 @pytest.mark.parametrize("vocabulary", [19, 5003])
@@ -102,7 +104,9 @@ def test_one_stored_id_leaves_the_reverse_part_alone(backend):
     student[0, 3] = -INF
     loss = e3k.topk_kl(student, torch.tensor([[-0.5]]), torch.tensor([[3]]), divergence="adaptive", **PLAIN)
     torch.testing.assert_close(loss, torch.tensor([-math.log(1 - math.exp(-0.5))]))
-    assert e3k.topk_kl(student + 1, torch.tensor([[-0.5]]), torch.tensor([[4]]), divergence="adaptive", tail="renorm") == 0
+    assert (
+        e3k.topk_kl(student + 1, torch.tensor([[-0.5]]), torch.tensor([[4]]), divergence="adaptive", tail="renorm") == 0
+    )
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "adaptive"])

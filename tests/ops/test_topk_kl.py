@@ -205,7 +205,8 @@ def test_teacher_dtypes_and_leading_dimensions(backend):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
     ("tail", "divergence"),
-    [(tail, kind) for tail in TAILS[:2] for kind in ("forward", "reverse", "jsd", "adaptive")] + [("truncated", "forward")],
+    [(tail, kind) for tail in TAILS[:2] for kind in ("forward", "reverse", "jsd", "adaptive")]
+    + [("truncated", "forward")],
 )
 def test_gradcheck(reduction, tail, divergence):
     student, logprobs, ids, labels = make(4, (7, 3), 13)

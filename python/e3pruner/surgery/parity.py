@@ -17,7 +17,7 @@ from e3pruner.models.stack import evaluating, find_layers, returning_dicts
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 _STATE_NAMES = ("training", "gradient_checkpointing")
-_BATCH, _PROMPT, _STEPS = 2, 6, 6
+_BATCH, _LENGTH = 2, 12
 
 
 def assert_parity(
@@ -25,17 +25,19 @@ def assert_parity(
     pruned: PreTrainedModel,
     kept: Sequence[int],
     sublayers: Mapping[str, Sequence[int]] | None = None,
+    *,
+    steps: int = 6,
 ) -> None:
     """Prove on a few tokens that `pruned` is `model` with the layers `kept` only, and of these without `sublayers` (see
     `skipped`); raises `ValueError` if it is not.
 
     Every layer has the settings of the layer it was, which reaches further than any short probe can: a window of 4096
     shows here. Without a cache the logits equal, bit for bit, those of `model` with the other layers skipped. Decoding
-    step by step with a cache gives the logits of one pass without, up to rounding.
+    the last `steps` tokens one by one with a cache gives the logits of one pass without, up to rounding.
     """
-    _assert_same_settings(find_layers(model), find_layers(pruned), kept)
+    assert_same_settings(find_layers(model), find_layers(pruned), kept)
     vocab_size = pruned.config.get_text_config(decoder=True).vocab_size
-    tokens = torch.arange(_BATCH * (_PROMPT + _STEPS), device=pruned.device) * 7919 + 5
+    tokens = torch.arange(_BATCH * _LENGTH, device=pruned.device) * 7919 + 5
     ids = (tokens % vocab_size).view(_BATCH, -1)
     removed = sorted(set(range(len(find_layers(model)))) - set(kept))
     with ExitStack() as stack:
@@ -46,7 +48,7 @@ def assert_parity(
         stack.enter_context(skipped(model, removed, sublayers))
         expected = model(input_ids=ids, use_cache=False).logits
         uncached = pruned(input_ids=ids, use_cache=False).logits
-        cached = _decode(pruned, ids)
+        cached = _decode(pruned, ids, steps)
     kind = model.config.model_type
     if not torch.equal(uncached, expected):
         check_finite(model, expected)
@@ -58,7 +60,8 @@ def assert_parity(
         raise ValueError(f"model ({kind}) cannot be pruned: decoding with a cache changes its logits by {error:.2%}")
 
 
-def _assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequence[int]) -> None:
+def assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequence[int]) -> None:
+    """Raises `ValueError` unless layer i of `pruned` has the settings of `dense[kept[i]]`, and its own index."""
     for new, old in enumerate(kept):
         theirs = dict(dense[old].named_modules())
         for name, module in pruned[new].named_modules():
@@ -84,13 +87,14 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _decode(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits (B, T, V) of a prompt and then of one token after another through the model's own cache."""
-    output = model(input_ids=ids[:, :_PROMPT], use_cache=True)
+def _decode(model: PreTrainedModel, ids: Tensor, steps: int) -> Tensor:
+    """Logits (B, T, V) of a prompt and then of the last `steps` tokens one by one through the model's own cache."""
+    prompt = ids.shape[1] - steps
+    output = model(input_ids=ids[:, :prompt], use_cache=True)
     if output.get(CACHE) is None:
         raise ValueError(f"model ({model.config.model_type}) cannot be pruned: it returns no {CACHE}")
     logits = [output.logits]
-    for step in range(_PROMPT, ids.shape[1]):
+    for step in range(prompt, ids.shape[1]):
         token, cache = ids[:, step : step + 1], output[CACHE]
         output = model(input_ids=token, use_cache=True, **{CACHE: cache})
         logits.append(output.logits)
@@ -100,7 +104,7 @@ def _decode(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖a − e‖ / ‖e‖ of logits centred over the vocabulary: a shift common to all of them means nothing."""
     actual, expected = (logits.double() - logits.double().mean(-1, keepdim=True) for logits in (actual, expected))
-    return ((actual - expected).norm() / expected.norm()).item()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def _tolerance(dtype: torch.dtype) -> float:

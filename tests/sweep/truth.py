@@ -1,0 +1,90 @@
+"""The truth that a pruned model is held to: the dense model, whose removed layers hand on what they are given.
+
+Nothing of e3pruner is used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .shrink import LAYERS
+
+# What a layer returns behind the hidden state, by model type: the argument in which it was given it, None for nothing.
+_STATE: dict[str, list[Any]] = {
+    "zaya": [1],
+    "glm_moe_dsa": ["prev_topk_indices"],
+    "hy_v4": ["prev_topk_indices"],
+}
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The one list of `LAYERS` modules that lies in no other and in no tower of another kind."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == LAYERS
+    ]
+    own = [module for name, module in found if not any(other in name for other in ("vision", "image", "audio"))]
+    if not own:
+        raise LookupError(f"no list of {LAYERS} layers")
+    return own[0]
+
+
+@contextmanager
+def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[None]:
+    """Inside the block the layers `removed` of `model` are not run: they return what they are given, in their form."""
+    layers = decoder_layers(model)
+    forms = _forms(model, layers)
+    state = _STATE.get(model.config.get_text_config(decoder=True).model_type, [])
+    removed = list(removed)
+
+    def stand_in(index: int) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = dict(enumerate(args)) | kwargs
+            hidden = given[0] if args else given["hidden_states"]
+            if not forms[index]:
+                return hidden
+            rest = [given.get(place) for place in state][: forms[index] - 1]
+            return (hidden, *rest, *([None] * (forms[index] - 1 - len(rest))))
+
+        return forward
+
+    for index in removed:
+        layers[index].forward = stand_in(index)
+    try:
+        yield
+    finally:
+        for index in removed:
+            del layers[index].forward
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, T, V), without a cache."""
+    given = {} if mask is None else {"attention_mask": mask}
+    return model(input_ids=ids, use_cache=False, **given).logits
+
+
+def _forms(model: PreTrainedModel, layers: nn.ModuleList) -> dict[int, int]:
+    """How long a tuple each layer returns; 0 for a bare hidden state."""
+    forms: dict[int, int] = {}
+
+    def note(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            forms[index] = len(output) if isinstance(output, tuple) else 0
+
+        return hook
+
+    handles = [layer.register_forward_hook(note(index)) for index, layer in enumerate(layers)]
+    try:
+        logits(model, torch.arange(8)[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return forms
