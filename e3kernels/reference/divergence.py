@@ -23,8 +23,8 @@ def weighted(coefficient: Tensor, value: Tensor) -> Tensor:
 def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float, share: Tensor) -> tuple[Tensor, Tensor]:
     """The divergence of each row, and g = ∂D/∂log q up to a multiple of q; `share` (N,) is the adaptive one's α.
 
-    With q = softmax(u) the gradient is ∂D/∂u = g − q·Σg, in which any multiple of q in g cancels. α is the teacher's and
-    has no gradient.
+    With q = softmax(u) the gradient is ∂D/∂u = g − q·Σg, in which any multiple of q in g cancels. α, the teacher's, has
+    none.
     """
     p, q = log_p.exp(), log_q.exp()
     if kind == "jsd":

@@ -9,7 +9,8 @@
     row        (row)          all of it but the loss, where no denominator is awaited: the second read comes from L2
 
 The gradients of the divergences, for one token and up to 1/T·∂(capped logit)/∂x, are: forward q − p; reverse
-q(log q − log p − KL(q‖p)); adaptive both by the share of the teacher's entropy; JSD with the mixture r = β·p + (1−β)·q, (1−β)·q(log q − log r − KL(q‖r)).
+q(log q − log p − KL(q‖p)); adaptive α times the first and 1 − α times the second; JSD with the mixture
+r = β·p + (1−β)·q, (1−β)·q(log q − log r − KL(q‖r)).
 """
 
 import math

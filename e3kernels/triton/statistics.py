@@ -61,7 +61,7 @@ class Cross(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The statistics of both models and of what each has beyond the other; a direction that is not asked for is empty."""
+    """The statistics of both models and of what each has beyond the other, empty in a direction not asked for."""
 
     student: Student
     teacher: Teacher
