@@ -250,8 +250,7 @@ class TopkStatisticsPass {
   }
 
   void add_event(double log_p, double log_q, TopkStatistics& s, double& slope) const {
-    const EventTerm event =
-        event_term(problem_.divergence, problem_.beta, s.share, log_p, log_q);
+    const EventTerm event = event_term(problem_.divergence, problem_.beta, s.share, log_p, log_q);
     s.values.divergence += event.value;
     s.slope_sum += event.slope;
     slope = event.slope;
