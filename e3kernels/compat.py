@@ -26,7 +26,7 @@ __all__ = [
     "export_keeps_operators",
     "get_inner_triton_kernels",
     "graph_is_kept",
-    "has_cpu_kernel",
+    "has_kernel",
     "has_readable_value",
     "inside_transform",
     "is_batched",
@@ -40,10 +40,9 @@ __all__ = [
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def has_cpu_kernel(overload: str) -> bool:
-    """Whether a kernel is registered for CPU tensors under `overload`, as "e3::entropy_kl.native"."""
-    registered = torch._C._dispatch_has_kernel(overload)
-    return registered and torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CPU")
+def has_kernel(overload: str) -> bool:
+    """Whether a kernel is registered under `overload`, as "e3::entropy_kl.native", defined or not."""
+    return torch._C._dispatch_has_kernel(overload)
 
 
 def constant_when_traced(function: Function) -> Function:

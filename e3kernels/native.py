@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from e3kernels.compat import has_cpu_kernel
-from e3kernels.registration import OPERATORS
+from e3kernels.compat import has_kernel
+from e3kernels.registration import LIBRARY, OPERATORS
 from e3kernels.tiled.linear import Products, TileKernel, kernels, linear_grad_hidden, linear_logits
 
 FOLDER = Path(__file__).parent
@@ -21,8 +22,15 @@ PRODUCTS = {
     "avx512_bf16": ((torch.float32, torch.bfloat16), 1024),
     "amx": ((torch.float32, torch.bfloat16), 288),
 }
-# What a compiled module from before these sources lacks.
-NEWEST_OPERATOR = "linear_grad_hidden"
+# The linear losses by the dense ones that serve a tile of their logits.
+LINEAR = {"linear_entropy_kl": "entropy_kl", "linear_topk_kl": "topk_kl"}
+# The operators that the module has beside the overloads `native` of the operations: schemas by name.
+SCHEMAS = {
+    "native_isa": "() -> str",
+    "release_memory": "() -> ()",
+    "linear_logits": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
+    "linear_grad_hidden": "(Tensor grad, Tensor weight, Tensor(a!) out) -> ()",
+}
 # Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes a pair: 56 MiB.
 _TILE_LOGITS = 7 << 20
 
@@ -47,10 +55,26 @@ def load() -> str | None:
         torch.ops.load_library(str(modules[0]))
     except OSError as error:
         return f"{modules[0].name} cannot be loaded: {error}"
-    if not hasattr(torch.ops.e3, NEWEST_OPERATOR):
+    schemas = SCHEMAS | _tile_schemas()
+    if not all(has_kernel(f"e3::{name}") and not hasattr(torch.ops.e3, name) for name in schemas):
         return f"{modules[0].name} was built from other sources than these: install again"
+    for name, schema in schemas.items():
+        LIBRARY.define(name + schema)
     isa()
     return None
+
+
+def _tile_schemas() -> dict[str, str]:
+    """`<op>_tile` and `<op>_tile_backward` of the dense losses: their gradient replaces the student's logits."""
+
+    def in_place(schema: str) -> str:
+        return re.sub(r"Tensor( student,| grad_student|$)", r"Tensor(a!)\1", schema)
+
+    schemas = {}
+    for name in LINEAR.values():
+        schemas[f"{name}_tile"] = in_place(OPERATORS[name].schema)
+        schemas[f"{name}_tile_backward"] = in_place(OPERATORS[name].backward_schema)
+    return schemas
 
 
 def isa() -> str:
@@ -61,10 +85,10 @@ def isa() -> str:
 def native_kernels() -> Iterator[NativeKernel]:
     """What the loaded module serves: the dense operations, and on them the linear ones."""
     for operation in OPERATORS:
-        if has_cpu_kernel(f"e3::{operation}.native"):
+        if has_kernel(f"e3::{operation}.native"):
             yield NativeKernel(operation, None, None)
-    for operation, dense in (("linear_entropy_kl", "entropy_kl"), ("linear_topk_kl", "topk_kl")):
-        if has_cpu_kernel(f"e3::{dense}.native"):
+    for operation, dense in LINEAR.items():
+        if has_kernel(f"e3::{dense}.native"):
             forward, backward = (getattr(torch.ops.e3, f"{dense}_tile{part}").default for part in ("", "_backward"))
             tile = TileKernel(forward, backward, _TILE_LOGITS, lean=True, products=native_products(isa()))
             problem = importlib.import_module(f"e3kernels.tiled.{operation}").problem

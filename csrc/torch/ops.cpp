@@ -1,5 +1,5 @@
-// torch.ops.e3.*.native: the kernels of this folder on torch's stable ABI. Schemas, fakes and autograd formulas are
-// defined in e3kernels/ops; docs/dispatcher.md lists them.
+// torch.ops.e3.*: kernels on torch's stable ABI. Python defines every operator (e3kernels/ops, e3kernels/native.py),
+// its schema, fake and autograd formula; here stand kernels alone, whose arguments nothing checks against the schemas.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -38,7 +38,7 @@ const e3::OpsTable& kernels() {
 
 e3::Parallel torch_pool() {
   const auto run = [](int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
   };
   return {static_cast<int>(torch::stable::get_num_threads()), run};
 }
@@ -130,7 +130,7 @@ bool streams(const Tensor& tensor) { return bytes_of(tensor) >= kStreamBytes; }
 Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const std::vector<int64_t>& strides,
                  ScalarType dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                aoti_torch_device_type_cpu(), 0, &handle));
@@ -393,7 +393,7 @@ struct GatedTensors {
   static Tensor expand(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(sizes),
                                       torch::stable::detail::from(false)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
 };
@@ -468,27 +468,6 @@ void linear_grad_hidden(Tensor grad, Tensor weight, Tensor out) {
 }
 
 }  // namespace
-
-#define E3_STUDENT "Tensor(a!) student, "
-#define E3_DENSE                                                                                            \
-  "Tensor teacher, Tensor? labels, Tensor? token_mask, Tensor scalars, int weighting, int divergence, int " \
-  "ignore_index"
-#define E3_SPARSE                                                                                                    \
-  "Tensor teacher_logprobs, Tensor teacher_ids, Tensor? labels, Tensor? token_mask, Tensor scalars, int weighting, " \
-  "int divergence, int ignore_index, int tail"
-#define E3_REDUCE \
-  ", int reduction, Tensor? num_items, bool need_student) -> (Tensor loss, Tensor stats, Tensor(a!) grad)"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(e3, m) {
-  m.def("native_isa() -> str");
-  m.def("release_memory() -> ()");
-  m.def("entropy_kl_tile(" E3_STUDENT E3_DENSE E3_REDUCE);
-  m.def("entropy_kl_tile_backward(Tensor grad_loss, " E3_STUDENT E3_DENSE ") -> Tensor(a!)");
-  m.def("topk_kl_tile(" E3_STUDENT E3_SPARSE E3_REDUCE);
-  m.def("topk_kl_tile_backward(Tensor grad_loss, " E3_STUDENT E3_SPARSE ") -> Tensor(a!)");
-  m.def("linear_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
-  m.def("linear_grad_hidden(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(e3, CompositeExplicitAutograd, m) {
   m.impl("native_isa", TORCH_BOX(&native_isa));

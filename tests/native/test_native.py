@@ -54,6 +54,15 @@ def test_an_unknown_isa_is_refused_by_name():
     assert "E3_ISA=sse9: this machine runs baseline to" in done.stderr
 
 
+def test_python_alone_defines_the_operators_and_each_has_a_kernel():
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("e3::")]
+    assert "e3::entropy_kl_tile" in names
+    for name in names:
+        definition, _, kernels = torch._C._dispatch_dump(name).partition("alias analysis")
+        assert "registration.py" in definition, definition
+        assert " registered at " in kernels, name
+
+
 @pytest.fixture(params=[1, 3, 8])
 def rows(request):
     return request.param

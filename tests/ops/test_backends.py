@@ -131,7 +131,7 @@ def test_a_native_module_of_other_sources_leaves_the_reference(monkeypatch):
     if "native" in backends.unavailable:
         pytest.skip(backends.unavailable["native"])
     monkeypatch.setattr(backends, "unavailable", {})
-    monkeypatch.setattr(native, "NEWEST_OPERATOR", "made_tomorrow")
+    monkeypatch.setitem(native.SCHEMAS, "made_tomorrow", "() -> ()")
     backends._load_native()
     assert "built from other sources" in backends.unavailable["native"]
 

@@ -92,15 +92,16 @@ class Comparison:
         Raises FileExistsError, before anything is loaded, for a `folder` that holds something else; ValueError for a
         model, a text or a device that cannot be taken.
         """
-        folder, trust = Path(folder), {"trust_remote_code": trust_remote_code}
+        folder = Path(folder)
         if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / CELLS_FILE).is_file())):
             raise FileExistsError(
                 f"--out {folder} holds no {CELLS_FILE}, so no comparison goes on there; name another folder"
             )
-        tokenizer = load_tokenizer(matrix.model, **trust)
+        tokenizer = load_tokenizer(matrix.model, trust_remote_code=trust_remote_code)
         text = kinds_of_text(tokenizer, matrix.text, length=matrix.length, held_out=matrix.held_out)
         # In fp32 whatever the checkpoint: `precision` says what is computed in, and recovery needs the master weights.
-        return cls(matrix, load_model(matrix.model, device, Dtype.FLOAT32, **trust), text, folder)
+        dense = load_model(matrix.model, device, Dtype.FLOAT32, trust_remote_code=trust_remote_code)
+        return cls(matrix, dense, text, folder)
 
     def __post_init__(self) -> None:
         if self.matrix.fraction:

@@ -57,9 +57,9 @@ class Work(Stages):
     @classmethod
     def load(cls, options: PipelineOptions, folder: Path) -> Work:
         """Raises ValueError for a model, a text or a number of layers that does not fit."""
-        began, name, trust = time.perf_counter(), str(options.model), {"trust_remote_code": options.trust_remote_code}
-        tokenizer = load_tokenizer(name, **trust)
-        dense = load_model(name, options.device, Dtype.FLOAT32, **trust)
+        began, name, trust = time.perf_counter(), str(options.model), options.trust_remote_code
+        tokenizer = load_tokenizer(name, trust_remote_code=trust)
+        dense = load_model(name, options.device, Dtype.FLOAT32, trust_remote_code=trust)
         layers = len(find_layers(dense))
         protected = check_indices("protect", options.protect, layers)
         drop = number_to_drop(dense, protected, drop=options.drop, fraction=options.fraction)
@@ -80,7 +80,7 @@ class Work(Stages):
             seen = [rows if isinstance(rows, Tensor) else rows.input_ids for rows in given]
             size = {"length": options.length, "held_out": options.held_out}
             unseen = unseen_text(tokenizer, str(options.unseen), seen=seen, **size)
-        dtype = weights_dtype(name, Dtype(options.dtype), **trust)
+        dtype = weights_dtype(name, Dtype(options.dtype), trust_remote_code=trust)
         return cls(
             folder=folder,
             dtype=dtype,

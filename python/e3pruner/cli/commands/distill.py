@@ -73,17 +73,16 @@ def distill(
     settings |= parse_options(recover, "--recover")
     check_recover(settings, track)
     chosen = PruningPlan.load(plan) if plan else None
-    trust: Any = {"trust_remote_code": trust_remote_code}
     with result_folder(ctx, out, force) as folder:
-        tokenizer = load_tokenizer(teacher or model, **trust)
+        tokenizer = load_tokenizer(teacher or model, trust_remote_code=trust_remote_code)
         source: Any = (
             TeacherCache(teacher_cache, tokenizer=tokenizer)
             if teacher_cache
-            else load_model(str(teacher), device, **trust)
+            else load_model(str(teacher), device, trust_remote_code=trust_remote_code)
         )
         tokens = token_splits(tokenizer, text, length=length, seed=seed)
         evaluated = take(tokens.held_out, held_out, "--held-out")
-        student = load_model(model, device, dtype, **trust)
+        student = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
         training = folder / TRAINING
         result = e3pruner.distill(
             student,

@@ -57,12 +57,11 @@ def evaluate(
     `e3 eval --model recovered --teacher smollm2 --task my_task --task-folder tasks`
     """
     names = [name for name in (teacher, model) if name is not None]
-    trust = {"trust_remote_code": trust_remote_code}
     with nullcontext() if out is None else result_folder(ctx, out, force) as folder:
-        tokenizer = load_tokenizer(names[0], **trust)
+        tokenizer = load_tokenizer(names[0], trust_remote_code=trust_remote_code)
         tokens = token_splits(tokenizer, text, length=length, seed=seed).held_out
         sequences = batches(take(tokens, held_out, "--held-out"), batch)
-        networks = {name: load_model(name, device, dtype, **trust) for name in names}
+        networks = {name: load_model(name, device, dtype, trust_remote_code=trust_remote_code) for name in names}
         sizes = {name: output_head(network).weight.shape[0] for name, network in networks.items()}
         columns = common_vocabulary(sizes, vocabulary, tokenizer_size(tokenizer))  # the same ones for all
         # First, so that a task that is not defined is said before anything is measured.

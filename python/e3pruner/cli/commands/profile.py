@@ -106,11 +106,12 @@ def step(
 
     Example: `e3 profile step smollm2 --drop 8 --out profiled`
     """
-    trust = {"trust_remote_code": trust_remote_code}
     with result_folder(ctx, out, force) as folder:
-        splits = token_splits(load_tokenizer(model, **trust), text, length=length, seed=seed)
+        splits = token_splits(
+            load_tokenizer(model, trust_remote_code=trust_remote_code), text, length=length, seed=seed
+        )
         sequences = take(as_sequences(splits.training).input_ids, batch * (rounds + 3), "--batch")
-        network = load_model(model, device, dtype, **trust)
+        network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
         profile = profile_steps(network, sequences, drop=drop, batch=batch, rounds=rounds, seed=seed, folder=folder)
         title = f"{model}: one search step and one recovery step, {batch} × {length} tokens"
         finish(step_page(profile, title), folder, out)
