@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from e3pruner.models.stack import evaluating, returning_dicts, stack_name
+from e3pruner.models.stack import calling, decoder_of, evaluating, returning_dicts
 
 # Settings that multiply the logits (1) or divide them (-1).
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _VERIFIED: WeakSet[PreTrainedModel] = WeakSet()
 
 
@@ -59,20 +61,42 @@ def last_hidden(
     position_ids: Tensor | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """The hidden states (B, T, H) that the output head receives, after the final norm; no cache is kept.
+    """The hidden states (B, T, H) that the output head receives; no cache is kept.
 
     `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding, on any side; `position_ids`
-    (B, T) of packed documents, each counted from 0; `inputs`: what else the module that holds the layers takes.
+    (B, T) of packed documents, each counted from 0; `inputs`: what else `model` takes.
+
+    It is what the model's own forward pass hands to the head, whatever lies between the layers and it: a norm, a factor,
+    BERT's transform. Raises `ValueError` where the head is not called with (B, T, H).
     """
     inputs |= position_arguments(model, attention_mask, position_ids)
-    with returning_dicts(model):
-        output = decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
-    return output.last_hidden_state
+    with returning_dicts(model), without_head(model) as received:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+    return only_hidden(model, received)
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The module that holds the decoder layers: from token ids to the hidden states that the output head receives."""
-    return model.get_submodule(stack_name(model).rpartition(".")[0])
+@contextmanager
+def without_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Inside the block the output head gives one column in place of the logits; what it receives is appended."""
+    received: list[Tensor] = []
+
+    def note(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        received.append(hidden)
+        return hidden[..., :1]
+
+    with calling(model.get_output_embeddings(), note):
+        yield received
+
+
+def only_hidden(model: PreTrainedModel, received: list[Tensor]) -> Tensor:
+    """The one hidden state (B, T, H) that the head received in a forward pass."""
+    if len(received) != 1 or received[0].dim() != 3:
+        shapes = [tuple(each.shape) for each in received]
+        raise ValueError(
+            f"model ({model.config.model_type}): its output head is not called once on (batch, tokens, width), but on "
+            f"{shapes}; such a head is not supported"
+        )
+    return received[0]
 
 
 def position_arguments(
@@ -117,7 +141,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     factors = [(getattr(config, name, None), exponent) for name, exponent in _FACTORS.items()]
     scale = math.prod(factor**exponent for factor, exponent in factors if isinstance(factor, int | float))
     linear = model.get_output_embeddings()
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
     head = OutputHead(linear.weight, getattr(linear, "bias", None), softcap, float(scale))
     if model not in _VERIFIED:
         _verify(model, head)

@@ -7,7 +7,7 @@ a mapping that an earlier layer wrote into. Nothing but a forward pass tells whe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from e3pruner.models.head import last_hidden
-from e3pruner.models.stack import evaluating, find_layers
+from e3pruner.models.stack import calling, evaluating, find_layers
 
 Place = int | str  # of an argument: its position or its name
 Arguments = dict[Place, Any]
@@ -104,16 +104,10 @@ def recorded(model: PreTrainedModel, inputs: Inputs) -> tuple[list[Step], Tensor
 @contextmanager
 def replaced(layers: Mapping[int, nn.Module], forward: Forward) -> Iterator[None]:
     """Inside the block the forward of layer i is `forward(i, arguments, own)`, `own(arguments)` being what it was."""
-    before = {index: vars(layer).get("forward") for index, layer in layers.items()}
-    for index, layer in layers.items():
-        layer.forward = partial(_call, forward, index, layer.forward)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for index, layer in layers.items():
-            del layer.forward
-            if (own := before[index]) is not None:
-                layer.forward = own
+            stack.enter_context(calling(layer, partial(_call, forward, index, layer.forward)))
+        yield
 
 
 def call(layer: Callable[..., Any], arguments: Arguments) -> Any:

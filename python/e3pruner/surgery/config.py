@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from e3pruner.models.stack import count_setting
 # The first layer after a leading group: as many layers stay in the group as are kept of it.
 _BOUNDARIES = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers")
 _INDEX_SETS = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers")
@@ -38,9 +39,10 @@ def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedCo
 
     overrides = text.to_dict().get("per_layer_config", {})
     text.per_layer_config = None  # its indices are those of the dense model
-    for name, value in _translated(settings, kept, text.num_hidden_layers).items():
+    count = count_setting(text)
+    for name, value in _translated(settings, kept, getattr(text, count)).items():
         setattr(text, name, value)
-    text.num_hidden_layers = len(kept)
+    setattr(text, count, len(kept))
     text.per_layer_config = {kept.index(int(old)): each for old, each in overrides.items() if int(old) in kept} or None
     return pruned
 
