@@ -112,7 +112,7 @@ class LayerWalk:
             [None] * copies if entry is None else entry.chunk(copies, 0 if number else rows)
             for number, entry in enumerate(entries(output))
         ]
-        outputs = zip(*split, strict=True) if isinstance(output, tuple) else split[0]
+        outputs = zip(*split, strict=True) if isinstance(output, tuple | list) else split[0]
         return list(zip(states, outputs, strict=True))
 
     def _next(self, depth: int, arguments: Arguments, output: Any) -> Arguments:
@@ -142,7 +142,7 @@ class LayerWalk:
             for place in self._mappings(depth):
                 given[place].update((arguments or {})[place])
             hidden, *rest = entries(output)
-            return (hidden.clone(), *rest) if isinstance(output, tuple) else hidden.clone()
+            return (hidden.clone(), *rest) if isinstance(output, tuple | list) else hidden.clone()
 
         with replaced(dict(enumerate(self.layers)), stand_in):
             return calls, last_hidden(self.model, **inputs)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-
 # What a configuration calls the number of its decoder's layers; beside an encoder's number, that of the decoder counts.
-_COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+_COUNTS = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers")
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -35,10 +34,15 @@ def stack_name(model: PreTrainedModel) -> str:
     config = model.config.get_text_config(decoder=True)
     setting = count_setting(config)
     count = getattr(config, setting, 0)
+    towers = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and module.main_input_name == "pixel_values" and module is not model
+    ]
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count > 0
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0 and not name.startswith(tuple(towers))
     }
     names = _beside_embedding(model, lists)
     usual = [name for name in names if all(isinstance(layer, GradientCheckpointingLayer) for layer in lists[name])]
@@ -106,7 +110,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block the forward of `module` is `forward`; what it was, a hook of another package included, returns."""
+    """Inside the block the forward of `module` is `forward`; afterwards it is what it was, other hooks included."""
     own = vars(module).get("forward")
     module.forward = forward
     try:

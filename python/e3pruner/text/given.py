@@ -190,7 +190,7 @@ def _refuse_unmasked_padding(name: str, batch: Sequences, models: Mapping[str, P
     """
     for model in models.values():
         config = model.config.get_text_config(decoder=True)
-        pad, most = config.pad_token_id, 0
+        pad, most = getattr(config, "pad_token_id", None), 0
         if pad is None:
             continue
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
