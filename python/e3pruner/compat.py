@@ -1,8 +1,24 @@
-"""What this version of transformers calls a model's key-value cache."""
+"""What is version-dependent in transformers: the name of a model's key-value cache, and how a checkpoint is read.
 
+Tried with transformers 5.24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
+from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import LoadStateDictConfig, convert_and_load_state_dict_in_model
+from transformers.quantizers.auto import get_hf_quantizer
+from transformers.utils import logging
 
 _OLD = "past_key_values"
 
@@ -11,3 +27,73 @@ CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWith
 
 # Both: models still take the old name, and rename it after every hook has seen it.
 CACHE_NAMES = ("cache", _OLD)
+
+
+def quantizer_of(config: PreTrainedConfig) -> Any:
+    """What reads the quantised weights that `config` describes, on the CPU; None where none are quantised.
+
+    Raises what transformers raises where it cannot: ImportError for a missing package, RuntimeError without a GPU.
+    """
+    return get_hf_quantizer(config, None, {"": "cpu"}, True, {})[0]
+
+
+@contextmanager
+def without_progress() -> Iterator[None]:
+    """Inside the block transformers shows no bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+class NameConversion:
+    """From the names of tensors in a checkpoint of `model` to those in the model."""
+
+    def __init__(self, model: PreTrainedModel, quantizer: Any) -> None:
+        self.tensors = model.state_dict()
+        self._prefix = model.base_model_prefix
+        table = get_model_conversion_mapping(model, None, quantizer)
+        self._renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+
+    def __call__(self, name: str) -> str:
+        renamed, _ = rename_source_key(name, self._renamings, self._converters, self._prefix, self.tensors)
+        if renamed not in self.tensors and name in self.tensors:  # it is the model's already
+            renamed, _ = rename_source_key(name, [], [], self._prefix, self.tensors)
+        return renamed
+
+
+def fill(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Any],
+    dtype: torch.dtype,
+    quantizer: Any = None,
+    device: str = "cpu",
+) -> None:
+    """Gives `model` the `tensors` of a checkpoint, or slices of them, named as there; what else it holds stays.
+
+    Raises ValueError for tensors that do not fit, by name.
+    """
+    table: Any = get_model_conversion_mapping(model, None, quantizer)
+    options = LoadStateDictConfig(
+        device_map={"": torch.device(device)},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        hf_quantizer=quantizer,
+        weight_mapping=table,
+    )
+    found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
+    wrong = [*(f"{name}: {error}" for name, error in found.conversion_errors.items()), *found.error_msgs]
+    wrong += [
+        f"{name} has the shape {tuple(has)}, not {tuple(needs)}" for name, has, needs in sorted(found.mismatched_keys)
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors do not fit config.json: {wrong[0]}")
+
+
+def filled(parameter: Tensor) -> bool:
+    """Whether `fill` has given the model this parameter."""
+    return getattr(parameter, "_is_hf_initialized", False)

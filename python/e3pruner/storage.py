@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written under a temporary name in the same folder, then renamed."""
 
+import glob
 import hashlib
 import json
 import os
@@ -43,9 +44,9 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: str | Path) -> None:
-    """Deletes what writers to `folder` left there that were killed. Nobody else may be writing to it."""
-    for left in Path(folder).glob(".*.tmp"):
+def remove_temporaries(folder: str | Path, of: str | None = None) -> None:
+    """Deletes what writers to `folder`, or to `of` in it, left that were killed. Nobody else may be writing there."""
+    for left in Path(folder).glob(".*.tmp" if of is None else f".{glob.escape(of)}.*.tmp"):
         if left.is_dir():
             shutil.rmtree(left)
         else:

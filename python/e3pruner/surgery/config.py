@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig
 
 from e3pruner.models.stack import count_setting
 
+# Layers of multi-token prediction, stored behind the last one.
+PREDICTION_LAYERS = "num_nextn_predict_layers"
 # The first layer after a leading group: as many layers stay in the group as are kept of it.
 _BOUNDARIES = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers")
 _INDEX_SETS = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers")

@@ -1,4 +1,4 @@
-"""Cut layers out of a model for good."""
+"""Cut layers out of a model in memory."""
 
 from __future__ import annotations
 
@@ -15,33 +15,24 @@ from transformers import PreTrainedModel
 
 from e3pruner.models.stack import check_indices, find_layers, stack_name
 from e3pruner.models.sublayers import KINDS, projection
-from e3pruner.surgery.config import pruned_config
+from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
 from e3pruner.surgery.parity import assert_parity
 from e3pruner.surgery.plan import PruningPlan
 
 
-def prune(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, copy_weights: bool = True) -> PreTrainedModel:
-    """A vanilla model of the same class with only the layers that `plan` keeps.
-
-    `plan`: a `PruningPlan`, anything else with `.kept`, or the indices of the layers to keep, in any order. Dtype,
-    device, mode and generation settings are those of `model`, which stays as it is. `copy_weights=False` lets both
-    models share their weights, for saving or evaluating at half the memory; training one would then change the other.
-
-    The pruned model is built from its own configuration, so `save_pretrained` writes a checkpoint that plain
-    `AutoModelForCausalLM` loads. Sub-layers that the plan removes have their output projection set to 0: the checkpoint
-    stays vanilla and its size does not shrink, which a warning says. Before it is returned it is proven to be `model`
-    without the removed layers, see `assert_parity`.
-
-    Raises `ValueError` for indices out of range, doubled, or none; for a plan of another model; for settings that
-    cannot be renumbered; for weights on several devices; and if the proof fails. Errors of `find_layers` too.
-    """
+def prune_model(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, copy_weights: bool) -> PreTrainedModel:
+    """A vanilla model of the same class with only the layers that `plan` keeps; see `e3pruner.prune`."""
     stack = stack_name(model)
-    kept = _kept_layers(model, plan)
+    kept = kept_layers(model, plan)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) != 1 or devices == ["meta"]:
         raise ValueError(f"model has weights on {', '.join(devices)}; load it on one device to prune it")
+    config = pruned_config(model.config, kept)
+    text = config.get_text_config(decoder=True)
+    if getattr(text, PREDICTION_LAYERS, None):
+        setattr(text, PREDICTION_LAYERS, 0)  # they are in a checkpoint, and in no model
     with init_empty_weights(include_buffers=False):
-        pruned = type(model)(pruned_config(model.config, kept))
+        pruned = type(model)(config)
     _fill(pruned, model, stack, kept, copy_weights)
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
@@ -60,15 +51,21 @@ def _empty_sublayers(pruned: PreTrainedModel, kept: Sequence[int], sublayers: Ma
             module = projection(layers[kept.index(old)], kind)
             for name, parameter in module.named_parameters():  # new tensors: the old ones may be the dense model's
                 setattr(module, name, nn.Parameter(torch.zeros_like(parameter), parameter.requires_grad))
+    warn_of_sublayers(sublayers)
+
+
+def warn_of_sublayers(sublayers: Mapping[str, Sequence[int]]) -> None:
+    """Says of a plan that removes `sublayers` that their weights stay."""
     if count := sum(map(len, sublayers.values())):
         warnings.warn(
             f"the output projections of {count} sub-layers are set to 0: the checkpoint loads anywhere, and is as "
             "large and as slow as with them; only e3pruner.LayerSkipRuntime(keep=plan.keep) skips them",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _kept_layers(model: PreTrainedModel, plan: Any) -> list[int]:
+def kept_layers(model: PreTrainedModel, plan: Any) -> list[int]:
+    """The layers of `model` that `plan` keeps, ascending. Raises `ValueError` for a plan of another model."""
     num_layers = len(find_layers(model))
     if getattr(plan, "num_layers", num_layers) != num_layers:
         raise ValueError(f"plan is for {plan.num_layers} layers, model has {num_layers}")

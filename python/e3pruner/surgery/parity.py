@@ -19,7 +19,7 @@ from e3pruner.models.stack import evaluating, find_layers, returning_dicts
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 _STATE_NAMES = ("training", "gradient_checkpointing", "num_hidden_layers")  # what follows from it the logits show
-_BATCH, _PROMPT, _STEPS = 2, 6, 6
+_BATCH, _LENGTH = 2, 12
 
 
 def assert_parity(
@@ -27,16 +27,18 @@ def assert_parity(
     pruned: PreTrainedModel,
     kept: Sequence[int],
     sublayers: Mapping[str, Sequence[int]] | None = None,
+    *,
+    steps: int = 6,
 ) -> None:
     """Prove on a few tokens that `pruned` is `model` with the layers `kept` only, and of these without `sublayers` (see
     `skipped`); raises `ValueError` if it is not.
 
     Every layer has the settings of the layer it was, which reaches further than any short probe can: a window of 4096
     shows here. Without a cache the logits equal, bit for bit, those of `model` with the other layers skipped. Decoding
-    step by step with a cache, or with whatever state the model hands from call to call, gives the logits of one pass
-    without, up to rounding; where it does not for `model` itself either, a warning says so.
+    the last `steps` tokens one by one with a cache, or with whatever state the model hands from call to call, gives the
+    logits of one pass without, up to rounding; where it does not for `model` itself either, a warning says so.
     """
-    _assert_same_settings(find_layers(model), find_layers(pruned), kept)
+    assert_same_settings(find_layers(model), find_layers(pruned), kept)
     ids = _probe(pruned, 5)
     removed = sorted(set(range(len(find_layers(model)))) - set(kept))
     with ExitStack() as stack:
@@ -47,7 +49,7 @@ def assert_parity(
         stack.enter_context(skipped(model, removed, sublayers))
         expected = model(input_ids=ids, use_cache=False).logits
         uncached = pruned(input_ids=ids, use_cache=False).logits
-        cached = _decode(pruned, ids)
+        cached = _decode(pruned, ids, steps)
     kind = model.config.model_type
     if not torch.equal(uncached, expected):
         check_finite(model, expected)
@@ -57,7 +59,7 @@ def assert_parity(
         )
     if cached is None or (error := _relative_error(cached, uncached)) <= _tolerance(uncached.dtype):
         return
-    own = max(_decoding_error(model, _probe(model, first)) for first in range(8))
+    own = max(_decoding_error(model, _probe(model, first), steps) for first in range(8))
     if own <= _tolerance(uncached.dtype):
         raise ValueError(f"model ({kind}) cannot be pruned: decoding with a cache changes its logits by {error:.2%}")
     warnings.warn(
@@ -70,20 +72,21 @@ def assert_parity(
 def _probe(model: PreTrainedModel, first: int) -> Tensor:
     """Token ids (B, T) from `first` on, none of them the padding's: some models count positions by it."""
     config = model.config.get_text_config(decoder=True)
-    ids = (torch.arange(_BATCH * (_PROMPT + _STEPS), device=model.device) * 7919 + first) % config.vocab_size
+    ids = (torch.arange(_BATCH * _LENGTH, device=model.device) * 7919 + first) % config.vocab_size
     pad = getattr(config, "pad_token_id", None)
     return torch.where(ids == (-1 if pad is None else pad), (ids + 1) % config.vocab_size, ids).view(_BATCH, -1)
 
 
 @torch.no_grad()
-def _decoding_error(model: PreTrainedModel, ids: Tensor) -> float:
+def _decoding_error(model: PreTrainedModel, ids: Tensor, steps: int) -> float:
     """How far decoding moves the logits of `model` itself."""
     with evaluating(model), returning_dicts(model):
-        cached = _decode(model, ids)
+        cached = _decode(model, ids, steps)
         return 0.0 if cached is None else _relative_error(cached, model(input_ids=ids, use_cache=False).logits)
 
 
-def _assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequence[int]) -> None:
+def assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequence[int]) -> None:
+    """Raises `ValueError` unless layer i of `pruned` has the settings of `dense[kept[i]]`, and its own index."""
     per_layer = _indices_per_layer(dense)
     for new, old in enumerate(kept):
         theirs = dict(dense[old].named_modules())
@@ -119,20 +122,21 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _decode(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
-    """Logits (B, T, V) of a prompt and then of one token after another through what the model hands from call to call:
-    its cache or, by other names, its state. None for a model that hands nothing on and takes no cache.
+def _decode(model: PreTrainedModel, ids: Tensor, steps: int) -> Tensor | None:
+    """Logits (B, T, V) of a prompt and then of the last `steps` tokens one by one through what the model hands from call
+    to call: its cache or, by other names, its state. None for a model that hands nothing on and takes no cache.
     """
     takes = inspect.signature(type(model).forward).parameters
     carried: dict[str, Any] = {}
-    output = model(input_ids=ids[:, :_PROMPT], use_cache=True)
+    prompt = ids[:, :-steps]
+    output = model(input_ids=prompt, use_cache=True)
     if not (names := [name for name in output if name in takes]):
         if CACHE not in takes:
             return None
         carried = {CACHE: DynamicCache(config=model.config.get_text_config(decoder=True))}
-        output = model(input_ids=ids[:, :_PROMPT], use_cache=True, **carried)
+        output = model(input_ids=prompt, use_cache=True, **carried)
     logits = [output.logits]
-    for step in range(_PROMPT, ids.shape[1]):
+    for step in range(prompt.shape[1], ids.shape[1]):
         carried |= {name: output[name] for name in names}
         output = model(input_ids=ids[:, step : step + 1], use_cache=True, **carried)
         logits.append(output.logits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,10 @@ class PruningPlan:
         """Layers of the dense model."""
         return len(self.kept) + len(self.removed)
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan to `path` as JSON, whole or not at all."""
-        write_json(path, {"format": _FORMAT, "num_layers": self.num_layers, **asdict(self)})
+    def save(self, path: str | Path, checkpoint: Mapping[str, Any] | None = None) -> None:
+        """Write the plan to `path` as JSON, whole or not at all; `checkpoint`: what is known of the files beside it."""
+        about = {} if checkpoint is None else {"checkpoint": checkpoint}
+        write_json(path, {"format": _FORMAT, "num_layers": self.num_layers, **asdict(self), **about})
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
@@ -97,6 +98,7 @@ class PruningPlan:
             if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
                 raise ValueError(f'it has no "format": "{_FORMAT}"')
             num_layers = values.pop("num_layers", None)
+            values.pop("checkpoint", None)
             names = {entry.name for entry in fields(cls)}
             if values.keys() not in (names, names - {"sublayers"}):  # older plans remove whole layers only
                 raise ValueError(f"its fields {sorted(values)} should be {sorted(names)}")

@@ -12,7 +12,7 @@ from e3pruner import prune as prune_model
 from e3pruner.cli import options
 from e3pruner.cli.command import stderr
 from e3pruner.cli.config import result_folder
-from e3pruner.models.loading import copy_tokenizer, load_model
+from e3pruner.models.loading import Dtype, checked_folder, copy_tokenizer, load_model, tokenizer_files
 from e3pruner.surgery.plan import PLAN_FILE
 
 
@@ -21,24 +21,32 @@ def prune(
     model: options.Model,
     plan: Annotated[Path, typer.Option(help="The plan: pruning.json of `e3 search`.", exists=True, dir_okay=False)],
     out: options.Out,
-    dtype: options.DtypeOption = options.Dtype.AUTO,
+    dtype: options.DtypeOption = Dtype.AUTO,
     trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
     """Cut the layers of a plan out of a model and save a vanilla Hugging Face checkpoint.
 
-    The folder loads with `AutoModelForCausalLM.from_pretrained`, without this package; that its logits are those of the
-    model with the layers skipped is checked before anything is written.
+    The folder loads with `AutoModelForCausalLM.from_pretrained`, without this package. Files are cut, of any size, with
+    a few megabytes of them in memory at a time; a --dtype other than theirs loads the model whole. That the result
+    is the model with the layers skipped is checked before it appears.
 
     Example: `e3 prune --model smollm2 --plan searched/pruning.json --out pruned`
     """
     chosen = PruningPlan.load(plan)
     with result_folder(ctx, out, force) as folder:
-        prune_model(load_model(model, "cpu", dtype, trust_remote_code=trust_remote_code), chosen).save_pretrained(
-            folder
-        )
-        if not copy_tokenizer(model, folder):
+        if dtype == Dtype.AUTO:
+            source = checked_folder(model, trust_remote_code)
+            cut = prune_model(source, chosen, out=folder / "cut", trust_remote_code=trust_remote_code)
+            for path in sorted(cut.iterdir()):
+                path.rename(folder / path.name)
+            cut.rmdir()
+        else:
+            loaded = load_model(model, "cpu", dtype, trust_remote_code=trust_remote_code)
+            prune_model(loaded, chosen).save_pretrained(folder)
+            copy_tokenizer(model, folder)
+            chosen.save(folder / PLAN_FILE)
+        if not tokenizer_files(model):
             stderr.print(f"{model} has no tokenizer beside it, so {out} has none either")
-        chosen.save(folder / PLAN_FILE)
     print(f"{out}: {len(chosen.kept)} of {chosen.num_layers} layers kept, removed {chosen.removed}")

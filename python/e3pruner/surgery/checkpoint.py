@@ -1,0 +1,115 @@
+"""Cut layers out of a checkpoint folder, file by file: the model is never in memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from e3pruner.models.files.names import TensorNames
+from e3pruner.models.files.on_demand import check_complete, empty_model, on_demand, read_config
+from e3pruner.models.files.shards import Shard, read_shards
+from e3pruner.models.stack import find_layers, stack_name
+from e3pruner.models.sublayers import KINDS, projection
+from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
+from e3pruner.surgery.folder import bytes_bar, carry_over, result
+from e3pruner.surgery.in_memory import kept_layers, warn_of_sublayers
+from e3pruner.surgery.parity import assert_parity, assert_same_settings
+from e3pruner.surgery.plan import PLAN_FILE, PruningPlan
+from e3pruner.surgery.shards import write_shards
+
+
+def prune_checkpoint(
+    folder: Path, plan: PruningPlan | Sequence[int], out: Path, *, trust_remote_code: bool = False
+) -> Path:
+    """Writes to `out` the checkpoint in `folder` with only the layers that `plan` keeps; see `e3pruner.prune`."""
+    with result(out) as temporary:
+        _cut(folder, plan, temporary, trust_remote_code)
+    return out
+
+
+def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remote_code: bool) -> None:
+    config = read_config(folder, trust_remote_code)
+    model, shards = empty_model(config, trust_remote_code), read_shards(folder)
+    check_complete(folder, model, shards)
+    kept = kept_layers(model, plan)
+    smaller = pruned_config(config, kept)
+    assert_same_settings(find_layers(model), find_layers(empty_model(smaller, trust_remote_code)), kept)
+    names = TensorNames(model)
+    names.check_known(name for shard in shards for name in sorted(shard.tensors))
+    places = {old: new for new, old in enumerate(kept)} | _prediction_layers(names, shards, smaller)
+    moved = _moved(names, shards, places)
+    sublayers = getattr(plan, "sublayers", {kind: [] for kind in KINDS})
+    zeros = {moved[name] for name in _projections(names, moved, sublayers)}
+
+    smaller.save_pretrained(out)
+    carry_over(folder, out, {shard.file.name for shard in shards})
+    cut = [Shard(s.file, {moved[n]: t for n, t in s.tensors.items() if n in moved}, s.metadata) for s in shards]
+    size = sum(tensor.size for shard in cut for tensor in shard.tensors.values())
+    with bytes_bar("cut", size) as advance:
+        digests = write_shards(out, cut, zeros=zeros.__contains__, advance=advance)
+    with ExitStack() as stack:
+        dense, pruned = (stack.enter_context(on_demand(f, trust_remote_code)) for f in (folder, out))
+        assert_parity(dense, pruned, kept, sublayers, steps=2)
+    warn_of_sublayers(sublayers)
+    if not isinstance(plan, PruningPlan):
+        removed = sorted(set(range(names.num_layers)) - set(kept))
+        plan = PruningPlan(kept, removed, model_type=config.model_type)
+    plan.save(out / PLAN_FILE, {"sha256": digests})
+
+
+def _prediction_layers(names: TensorNames, shards: Sequence[Shard], smaller: PreTrainedConfig) -> dict[int, int]:
+    """Where the layers behind the last one go, those of multi-token prediction: behind the last one that is left.
+
+    Those that no setting speaks of are left out, which a warning says, and so is a setting that speaks of none.
+    """
+    found = {at.layer for shard in shards for name in shard.tensors if (at := names.layer_of(name))}
+    behind = sorted(layer for layer in found if layer >= names.num_layers)
+    text = smaller.get_text_config(decoder=True)
+    told = range(names.num_layers, names.num_layers + (getattr(text, PREDICTION_LAYERS, None) or 0))
+    if told and not behind:
+        setattr(text, PREDICTION_LAYERS, 0)
+    if unread := [layer for layer in behind if layer not in told]:
+        warnings.warn(
+            f"layers {unread} lie behind the {names.num_layers} of the model, and {PREDICTION_LAYERS}={len(told)}: "
+            "nothing reads them, and they are left out",
+            stacklevel=5,
+        )
+    places = {old: old - names.num_layers + text.num_hidden_layers for old in behind if old in told}
+    if places:
+        warnings.warn(
+            f"layers {list(places)}, of multi-token prediction, become {list(places.values())}; they were trained "
+            "behind the dense model",
+            stacklevel=5,
+        )
+    return places
+
+
+def _moved(names: TensorNames, shards: Sequence[Shard], places: Mapping[int, int]) -> dict[str, str]:
+    """What the tensors that stay are called in the pruned model, by what they are called."""
+    moved = {}
+    for name in (name for shard in shards for name in sorted(shard.tensors)):
+        if (at := names.layer_of(name)) is None:
+            moved[name] = name
+        elif at.layer in places:
+            moved[name] = names.moved(at, places[at.layer])
+    return moved
+
+
+def _projections(names: TensorNames, moved: Mapping[str, str], sublayers: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """The tensors that become 0: the output projections of `sublayers`."""
+    layers, stack = find_layers(names.model), stack_name(names.model)
+    for kind in KINDS:
+        for layer in sublayers[kind]:
+            own = projection(layers[layer], kind)
+            inside = next(name for name, module in layers[layer].named_modules() if module is own)
+            found = [name for name in moved if names.in_model(name).startswith(f"{stack}.{layer}.{inside}.")]
+            if {names.in_model(name).rpartition(".")[2] for name in found} != {n for n, _ in own.named_parameters()}:
+                raise ValueError(
+                    f"sublayers[{kind!r}] holds {layer}, whose {inside} is stored as {found or 'part of another'}: "
+                    "it cannot be set to 0 in a file; remove whole layers, or prune the dequantised model in memory"
+                )
+            yield from found
