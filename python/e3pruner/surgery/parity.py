@@ -123,8 +123,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def _decode(model: PreTrainedModel, ids: Tensor, steps: int) -> Tensor | None:
-    """Logits (B, T, V) of a prompt and then of the last `steps` tokens one by one through what the model hands from call
-    to call: its cache or, by other names, its state. None for a model that hands nothing on and takes no cache.
+    """Logits (B, T, V) of a prompt and then of the last `steps` tokens one by one through what the model hands from
+    call to call: its cache or, by other names, its state. None for a model that hands nothing on and takes no cache.
     """
     takes = inspect.signature(type(model).forward).parameters
     carried: dict[str, Any] = {}
