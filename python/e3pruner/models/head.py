@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,7 @@ from e3pruner.models.stack import calling, decoder_of, evaluating, returning_dic
 # Settings that multiply the logits (1) or divide them (-1).
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_TILE_LOGITS = 2**24
 _VERIFIED: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()  # the factor that was found
 
 
@@ -35,6 +36,14 @@ class OutputHead:
     softcap: float | None
     scale: float
 
+    def arguments(self, role: str) -> dict[str, Any]:
+        """What the linear losses of `e3kernels` are told of it as the "student" or the "teacher"."""
+        return {f"{role}_{each.name}": getattr(self, each.name) for each in fields(self)}
+
+    def detached(self) -> OutputHead:
+        """This head without a gradient."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def to(self, dtype: torch.dtype) -> OutputHead:
         """This head with weight and bias in `dtype`: those of the model where they have it."""
         return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
@@ -45,6 +54,11 @@ class OutputHead:
             return self
         bias = None if self.bias is None else self.bias[:vocabulary]
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
+
+    def tiles(self, rows: int) -> list[slice]:
+        """`rows` in parts whose logits may exist at a time: 64 MiB in fp32."""
+        size = max(1, _TILE_LOGITS // self.weight.shape[0])
+        return [slice(start, start + size) for start in range(0, rows, size)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., H), in the dtype of the weight."""
@@ -137,9 +151,11 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     A factor or a soft cap that goes unnoticed would silently change the objective of a fused loss. So the first call
     on a model rebuilds the logits of a few tokens, and raises `ValueError` if they are not those of the model.
     """
+    linear = model.get_output_embeddings()
+    if not linear.weight.is_floating_point():
+        raise ValueError(f"model ({model.config.model_type}): its output head is quantised ({linear.weight.dtype})")
     if model not in _VERIFIED:
         _VERIFIED[model] = _factor(model)
-    linear = model.get_output_embeddings()
     return OutputHead(linear.weight, getattr(linear, "bias", None), _softcap(model), _VERIFIED[model])
 
 

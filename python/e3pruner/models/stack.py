@@ -23,7 +23,7 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     the one of `GradientCheckpointingLayer`s.
 
     Raises `TypeError` for anything but a Hugging Face causal language model, PEFT-wrapped models included, and
-    `ValueError` for encoder-decoders, quantised models and models without exactly one such stack.
+    `ValueError` for encoder-decoders and models without exactly one such stack.
     """
     return cast(nn.ModuleList, model.get_submodule(stack_name(model)))
 
@@ -96,6 +96,14 @@ def _common(path: list[str], other: list[str]) -> str:
     return ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(path, other, strict=False)))
 
 
+def check_unquantised(name: str, model: PreTrainedModel, what: str) -> None:
+    """Raises `ValueError` naming `name` for quantised weights, where `what` is done that only others allow."""
+    if getattr(model, "is_quantized", False) or any(not weight.is_floating_point() for weight in model.parameters()):
+        raise ValueError(
+            f"{name} ({type(model).__name__}) is quantised, which forward passes, search and evaluate take; {what}"
+        )
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; every submodule's own mode is restored after it."""
@@ -148,7 +156,3 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
         raise TypeError(f"model ({kind}) has no decoder stack with a language-model head; load AutoModelForCausalLM")
     if not isinstance(getattr(head, "weight", None), Tensor):
         raise ValueError(f"model ({kind}) has an output head without one matrix ({type(head).__name__})")
-    if getattr(model, "is_quantized", False) or any(
-        not parameter.is_floating_point() for parameter in model.parameters()
-    ):
-        raise ValueError(f"model ({kind}) is quantised; load it dequantised, in bfloat16 or float32")
