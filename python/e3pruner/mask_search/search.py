@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from math import isfinite
 from typing import Any, Self
 
 from rich.console import Console
@@ -19,12 +20,14 @@ from e3pruner.mask_search.measurements import Checkpoint, Measurements
 from e3pruner.mask_search.method import METHODS, Method, Progress, Search
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.ranks import Ranks
-from e3pruner.mask_search.units import units_of
+from e3pruner.mask_search.units import Units, units_of
 from e3pruner.models import find_layers, output_head
 from e3pruner.models.device import rounded_dtype
 from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import check_indices
 from e3pruner.surgery import PruningPlan
+from e3pruner.surgery.config import pruned_config
+from e3pruner.surgery.in_memory import skeleton
 from e3pruner.text.given import Given, batches_of
 from e3pruner.vocabulary import check_integer, check_options, did_you_mean
 
@@ -88,6 +91,7 @@ def search(
     one_by_one = granularity == "sublayer"
     count = number_to_drop(model, protected, quota=quota, sublayers=one_by_one, drop=drop, fraction=fraction)
     units = units_of(model, count, protected, granularity, quota)
+    _try_surgery(model, units)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
     dtype = rounded_dtype(model, precision)
@@ -163,6 +167,8 @@ def run_search(problem: SearchProblem, running: Search) -> tuple[list[dict[str, 
             return history, sorted(stop.value)
         except FloatingPointError as error:
             raise FloatingPointError(f"search step {len(history)}: {error}") from error
+        if "importance" in record:  # of a layer that must stay there is none
+            record["importance"] = [value if isfinite(value) else None for value in record["importance"]]
         history.append({"step": len(history), "cost": problem.account.cost, **record})
 
 
@@ -176,6 +182,18 @@ def find_method(name: str, options: Mapping[str, Any]) -> Method:
         )
     check_options(f"method={name!r}", options, METHODS[name])
     return METHODS[name]
+
+
+def _try_surgery(model: PreTrainedModel, units: Units) -> None:
+    """Raises `ValueError` if a plan of the deepest units, or of the first, cannot be cut, as far as it can be known
+    without running the model."""
+    for values in ([0.0] * units.count, [float(unit) for unit in range(units.count)]):
+        gone = units.removed(units.cheapest(values) or ())[0]
+        kept = [layer for layer in range(units.count // units.units_per_layer) if layer not in gone]
+        if getattr(model, "is_quantized", False):  # built anew it would have the modules of the dequantised model
+            pruned_config(model.config, kept)
+        else:
+            skeleton(model, kept)
 
 
 def _check_fit(method: Method, granularity: str, quota: Mapping[str, int] | None) -> None:

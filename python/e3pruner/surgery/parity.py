@@ -18,7 +18,8 @@ from e3pruner.models.head import check_finite
 from e3pruner.models.stack import evaluating, find_layers, returning_dicts
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
-_STATE_NAMES = ("training", "gradient_checkpointing", "num_hidden_layers")  # what follows from it the logits show
+# What forward passes change (BigBird's attention_type among it), and what only the logits show the use of.
+_STATE_NAMES = ("training", "gradient_checkpointing", "attention_type", "num_hidden_layers")
 _BATCH, _LENGTH = 2, 12
 
 
