@@ -42,7 +42,7 @@ def search(
     *,
     fraction: float | None = None,
     granularity: str = "layer",
-    quota: Mapping[str, int] | None = None,
+    quota: Mapping[str, int] | str | None = None,
     precision: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -63,7 +63,7 @@ def search(
     granularity: "layer", or "sublayer": then attentions and MLPs go one by one, and `drop` and
         `fraction` count them.
     quota: how many go of each kind: of the configuration's `layer_types`, or of "attention" and "mlp"; they add up to
-        `drop`.
+        `drop`. Or "llama.cpp", "SGLang" or "vLLM": what stays keeps to the kinds that this engine fixes by index.
     precision: "fp32" computes in the type of the weights, "bf16" with the weights rounded to bfloat16 meanwhile, "auto"
         in bf16 where the processor multiplies it.
     checkpoint: a file for what has been measured. It is written every few seconds and when the search stops, by
@@ -89,20 +89,31 @@ def search(
     num_layers = len(find_layers(model))
     protected = check_indices("protect", protect, num_layers)
     one_by_one = granularity == "sublayer"
-    count = number_to_drop(model, protected, quota=quota, sublayers=one_by_one, drop=drop, fraction=fraction)
+    counts = quota if isinstance(quota, Mapping) else None
+    count = number_to_drop(model, protected, quota=counts, sublayers=one_by_one, drop=drop, fraction=fraction)
     units = units_of(model, count, protected, granularity, quota)
     _try_surgery(model, units)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
     dtype = rounded_dtype(model, precision)
     run = find_method(method, options)
-    _check_fit(run, granularity, quota)
+    _check_fit(run, granularity, counts)
     if masks_at_once is not None:
         check_integer("masks_at_once", masks_at_once, 1)
     check_integer("prefixes_per_call", prefixes_per_call, 1)
     calibration = _calibration(model, token_batches)
     ranks = calibration.ranks
-    ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), prefixes_per_call, options])
+    ranks.check_equal(
+        "the arguments",
+        [
+            asdict(units) | {"demands": [str(demand) for demand in units.demands]},
+            method,
+            seed,
+            str(dtype),
+            prefixes_per_call,
+            options,
+        ],
+    )
     known = Measurements()
     if checkpoint is not None:
         # What is measured depends on all of it: is rounded by dtype and prefixes_per_call.

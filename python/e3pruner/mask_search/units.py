@@ -12,6 +12,7 @@ from e3pruner.evaluation.target import check_drop
 from e3pruner.models import find_layers
 from e3pruner.models.sublayers import KINDS, writer
 from e3pruner.surgery.demands import Demand, Limit, Order, demands_of
+from e3pruner.surgery.engines import orders_of
 from e3pruner.vocabulary import check_choice
 
 GRANULARITIES = ("layer", "sublayer")
@@ -68,13 +69,13 @@ def units_of(
     drop: int,
     protect: Sequence[int] = (),
     granularity: str = "layer",
-    quota: Mapping[str, int] | None = None,
+    quota: Mapping[str, int] | str | None = None,
 ) -> Units:
     """The units of `model` of which `drop` shall go.
 
     protect: layers that stay whole. granularity: "layer" or "sublayer". quota: how many units go of each kind, kinds
     being the configuration's `layer_types` (such as "sliding_attention"), or "attention" and "mlp" of sub-layers; a
-    kind that is not named loses none.
+    kind that is not named loses none. Or the name of an engine whose rule the layers that stay must keep to.
 
     Raises `ValueError` or `TypeError` naming the argument that does not fit, or the demand of the configuration that
     leaves no such plan.
@@ -88,6 +89,8 @@ def units_of(
             for kind in KINDS:
                 writer(layer, kind)  # raises for a layer whose sub-layers cannot be told apart
     demands = demands_of(model.config)
+    if isinstance(quota, str):
+        demands, quota = [*demands, *orders_of(model.config, quota)], None
     fixed = set(protect) | ({layer for each in demands for layer in each.fixed} if size == 1 else set())
     free = [unit for unit in range(size * len(layers)) if unit // size not in fixed]
     groups = [(free, drop)]

@@ -24,6 +24,16 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+# Setting that says every how many layers another kind comes: the list that says it of each layer, and is read first.
+_SPACINGS = {
+    "_sliding_window_pattern": "layer_types",
+    "full_attention_interval": "layer_types",
+    "global_attn_every_n_layers": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "sliding_window_pattern": "layer_types",
+}
+
+
 def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfig:
     """A copy of `config` for a model of the layers `kept` (ascending) only.
 
@@ -46,6 +56,10 @@ def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedCo
     caches = {"num_hidden_layers": text.num_hidden_layers // count * len(kept)} if setting == "num_layers" else {}
     for name, value in (_translated(settings, kept, count) | {setting: len(kept)} | caches).items():
         setattr(text, name, value)
+    for name, per_layer in _SPACINGS.items():
+        kinds = settings.get(per_layer)
+        if kinds is not None and [kinds[old] for old in kept] != list(kinds[: len(kept)]):
+            vars(text).pop(name, None)  # it would contradict the list
     if targets := getattr(pruned, "deepstack_layer_map", None):
         pruned.deepstack_layer_map = [(vision, kept.index(layer)) for vision, layer in targets]
         pruned.spatial_target_layers = [kept.index(layer) for layer in pruned.spatial_target_layers]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from e3pruner.models.stack import check_indices, check_unquantised, find_layers, stack_name
 from e3pruner.models.sublayers import KINDS, projection
 from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
+from e3pruner.surgery.engines import warn_of_engines
 from e3pruner.surgery.parity import assert_parity, assert_same_settings
 from e3pruner.surgery.plan import PruningPlan
 
@@ -36,6 +37,7 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, co
     sublayers = getattr(plan, "sublayers", {kind: [] for kind in KINDS})
     _empty_sublayers(pruned, kept, sublayers)
     assert_parity(model, pruned, kept, sublayers)
+    warn_of_engines(model.config, kept)
     return pruned
 
 
