@@ -22,9 +22,9 @@ from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.ranks import Ranks
 from e3pruner.mask_search.units import Units, units_of
 from e3pruner.models import find_layers, output_head
+from e3pruner.models.device import rounded_dtype
 from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import check_indices
-from e3pruner.precision import autocast_dtype
 from e3pruner.surgery import PruningPlan
 from e3pruner.surgery.config import pruned_config
 from e3pruner.surgery.in_memory import skeleton
@@ -95,7 +95,7 @@ def search(
     _try_surgery(model, units)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
-    dtype = autocast_dtype(precision, model.device)
+    dtype = rounded_dtype(model, precision)
     run = find_method(method, options)
     _check_fit(run, granularity, counts)
     if masks_at_once is not None:
