@@ -17,6 +17,7 @@ from e3pruner.cli.commands import (
     evaluate,
     generate,
     info,
+    plan,
     profile,
     prune,
     report,
@@ -49,6 +50,7 @@ def e3() -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "info": info.info,
+    "plan": plan.plan,
     "run": run.run,
     "search": search.search,
     "prune": prune.prune,
