@@ -92,7 +92,7 @@ def search(
     counts = quota if isinstance(quota, Mapping) else None
     count = number_to_drop(model, protected, quota=counts, sublayers=one_by_one, drop=drop, fraction=fraction)
     units = units_of(model, count, protected, granularity, quota)
-    _try_surgery(model, units)
+    try_surgery(model, units)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
     dtype = rounded_dtype(model, precision)
@@ -195,7 +195,7 @@ def find_method(name: str, options: Mapping[str, Any]) -> Method:
     return METHODS[name]
 
 
-def _try_surgery(model: PreTrainedModel, units: Units) -> None:
+def try_surgery(model: PreTrainedModel, units: Units) -> None:
     """Raises `ValueError` if a plan of the deepest units, or of the first, cannot be cut, as far as it can be known
     without running the model."""
     for values in ([0.0] * units.count, [float(unit) for unit in range(units.count)]):
