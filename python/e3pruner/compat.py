@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import LoadStateDictConfig, convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import AutoQuantizationConfig, get_hf_quantizer
 from transformers.utils import logging
 

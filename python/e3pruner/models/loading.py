@@ -95,7 +95,8 @@ def load_model(
     if streams:
         return stream(model.eval(), folder, where, None if dtype == Dtype.AUTO else getattr(torch, dtype))
     if not quantised:
-        return model.to(where).eval()
+        resident: PreTrainedModel = model.to(where).eval()
+        return resident
     with torch.no_grad():  # some formats are unpacked by the first call of the model, and by none of its parts
         model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=where))
     return model

@@ -29,7 +29,7 @@ def taylor(problem: SearchProblem) -> Search:
 
     # The dense pass is paid for as such: what comes on top are the head, and a backward pass that reaches the weights.
     table = [problem.measure(f"taylor {b}", b, saliency, over="predicted", layer_passes=2, heads=2) for b in numbers]
-    importance = problem.mean(table, numbers, "predicted")
+    importance = problem.calibration.mean(table, numbers, "predicted")
     removed = lowest(problem, importance)
     yield {"importance": importance, "removed": removed}
     return removed
