@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import NUM_LAYERS, tiny_model, tiny_tokens
+from typer.testing import CliRunner
 
 from e3pruner import PruningPlan, prune
+from e3pruner.cli import app
 from e3pruner.models import skipped
 
 peft = pytest.importorskip("peft")
@@ -76,6 +78,21 @@ def test_tensors_keep_their_bytes_and_no_base_model_is_named(tmp_path: Path) -> 
         assert torch.equal(after[name.format(new)], before[name.format(old)])
     assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     assert len(json.loads((tmp_path / "cut" / "pruning.json").read_text())["checkpoint"]["sha256"]) == len(after)
+
+
+def test_the_command_cuts_the_adapter_along(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    adapted(tmp_path / "lora", target_modules=["q_proj"])
+    PLAN.save(tmp_path / "plan.json")
+    out = tmp_path / "cut"
+    arguments = ["--model", tmp_path / "dense", "--plan", tmp_path / "plan.json", "--out", out]
+    result = CliRunner().invoke(app, ["prune", *map(str, arguments), "--adapter", str(tmp_path / "lora")])
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(out)
+    assert peft.AutoPeftModelForCausalLM.from_pretrained(out / "adapter").config.num_hidden_layers == 3
+    wrong = CliRunner().invoke(app, ["prune", *map(str, arguments), "--force", "--adapter", str(tmp_path / "dense")])
+    assert wrong.exit_code == 2
+    assert "holds no adapter_config.json" in wrong.output
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:

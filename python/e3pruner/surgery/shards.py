@@ -26,7 +26,8 @@ def write_shards(
     advance: Callable[[int], None] = lambda count: None,
     index: bool = True,
 ) -> dict[str, str]:
-    """Writes `shards` into `folder`, and with `index` an index where there are several; those without tensors are left out.
+    """Writes `shards` into `folder`, and with `index` an index where there are several; those without tensors are left
+    out.
 
     The bytes of each tensor are those of the file it is stored in, or 0 where `zeros` says so. `advance` is told how
     many bytes were written. Returns the SHA-256 of each tensor's bytes, taken as they are copied.
