@@ -2,8 +2,8 @@
 
     python bench/surgery/copying.py --folder FOLDER --drop 8 --out bench/results/surgery.json
 
-They take turns, `rounds` times, and the record has the medians. The copying is timed apart from the checks before it and
-the proof after it; `cp` copies what was cut.
+They take turns, `rounds` times, and the record has the medians. The copying is timed apart from the checks before it
+and the proof after it; `cp` copies what was cut.
 """
 
 from __future__ import annotations
