@@ -13,6 +13,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 CPP    := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 TABLES := csrc/kernels/ops_table.cpp csrc/decode/runtime_table.cpp
+TORCH   = $(shell $(BIN)/python -c "import torch; print(torch.__path__[0])")
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -38,6 +39,7 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/clang-tidy --quiet $(TABLES) -- -std=c++20 -Icsrc -DE3_ISA_NAMESPACE=baseline
+	$(BIN)/clang-tidy --quiet csrc/torch/ops.cpp -- -std=c++20 -Icsrc -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem$(TORCH)/include
 
 # On a machine with a GPU: the kernels against the oracle, then against their peers -> bench/results/gpu.json
 gpu: $(VENV)/bench

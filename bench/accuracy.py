@@ -50,6 +50,7 @@ CASES = (
     Case("labels, T 2", {"kd_ratio": 0.5, "temperature": 2.0}, labels=True),
     Case("T 4", {"temperature": 4.0}),
     Case("reverse", {"divergence": "reverse"}),
+    Case("adaptive", {"divergence": "adaptive"}),
     Case("jsd", {"divergence": "jsd", "beta": 0.3}),
     Case("student softcap 30, scale 0.5", {"student_softcap": 30.0, "student_scale": 0.5}),
     Case("peaked", {}, scale=20.0),

@@ -22,7 +22,7 @@ $(FUZZ_FOLDER)/driver: FUZZ_SANITIZERS := address,undefined
 $(FUZZ_FOLDER)/driver: FUZZ_MAIN := -DE3_FUZZ_DRIVER
 $(FUZZ_FOLDER)/fuzzer: FUZZ_SANITIZERS := address,undefined,fuzzer
 
-$(FUZZ_FOLDER)/driver $(FUZZ_FOLDER)/fuzzer: csrc/fuzz/kernels.cpp $(wildcard csrc/kernels/* csrc/simd/*)
+$(FUZZ_FOLDER)/driver $(FUZZ_FOLDER)/fuzzer: csrc/fuzz/kernels.cpp $(wildcard csrc/kernels/* csrc/kernels/*/* csrc/simd/*)
 	mkdir -p $(FUZZ_FOLDER)
 	$(foreach isa,$(FUZZ_SETS),$(FUZZ_CXX) $(FUZZ_FLAGS) -fsanitize=$(FUZZ_SANITIZERS) $(FUZZ_$(isa)) \
 	  -DE3_ISA_NAMESPACE=$(isa) -c csrc/kernels/ops_table.cpp -o $@.$(isa).o &&) \

@@ -5,9 +5,10 @@ import torch
 BACKENDS = ("reference", "native", "triton")
 RELAXATIONS = ("threshold", "softmax", "successive")
 WEIGHTINGS = ("none", "entropy", "inverse", "mix")
-DIVERGENCES = ("forward", "reverse", "jsd")
+DIVERGENCES = ("forward", "reverse", "jsd", "adaptive")
 TAILS = ("bucket", "renorm", "truncated")
 REDUCTIONS = ("none", "mean", "sum")
+STORED_RESOLUTION = 2.0**-24  # what a sum of stored, rounded probabilities tells from 1
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

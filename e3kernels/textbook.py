@@ -14,7 +14,9 @@ from torch import Tensor
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-def _per_token(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
+def _per_token(log_p: Tensor, log_q: Tensor, divergence: str, beta: float, stored: Tensor) -> Tensor:
+    """(N,) divergences; the adaptive one's α is H/log S of the teacher's log-probabilities `stored` (N, S)."""
+
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return F.kl_div(b, a, log_target=True, reduction="none").sum(-1)
 
@@ -22,6 +24,9 @@ def _per_token(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Te
         return kl(log_p, log_q)
     if divergence == "reverse":
         return kl(log_q, log_p)
+    if divergence == "adaptive":
+        share = _entropy_ratio(stored)
+        return share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p)
     log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
@@ -101,7 +106,7 @@ def entropy_kl_tokens(
     """(w·ℓ, w) of every token, (N,) each, of (N, V) logits."""
     z, zt = _cap(student, student_softcap, student_scale), _cap(teacher, teacher_softcap, teacher_scale)
     log_p, log_q = F.log_softmax(zt / temperature, -1), F.log_softmax(z / temperature, -1)
-    value = _per_token(log_p, log_q, divergence, beta)
+    value = _per_token(log_p, log_q, divergence, beta, log_p)
     return _weighted(value, log_p, z, labels, token_mask, temperature=temperature, **rest)
 
 
@@ -130,7 +135,7 @@ def topk_kl_tokens(
     elif tail == "bucket":
         log_p = torch.cat((log_p, (1 - log_p.exp().sum(-1, keepdim=True)).log()), -1)
         log_q = torch.cat((log_q, (1 - log_q.exp().sum(-1, keepdim=True)).log()), -1)
-    value = _per_token(log_p, log_q, divergence, beta)
+    value = _per_token(log_p, log_q, divergence, beta, stored)
     return _weighted(value, stored, z, labels, token_mask, temperature=temperature, **rest)
 
 

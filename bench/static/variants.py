@@ -82,7 +82,7 @@ def ours() -> dict[str, Callable[[], Any]]:
         "entropy_kl/bf16/jsd/8 rows": lambda: _dense(bf16, 2, MEAN, True, rows=8),
         "vocabulary in parts/join": _join,
     }
-    for code, divergence in enumerate(("reverse", "jsd"), 1):
+    for code, divergence in enumerate(("reverse", "jsd", "adaptive"), 1):
         calls[f"entropy_kl/bf16/{divergence}"] = lambda c=code: _dense(bf16, c, MEAN, False)
         calls[f"entropy_kl/bf16/{divergence}/row"] = lambda c=code: _dense(bf16, c, SUM, False)
     for code, tail in enumerate(("renorm", "truncated"), 1):

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-unsigned blocks_for(std::int64_t items) { return unsigned((items + kThreads - 1) / kThreads); }
+unsigned blocks_for(int64_t items) { return unsigned((items + kThreads - 1) / kThreads); }
 
 // Condition 2l is the attention of layer l, 2l + 1 its MLP.
 __global__ void set_conditions(const cudaGraphConditionalHandle* conditions, const LayerState* layers, int count) {
@@ -25,7 +25,7 @@ __global__ void set_conditions(const cudaGraphConditionalHandle* conditions, con
 template <class T>
 class DeviceArray {
  public:
-  explicit DeviceArray(std::size_t count) { check(cudaMalloc(&data_, count * sizeof(T)), "cudaMalloc"); }
+  explicit DeviceArray(size_t count) { check(cudaMalloc(&data_, count * sizeof(T)), "cudaMalloc"); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
   ~DeviceArray() { cudaFree(data_); }
@@ -40,7 +40,7 @@ class DeviceArray {
 struct LayerGraph::Captured {
   DecoderView decoder;
   std::vector<LayerView> layers;
-  std::int64_t query_width, key_width, inner, capacity = 0;
+  int64_t query_width, key_width, inner, capacity = 0;
   DeviceArray<StepState> state{1};
   DeviceArray<LayerState> layer_states;
   DeviceArray<cudaGraphConditionalHandle> conditions;
@@ -81,8 +81,8 @@ struct LayerGraph::Captured {
     if (graph) cudaGraphDestroy(graph);
   }
 
-  static std::int64_t widest(const std::vector<LayerView>& all) {
-    std::int64_t inner = 0;
+  static int64_t widest(const std::vector<LayerView>& all) {
+    int64_t inner = 0;
     for (const LayerView& layer : all) inner = std::max(inner, layer.gate.rows);
     return inner;
   }
@@ -100,7 +100,7 @@ struct LayerGraph::Captured {
     check(cudaGetLastError(), "kernel launch");
     cudaStreamCaptureStatus status;
     const cudaGraphNode_t* last = nullptr;
-    std::size_t count = 0;
+    size_t count = 0;
 #if CUDART_VERSION >= 13000
     check(cudaStreamGetCaptureInfo(stream, &status, nullptr, nullptr, &last, nullptr, &count),
           "cudaStreamGetCaptureInfo");
@@ -145,7 +145,7 @@ struct LayerGraph::Captured {
       embed<T><<<blocks_for(decoder.hidden), kThreads, 0, stream>>>(state.data(), decoder.embedding,
                                                                     decoder.embedding_scale, x.data());
     });
-    for (std::size_t l = 0; l < layers.size(); ++l) {
+    for (size_t l = 0; l < layers.size(); ++l) {
       last = capture_if(handles[2 * l], last, [&](cudaStream_t stream) { queue_attention<T>(l, stream); });
       last = capture_if(handles[2 * l + 1], last, [&](cudaStream_t stream) { queue_mlp<T>(l, stream); });
     }
@@ -158,7 +158,7 @@ struct LayerGraph::Captured {
   }
 
   template <class T>
-  static void queue_norm(const NormView& norm, std::int64_t n, const float* from, float* to, cudaStream_t stream) {
+  static void queue_norm(const NormView& norm, int64_t n, const float* from, float* to, cudaStream_t stream) {
     rms_norm<T><<<1, 1024, 0, stream>>>(norm, n, from, to);
   }
 
@@ -175,7 +175,7 @@ struct LayerGraph::Captured {
   }
 
   template <class T>
-  void queue_attention(std::size_t index, cudaStream_t stream) {
+  void queue_attention(size_t index, cudaStream_t stream) {
     const LayerView& layer = layers[index];
     const LayerState* layer_state = layer_states.data() + index;
     const HeadShape shape{decoder.heads, decoder.key_value_heads, decoder.head_dim};
@@ -193,7 +193,7 @@ struct LayerGraph::Captured {
   }
 
   template <class T>
-  void queue_mlp(std::size_t index, cudaStream_t stream) {
+  void queue_mlp(size_t index, cudaStream_t stream) {
     const LayerView& layer = layers[index];
     queue_norm<T>(layer.mlp_norm, decoder.hidden, x.data(), h.data(), stream);
     queue_gemv<T>(layer.gate, h.data(), gate.data(), stream);
@@ -210,10 +210,10 @@ LayerGraph::LayerGraph(const DecoderView& decoder, const std::vector<LayerView>&
 
 LayerGraph::~LayerGraph() = default;
 
-void LayerGraph::set_layers(const std::vector<LayerView>& layers, const std::vector<float>& gates,
-                            std::int64_t capacity, CUstream_st* stream) {
+void LayerGraph::set_layers(const std::vector<LayerView>& layers, const std::vector<float>& gates, int64_t capacity,
+                            CUstream_st* stream) {
   std::vector<LayerState> states(layers.size());
-  for (std::size_t l = 0; l < layers.size(); ++l)
+  for (size_t l = 0; l < layers.size(); ++l)
     states[l] = {layers[l].keys, layers[l].values, layers[l].cos, layers[l].sin, gates[2 * l], gates[2 * l + 1]};
   captured_->capacity = capacity;
   if (captured_->sent.size() == states.size() &&

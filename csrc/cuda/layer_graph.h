@@ -16,7 +16,7 @@ enum class Storage { fp32, bf16, fp16 };
 
 class LayerGraph {
  public:
-  static constexpr std::int64_t kMaxHeadDim = 256;
+  static constexpr int64_t kMaxHeadDim = 256;
 
   // `layers` are all layers of the model, without caches. Weights are device memory that outlives the graph.
   LayerGraph(const DecoderView& decoder, const std::vector<LayerView>& layers, Storage storage);
@@ -24,7 +24,7 @@ class LayerGraph {
 
   // Which layers run, their caches (one sequence, `capacity` slots) and their rotary tables; `gates` holds the factors
   // of attention and MLP of every layer, 0 for a block that is skipped. Queued on `stream` if it differs from the last.
-  void set_layers(const std::vector<LayerView>& layers, const std::vector<float>& gates, std::int64_t capacity,
+  void set_layers(const std::vector<LayerView>& layers, const std::vector<float>& gates, int64_t capacity,
                   CUstream_st* stream);
 
   // Queues one step on `stream`; `logits` are `vocabulary` floats of device memory.

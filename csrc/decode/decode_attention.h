@@ -10,7 +10,7 @@
 
 namespace e3::E3_ISA_NAMESPACE {
 
-inline constexpr std::int64_t kPositionBlock = 64;
+inline constexpr int64_t kPositionBlock = 64;
 
 // One partial result: the sums above and the unnormalised output.
 struct AttentionPart {
@@ -20,9 +20,9 @@ struct AttentionPart {
 };
 
 template <class T>
-inline float dot(const float* a, const T* b, std::int64_t n) {
+inline float dot(const float* a, const T* b, int64_t n) {
   Vf total{};
-  std::int64_t i = 0;
+  int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) total = fma(load(b + i), load(a + i), total);
   float out = horizontal_sum(total);
   for (; i < n; ++i) out += a[i] * load_one(b + i);
@@ -30,35 +30,35 @@ inline float dot(const float* a, const T* b, std::int64_t n) {
 }
 
 template <class T>
-inline void add_scaled(float* out, float factor, const T* x, std::int64_t n) {
-  std::int64_t i = 0;
+inline void add_scaled(float* out, float factor, const T* x, int64_t n) {
+  int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(out + i, fma(broadcast(factor), load(x + i), load(out + i)));
   for (; i < n; ++i) out[i] += factor * load_one(x + i);
 }
 
-inline void scale_in_place(float* x, float factor, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) x[i] *= factor;
+inline void scale_in_place(float* x, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
 }
 
 // Scores of positions [begin, end) → their exponentials relative to the new maximum; returns that block's sum.
 template <class T>
-inline float score_block(const float* query, const T* keys, std::int64_t begin, std::int64_t end, std::int64_t dim,
-                         float scale, float softcap, float* scores, AttentionPart& part) {
-  const std::int64_t count = end - begin;
-  for (std::int64_t j = 0; j < count; ++j) scores[j] = scale * dot(query, keys + (begin + j) * dim, dim);
+inline float score_block(const float* query, const T* keys, int64_t begin, int64_t end, int64_t dim, float scale,
+                         float softcap, float* scores, AttentionPart& part) {
+  const int64_t count = end - begin;
+  for (int64_t j = 0; j < count; ++j) scores[j] = scale * dot(query, keys + (begin + j) * dim, dim);
   if (softcap != 0.0f)
-    for (std::int64_t j = 0; j < count; ++j) scores[j] = capped(scores[j], softcap);
+    for (int64_t j = 0; j < count; ++j) scores[j] = capped(scores[j], softcap);
   float maximum = part.maximum;
-  for (std::int64_t j = 0; j < count; ++j) maximum = scores[j] > maximum ? scores[j] : maximum;
+  for (int64_t j = 0; j < count; ++j) maximum = scores[j] > maximum ? scores[j] : maximum;
   if (maximum != part.maximum) {
     const float factor = softmax_rescale(part.maximum, maximum);
     part.total *= factor;
     scale_in_place(part.output, factor, dim);
     part.maximum = maximum;
   }
-  for (std::int64_t j = count; j % kLanes; ++j) scores[j] = -std::numeric_limits<float>::infinity();
+  for (int64_t j = count; j % kLanes; ++j) scores[j] = -std::numeric_limits<float>::infinity();
   Vf total{};
-  for (std::int64_t j = 0; j < count; j += kLanes) {
+  for (int64_t j = 0; j < count; j += kLanes) {
     const Vf weight = exp(load(scores + j) - maximum);
     store(scores + j, weight);
     total += weight;
@@ -68,31 +68,31 @@ inline float score_block(const float* query, const T* keys, std::int64_t begin, 
 
 // out += Σ_j weights[j]·rows[j], rows of `dim` elements: a tile of the output stays in registers over all rows.
 template <int kTile, class T>
-inline void add_tile(float* out, const float* weights, const T* rows, std::int64_t count, std::int64_t dim) {
+inline void add_tile(float* out, const float* weights, const T* rows, int64_t count, int64_t dim) {
   Vf total[kTile];
   for (int i = 0; i < kTile; ++i) total[i] = load(out + i * kLanes);
-  for (std::int64_t j = 0; j < count; ++j)
+  for (int64_t j = 0; j < count; ++j)
     for (int i = 0; i < kTile; ++i) total[i] = fma(broadcast(weights[j]), load(rows + j * dim + i * kLanes), total[i]);
   for (int i = 0; i < kTile; ++i) store(out + i * kLanes, total[i]);
 }
 
 template <class T>
-inline void add_weighted(float* out, const float* weights, const T* rows, std::int64_t count, std::int64_t dim) {
+inline void add_weighted(float* out, const float* weights, const T* rows, int64_t count, int64_t dim) {
   constexpr int kTile = 4;
-  std::int64_t i = 0;
+  int64_t i = 0;
   for (; i + kTile * kLanes <= dim; i += kTile * kLanes) add_tile<kTile>(out + i, weights, rows + i, count, dim);
   for (; i + kLanes <= dim; i += kLanes) add_tile<1>(out + i, weights, rows + i, count, dim);
   for (; i < dim; ++i)
-    for (std::int64_t j = 0; j < count; ++j) out[i] += weights[j] * load_one(rows + j * dim + i);
+    for (int64_t j = 0; j < count; ++j) out[i] += weights[j] * load_one(rows + j * dim + i);
 }
 
 // `part.output` holds `dim` zeros at the start; keys and values are (position, dim), dense.
 template <class T>
-void attend(const float* query, const T* keys, const T* values, std::int64_t begin, std::int64_t end, std::int64_t dim,
-            float scale, float softcap, AttentionPart& part) {
+void attend(const float* query, const T* keys, const T* values, int64_t begin, int64_t end, int64_t dim, float scale,
+            float softcap, AttentionPart& part) {
   alignas(64) float scores[kPositionBlock];
-  for (std::int64_t first = begin; first < end; first += kPositionBlock) {
-    const std::int64_t last = first + kPositionBlock < end ? first + kPositionBlock : end;
+  for (int64_t first = begin; first < end; first += kPositionBlock) {
+    const int64_t last = first + kPositionBlock < end ? first + kPositionBlock : end;
     part.total += score_block(query, keys, first, last, dim, scale, softcap, scores, part);
     add_weighted(part.output, scores, values + first * dim, last - first, dim);
   }

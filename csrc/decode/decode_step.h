@@ -48,7 +48,7 @@ class StepThread {
   }
 
   void attention(const LayerView& layer, const MatrixView& next) {
-    const std::int64_t width = scratch_.query_width + 2 * scratch_.key_width;
+    const int64_t width = scratch_.query_width + 2 * scratch_.key_width;
     float* keys = scratch_.qkv + scratch_.query_width;
     const Vectors x = block_input(layer.attention_norm);
     project(layer.query, x, scratch_.qkv, width);
@@ -68,7 +68,7 @@ class StepThread {
   }
 
   void mlp(const LayerView& layer, const MatrixView& next) {
-    const std::int64_t inner = scratch_.inner;
+    const int64_t inner = scratch_.inner;
     const Vectors x = block_input(layer.mlp_norm);
     project(layer.gate, x, scratch_.gate, inner);
     project(layer.up, x, scratch_.up, inner);
@@ -92,9 +92,9 @@ class StepThread {
     const Share own = share(d_.head);
     for (int i = 0; i < step_.logit_count; ++i) {
       float* row = step_.logits + i * d_.head.rows;
-      for (std::int64_t r = own.begin; r < own.end; ++r) row[r] *= d_.logit_scale;
+      for (int64_t r = own.begin; r < own.end; ++r) row[r] *= d_.logit_scale;
       if (d_.logit_softcap != 0.0f)
-        for (std::int64_t r = own.begin; r < own.end; ++r) row[r] = capped(row[r], d_.logit_softcap);
+        for (int64_t r = own.begin; r < own.end; ++r) row[r] = capped(row[r], d_.logit_softcap);
     }
   }
 
@@ -120,10 +120,10 @@ class StepThread {
 
   // Queries go to `queries`, keys and values to the cache.
   void place_heads(const LayerView& layer) {
-    const std::int64_t heads = d_.heads + 2 * d_.key_value_heads;
+    const int64_t heads = d_.heads + 2 * d_.key_value_heads;
     const Share own(step_.token_count * heads, thread_, threads_);
-    for (std::int64_t item = own.begin; item < own.end; ++item) {
-      const std::int64_t m = item / heads, head = item % heads;
+    for (int64_t item = own.begin; item < own.end; ++item) {
+      const int64_t m = item / heads, head = item % heads;
       const TokenView& token = step_.tokens[m];
       const float* queries = scratch_.qkv + m * heads * d_.head_dim;
       const float* keys = queries + scratch_.query_width;
@@ -135,16 +135,16 @@ class StepThread {
         place_head(layer, layer.key_norm, token, keys, head - d_.heads, h_);
         store_head(layer.keys, token, head - d_.heads, h_);
       } else {
-        const std::int64_t index = head - d_.heads - d_.key_value_heads;
+        const int64_t index = head - d_.heads - d_.key_value_heads;
         store_head(layer.values, token, index, values + index * d_.head_dim);
       }
     }
   }
 
   // `all` is every head of the kind: a norm spans one head (Qwen 3) or all of them (OLMo 2).
-  void place_head(const LayerView& layer, const NormView& norm, const TokenView& token, const float* all,
-                  std::int64_t head, float* out) {
-    const std::int64_t at = head * d_.head_dim;
+  void place_head(const LayerView& layer, const NormView& norm, const TokenView& token, const float* all, int64_t head,
+                  float* out) {
+    const int64_t at = head * d_.head_dim;
     if (norm.weight) {
       const bool spans_all = norm.size != d_.head_dim;
       const float squares = sum_of_squares(spans_all ? all : all + at, norm.size);
@@ -154,27 +154,27 @@ class StepThread {
       std::copy_n(all + at, d_.head_dim, out);
     }
     if (!layer.cos) return;
-    const std::int64_t position = (token.slot - token.start) * layer.rotary_half;
+    const int64_t position = (token.slot - token.start) * layer.rotary_half;
     rotary(out, layer.cos + position, layer.sin + position, layer.rotary_half);
   }
 
-  void store_head(void* cache, const TokenView& token, std::int64_t head, const float* values) {
+  void store_head(void* cache, const TokenView& token, int64_t head, const float* values) {
     T* row = cached(cache, token, head) + token.slot * d_.head_dim;
-    std::int64_t i = 0;
+    int64_t i = 0;
     for (; i + kLanes <= d_.head_dim; i += kLanes) store(row + i, load(values + i));
     for (; i < d_.head_dim; ++i) store_one(row + i, values[i]);
   }
 
   // This thread's part of every token's visible slots, for all heads.
   void attend_own_part(const LayerView& layer) {
-    const std::int64_t group = d_.heads / d_.key_value_heads;
+    const int64_t group = d_.heads / d_.key_value_heads;
     for (int m = 0; m < step_.token_count; ++m) {
       const TokenView& token = step_.tokens[m];
-      const std::int64_t end = token.slot + 1;
-      const std::int64_t begin = layer.window ? std::max(token.start, end - layer.window) : token.start;
+      const int64_t end = token.slot + 1;
+      const int64_t begin = layer.window ? std::max(token.start, end - layer.window) : token.start;
       const Share own(end - begin, thread_, threads_);
-      for (std::int64_t head = 0; head < d_.heads; ++head) {
-        const std::int64_t row = m * d_.heads + head;
+      for (int64_t head = 0; head < d_.heads; ++head) {
+        const int64_t row = m * d_.heads + head;
         AttentionPart part{part_output(thread_, row), -std::numeric_limits<float>::infinity(), 0.0f};
         std::fill_n(part.output, d_.head_dim, 0.0f);
         attend(scratch_.queries + row * d_.head_dim, cached(layer.keys, token, head / group),
@@ -188,7 +188,7 @@ class StepThread {
 
   // h ← the attention's output, Σ_t e^{m_t − m}·o_t / Σ_t e^{m_t − m}·z_t over the threads' parts.
   void merge_parts() {
-    for (std::int64_t row = 0; row < step_.token_count * d_.heads; ++row) {
+    for (int64_t row = 0; row < step_.token_count * d_.heads; ++row) {
       float maximum = -std::numeric_limits<float>::infinity(), total = 0.0f;
       for (int t = 0; t < threads_; ++t) maximum = std::max(maximum, scratch_.maxima[part_index(t, row)]);
       for (int t = 0; t < threads_; ++t)
@@ -201,7 +201,7 @@ class StepThread {
     }
   }
 
-  void project(const MatrixView& matrix, const Vectors& x, float* out, std::int64_t out_stride) {
+  void project(const MatrixView& matrix, const Vectors& x, float* out, int64_t out_stride) {
     const Share rows = share(matrix);
     gemv(weight_of(matrix), matrix.stride, static_cast<const T*>(matrix.bias), rows.begin, rows.end, matrix.columns, x,
          out, out_stride);
@@ -211,7 +211,7 @@ class StepThread {
   void warm(const MatrixView& matrix) const {
     const Share rows = share(matrix);
     for (int stream = 0; stream < kStreams; ++stream) {
-      const std::int64_t row = rows.begin + stream * ((rows.end - rows.begin) / kStreams);
+      const int64_t row = rows.begin + stream * ((rows.end - rows.begin) / kStreams);
       const char* first = reinterpret_cast<const char*>(weight_of(matrix) + row * matrix.stride);
       for (int at = 0; at < kAheadBytes; at += kLineBytes) __builtin_prefetch(first + at);
     }
@@ -229,15 +229,13 @@ class StepThread {
     return static_cast<const T*>(view.weight);
   }
 
-  T* cached(void* cache, const TokenView& token, std::int64_t head) const {
+  T* cached(void* cache, const TokenView& token, int64_t head) const {
     return static_cast<T*>(cache) + (token.sequence * d_.key_value_heads + head) * step_.capacity * d_.head_dim;
   }
 
-  std::int64_t part_index(int thread, std::int64_t row) const { return thread * step_.token_count * d_.heads + row; }
+  int64_t part_index(int thread, int64_t row) const { return thread * step_.token_count * d_.heads + row; }
 
-  float* part_output(int thread, std::int64_t row) const {
-    return scratch_.outputs + part_index(thread, row) * d_.head_dim;
-  }
+  float* part_output(int thread, int64_t row) const { return scratch_.outputs + part_index(thread, row) * d_.head_dim; }
 
   const StepView& step_;
   const DecoderView& d_;

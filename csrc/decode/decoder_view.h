@@ -11,15 +11,15 @@ namespace e3 {
 struct MatrixView {
   const void* weight = nullptr;
   const void* bias = nullptr;
-  std::int64_t rows = 0;
-  std::int64_t columns = 0;
-  std::int64_t stride = 0;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int64_t stride = 0;
 };
 
 // `size` elements are normalised together; a null weight means no normalisation.
 struct NormView {
   const void* weight = nullptr;
-  std::int64_t size = 0;
+  int64_t size = 0;
   float eps = 0;
   float offset = 0;
 };
@@ -32,24 +32,24 @@ struct LayerView {
   MatrixView query, key, value, output, gate, up, down;
   const float* cos = nullptr;  // (position, rotary_half); null: this layer has no rotary embedding
   const float* sin = nullptr;
-  std::int64_t rotary_half = 0;
+  int64_t rotary_half = 0;
   float scale = 1;
   float softcap = 0;        // 0: none
-  std::int64_t window = 0;  // a query sees this many last positions, itself included; 0: all
+  int64_t window = 0;  // a query sees this many last positions, itself included; 0: all
   void* keys = nullptr;
   void* values = nullptr;
 };
 
 // One token of the step: its place in the cache is (sequence, slot); slots before `start` are padding.
 struct TokenView {
-  std::int64_t id;
-  std::int64_t sequence;
-  std::int64_t slot;
-  std::int64_t start;
+  int64_t id;
+  int64_t sequence;
+  int64_t slot;
+  int64_t start;
 };
 
 struct DecoderView {
-  std::int64_t hidden, heads, key_value_heads, head_dim;
+  int64_t hidden, heads, key_value_heads, head_dim;
   Activation activation;
   MatrixView embedding, head;
   NormView final_norm;
@@ -60,7 +60,7 @@ struct StepView {
   const DecoderView* decoder;
   const LayerView* layers;
   int layer_count;
-  std::int64_t capacity;  // slots of a sequence's cache
+  int64_t capacity;  // slots of a sequence's cache
   const TokenView* tokens;
   int token_count;
   const int* logit_tokens;  // which tokens get logits

@@ -13,24 +13,23 @@ inline constexpr int kAheadBytes = 4096;
 
 struct Vectors {
   const float* data;
-  std::int64_t stride;
+  int64_t stride;
   int count;
 };
 
 // R rows by M vectors, one accumulator each. Rows lie `row_step` apart, and what follows each of them is fetched
 // meanwhile: R distant streams keep more of the memory busy than R neighbouring rows.
 template <int R, int M, class T>
-inline void dot_block(const T* weight, std::int64_t row_step, const float* x, std::int64_t x_stride, std::int64_t n,
+inline void dot_block(const T* weight, int64_t row_step, const float* x, int64_t x_stride, int64_t n,
                       float (&out)[R][M]) {
   Vf total[R][M] = {};
-  std::int64_t k = 0;
-  constexpr std::int64_t line = kLineBytes / sizeof(T), ahead = kAheadBytes / sizeof(T);
-  constexpr std::int64_t step = line > kLanes ? line : kLanes;
+  int64_t k = 0;
+  constexpr int64_t line = kLineBytes / sizeof(T), ahead = kAheadBytes / sizeof(T);
+  constexpr int64_t step = line > kLanes ? line : kLanes;
   for (; k + step <= n; k += step) {
     for (int r = 0; r < R; ++r)
-      for (std::int64_t part = 0; part < step; part += line)
-        __builtin_prefetch(weight + r * row_step + k + part + ahead);
-    for (std::int64_t part = 0; part < step; part += kLanes)
+      for (int64_t part = 0; part < step; part += line) __builtin_prefetch(weight + r * row_step + k + part + ahead);
+    for (int64_t part = 0; part < step; part += kLanes)
       for (int r = 0; r < R; ++r) {
         const Vf w = load(weight + r * row_step + k + part);
         for (int m = 0; m < M; ++m) total[r][m] = fma(w, load(x + m * x_stride + k + part), total[r][m]);
@@ -44,27 +43,27 @@ inline void dot_block(const T* weight, std::int64_t row_step, const float* x, st
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) {
       out[r][m] = horizontal_sum(total[r][m]);
-      for (std::int64_t rest = k; rest < n; ++rest)
+      for (int64_t rest = k; rest < n; ++rest)
         out[r][m] += load_one(weight + r * row_step + rest) * x[m * x_stride + rest];
     }
 }
 
 // Rows first, first + step, ... of the matrix by vectors [m, m + M).
 template <int R, int M, class T>
-inline void dot_rows(const T* weight, std::int64_t row_stride, std::int64_t first, std::int64_t step, const Vectors& x,
-                     int m, std::int64_t n, const T* bias, float* out, std::int64_t out_stride) {
+inline void dot_rows(const T* weight, int64_t row_stride, int64_t first, int64_t step, const Vectors& x, int m,
+                     int64_t n, const T* bias, float* out, int64_t out_stride) {
   float dots[R][M];
   dot_block<R, M>(weight + first * row_stride, step * row_stride, x.data + m * x.stride, x.stride, n, dots);
   for (int r = 0; r < R; ++r) {
-    const std::int64_t row = first + r * step;
+    const int64_t row = first + r * step;
     const float offset = bias ? load_one(bias + row) : 0.0f;
     for (int j = 0; j < M; ++j) out[(m + j) * out_stride + row] = dots[r][j] + offset;
   }
 }
 
 template <int R, class T>
-inline void dot_vectors(const T* weight, std::int64_t row_stride, std::int64_t first, std::int64_t step,
-                        const Vectors& x, std::int64_t n, const T* bias, float* out, std::int64_t out_stride) {
+inline void dot_vectors(const T* weight, int64_t row_stride, int64_t first, int64_t step, const Vectors& x, int64_t n,
+                        const T* bias, float* out, int64_t out_stride) {
   int m = 0;
   for (; m + kVectorBlock <= x.count; m += kVectorBlock)
     dot_rows<R, kVectorBlock>(weight, row_stride, first, step, x, m, n, bias, out, out_stride);
@@ -73,12 +72,12 @@ inline void dot_vectors(const T* weight, std::int64_t row_stride, std::int64_t f
 
 // Rows [begin, end) of the matrix; `out` points at row 0's place in vector 0.
 template <class T>
-void gemv(const T* weight, std::int64_t row_stride, const T* bias, std::int64_t begin, std::int64_t end, std::int64_t n,
-          const Vectors& x, float* out, std::int64_t out_stride) {
-  const std::int64_t stream = (end - begin) / kStreams;
-  for (std::int64_t row = begin; row < begin + stream; ++row)
+void gemv(const T* weight, int64_t row_stride, const T* bias, int64_t begin, int64_t end, int64_t n, const Vectors& x,
+          float* out, int64_t out_stride) {
+  const int64_t stream = (end - begin) / kStreams;
+  for (int64_t row = begin; row < begin + stream; ++row)
     dot_vectors<kStreams>(weight, row_stride, row, stream, x, n, bias, out, out_stride);
-  for (std::int64_t row = begin + kStreams * stream; row < end; ++row)
+  for (int64_t row = begin + kStreams * stream; row < end; ++row)
     dot_vectors<1>(weight, row_stride, row, 0, x, n, bias, out, out_stride);
 }
 

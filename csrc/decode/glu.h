@@ -14,8 +14,8 @@ inline Vf activate(Vf x, Activation activation) {
   return x;
 }
 
-inline void glu(float* gate, const float* up, std::int64_t n, Activation activation) {
-  std::int64_t i = 0;
+inline void glu(float* gate, const float* up, int64_t n, Activation activation) {
+  int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(gate + i, activate(load(gate + i), activation) * load(up + i));
   for (; i < n; ++i) gate[i] = activate(broadcast(gate[i]), activation)[0] * up[i];
 }

@@ -6,9 +6,9 @@
 
 namespace e3::E3_ISA_NAMESPACE {
 
-inline float sum_of_squares(const float* x, std::int64_t n) {
+inline float sum_of_squares(const float* x, int64_t n) {
   Vf total{};
-  std::int64_t i = 0;
+  int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) total = fma(load(x + i), load(x + i), total);
   float rest = horizontal_sum(total);
   for (; i < n; ++i) rest += x[i] * x[i];
@@ -17,16 +17,16 @@ inline float sum_of_squares(const float* x, std::int64_t n) {
 
 // `squares` may sum over more than this row's n elements; `count` is how many.
 template <class T>
-void rms_scale(float* out, const float* x, const T* weight, std::int64_t n, float offset, float squares,
-               std::int64_t count, float eps) {
+void rms_scale(float* out, const float* x, const T* weight, int64_t n, float offset, float squares, int64_t count,
+               float eps) {
   const float scale = rms_factor(squares, count, eps);
-  std::int64_t i = 0;
+  int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i) * scale * (load(weight + i) + offset));
   for (; i < n; ++i) out[i] = x[i] * scale * (load_one(weight + i) + offset);
 }
 
 template <class T>
-void rms_norm(float* out, const float* x, const T* weight, std::int64_t n, float offset, float eps) {
+void rms_norm(float* out, const float* x, const T* weight, int64_t n, float offset, float eps) {
   rms_scale(out, x, weight, n, offset, sum_of_squares(x, n), n, eps);
 }
 

@@ -14,8 +14,8 @@ E3_SHARED void rotate_pair(float& low, float& high, float cos, float sin) {
   low = rotated;
 }
 
-static inline void rotary(float* head, const float* cos, const float* sin, std::int64_t half) {
-  for (std::int64_t i = 0; i < half; ++i) rotate_pair(head[i], head[i + half], cos[i], sin[i]);
+static inline void rotary(float* head, const float* cos, const float* sin, int64_t half) {
+  for (int64_t i = 0; i < half; ++i) rotate_pair(head[i], head[i + half], cos[i], sin[i]);
 }
 
 }  // namespace e3

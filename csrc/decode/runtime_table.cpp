@@ -1,6 +1,7 @@
 #include "decode/runtime_table.h"
 
 #include "decode/decode_step.h"
+#include "decode/largest.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 
@@ -9,8 +10,9 @@ static void run_step(const StepView& step, SpinBarrier& barrier, int thread, int
   StepThread<T>(step, barrier, thread, threads).run();
 }
 
-static std::int64_t scratch_size(const StepView& step, int threads) { return StepScratch(step, threads, nullptr).size; }
+static int64_t scratch_size(const StepView& step, int threads) { return StepScratch(step, threads, nullptr).size; }
 
-const RuntimeTable runtime_table{Isa::E3_ISA_NAMESPACE, scratch_size, run_step<float>, run_step<bf16>, run_step<fp16>};
+const RuntimeTable runtime_table{Isa::E3_ISA_NAMESPACE, scratch_size,   run_step<float>,
+                                 run_step<bf16>,        run_step<fp16>, largest};
 
 }  // namespace e3::E3_ISA_NAMESPACE

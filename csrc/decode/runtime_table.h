@@ -1,5 +1,5 @@
-// What the runtime calls of this folder: one thread's part of a decoding step, for each storage type. Compiled once for
-// every instruction set.
+// What the runtime calls of this folder: one thread's part of a decoding step, for each storage type, and the largest
+// of the logits that come out. Compiled once for every instruction set.
 #pragma once
 
 #include "decode/decoder_view.h"
@@ -10,10 +10,18 @@ namespace e3 {
 
 using StepFunction = void (*)(const StepView& step, SpinBarrier& barrier, int thread, int threads);
 
+// The largest logit, the lowest index of it, and whether any logit is NaN.
+struct Largest {
+  int64_t index;
+  float value;
+  bool nan;
+};
+
 struct RuntimeTable {
   Isa isa;
-  std::int64_t (*scratch_size)(const StepView& step, int threads);  // floats that StepView::scratch points at
+  int64_t (*scratch_size)(const StepView& step, int threads);  // floats that StepView::scratch points at
   StepFunction step_fp32, step_bf16, step_fp16;
+  Largest (*largest)(const float* logits, int64_t count);
 };
 
 // Defined by runtime_table.cpp, in one object an instruction set.
@@ -45,6 +53,11 @@ inline const RuntimeTable& runtime_table_of(Isa isa) {
 #endif
     default: return baseline::runtime_table;
   }
+}
+
+inline const RuntimeTable& choose_runtime_table() {
+  static const RuntimeTable& table = runtime_table_of(wanted_isa());
+  return table;
 }
 
 }  // namespace e3

@@ -9,9 +9,9 @@ namespace e3::E3_ISA_NAMESPACE {
 
 // A thread's share [begin, end) of `count` items dealt in blocks.
 struct Share {
-  std::int64_t begin, end;
-  Share(std::int64_t count, int thread, int threads, std::int64_t block = 1) {
-    const std::int64_t blocks = (count + block - 1) / block;
+  int64_t begin, end;
+  Share(int64_t count, int thread, int threads, int64_t block = 1) {
+    const int64_t blocks = (count + block - 1) / block;
     begin = std::min(count, blocks * thread / threads * block);
     end = std::min(count, blocks * (thread + 1) / threads * block);
   }
@@ -20,7 +20,7 @@ struct Share {
 // Floats laid out from `base` (64-byte aligned; null to measure `size` alone). What is "by thread" is written by one
 // thread and read by all; `own` is read by its thread only.
 struct StepScratch {
-  std::int64_t size, query_width, key_width, inner, own_size;
+  int64_t size, query_width, key_width, inner, own_size;
   float* qkv;      // (token, query_width + 2·key_width): the projections
   float* queries;  // (token, query_width): normalised and rotated
   float* outputs;  // (thread, token, query_width): attention over the thread's part of the context
@@ -33,13 +33,13 @@ struct StepScratch {
 
   StepScratch(const StepView& step, int threads, float* base) {
     const DecoderView& decoder = *step.decoder;
-    const std::int64_t tokens = step.token_count;
+    const int64_t tokens = step.token_count;
     query_width = decoder.heads * decoder.head_dim;
     key_width = decoder.key_value_heads * decoder.head_dim;
     inner = 0;
     for (int i = 0; i < step.layer_count; ++i) inner = std::max(inner, step.layers[i].gate.rows);
-    std::int64_t used = 0;
-    const auto take = [&](std::int64_t count) {
+    int64_t used = 0;
+    const auto take = [&](int64_t count) {
       float* out = base ? base + used : nullptr;
       used += rounded(count);
       return out;
@@ -58,10 +58,10 @@ struct StepScratch {
   }
 
   // Of a thread's own part, the residual stream comes first, the block's input after it.
-  static std::int64_t own_residual(const StepView& step) { return rounded(step.token_count * step.decoder->hidden); }
+  static int64_t own_residual(const StepView& step) { return rounded(step.token_count * step.decoder->hidden); }
 
  private:
-  static std::int64_t rounded(std::int64_t count) { return (count + 15) / 16 * 16; }
+  static int64_t rounded(int64_t count) { return (count + 15) / 16 * 16; }
 };
 
 }  // namespace e3::E3_ISA_NAMESPACE

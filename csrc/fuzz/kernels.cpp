@@ -168,7 +168,7 @@ void run_entropy_kl(Source& source, const OpsTable& table) {
                           {teacher_type, teacher.get(), c.vocabulary + gap},
                           c.transform,
                           {1.0f, source.coin() ? 20.0f : 0.0f, c.transform.temperature},
-                          static_cast<Divergence>(source.byte() % 3),
+                          static_cast<Divergence>(source.byte() % 4),
                           0.3,
                           c.objective};
   run_loss(source, c, problem, student_type, gap == 0 ? student.get() : nullptr, student.finite() && teacher.finite(),
@@ -203,7 +203,7 @@ void run_topk_kl(Source& source, const OpsTable& table) {
                        ids.data(),
                        c.transform,
                        static_cast<Tail>(source.byte() % 3),
-                       static_cast<Divergence>(source.byte() % 3),
+                       static_cast<Divergence>(source.byte() % 4),
                        0.3,
                        c.objective};
   run_loss(source, c, problem, dtype, gap == 0 ? student.get() : nullptr, finite, table.topk_kl,

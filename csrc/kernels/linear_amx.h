@@ -12,9 +12,9 @@
 #if defined(__AMX_BF16__)
 
 #include "kernels/problem.h"
-#include "kernels/token_loss.h"
 #include "simd/parallel.h"
 #include "simd/prefetch_rows.h"
+#include "simd/scratch.h"
 #include "simd/transpose.h"
 #include "simd/words.h"
 

@@ -10,10 +10,14 @@
 namespace e3 {
 
 enum class Weighting : int { none, entropy, inverse, mix };
-enum class Divergence : int { forward, reverse, jsd };
+enum class Divergence : int { forward, reverse, jsd, adaptive };
 enum class Tail : int { bucket, renorm, truncated };
 enum class Reduction : int { none, mean, sum };
 enum class Relaxation : int { threshold, softmax, successive };
+
+// Whether KL(p‖q), and whether KL(q‖p), is a part of the divergence.
+constexpr bool has_forward(Divergence d) { return d == Divergence::forward || d == Divergence::adaptive; }
+constexpr bool has_reverse(Divergence d) { return d == Divergence::reverse || d == Divergence::adaptive; }
 
 // loss = Σ w·[λT²·D + (1−λ)·CE] / norm over the valid tokens; see Weighting for w.
 struct Objective {

@@ -25,7 +25,8 @@ inline constexpr float kPlainReference = 1024.0f;
 
 inline bool serves_plain(float reference) { return std::fabs(reference) <= kPlainReference; }
 
-inline int padded(int count) { return (count + kStep - 1) / kStep * kStep; }
+inline int64_t whole_steps(int64_t columns) { return (columns + kStep - 1) / kStep * kStep; }
+inline int padded(int count) { return static_cast<int>(whole_steps(count)); }
 
 // Brings the lines of a row, read later, towards the core while a loop computes, kStep values of them a step.
 //

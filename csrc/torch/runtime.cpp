@@ -1,8 +1,8 @@
 // e3kernels._runtime: what needs ATen. The layer-skipping decoder runtime and gumbel_topk's autograd, bound to Python.
 #include <torch/extension.h>
 
+#include "torch/gumbel_topk_autograd.h"
 #include "torch/runtime/generate.h"
-#include "torch/runtime/gumbel_topk.h"
 #include "torch/runtime/speculative.h"
 
 namespace py = pybind11;
@@ -24,7 +24,7 @@ std::optional<Weight> optional_weight(const std::string& name, const std::option
 void bind_model(py::module_& module) {
   py::class_<Linear>(module, "Linear")
       .def(py::init([](const std::string& name, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                       std::int64_t first, std::int64_t rows) {
+                       int64_t first, int64_t rows) {
              return Linear{Weight(name + ".weight", weight), optional_weight(name + ".bias", bias), first, rows};
            }),
            py::arg("name"), py::arg("weight"), py::arg("bias"), py::arg("first"), py::arg("rows"));
@@ -97,7 +97,7 @@ void bind_cache(py::module_& module) {
 
 // Calls `on_tokens` (None: nothing to call) with the GIL held and lets Ctrl-C through after every token.
 OnTokens with_signals(const py::object& on_tokens) {
-  return [&on_tokens](const std::vector<std::int64_t>& tokens) -> std::vector<bool> {
+  return [&on_tokens](const std::vector<int64_t>& tokens) -> std::vector<bool> {
     const py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals()) throw py::error_already_set();
     if (on_tokens.is_none()) return {};
@@ -115,13 +115,13 @@ void bind_decoder(py::module_& module) {
       }))
       .def(
           "new_cache",
-          [](const Decoder& decoder, const Plan& plan, std::int64_t batch, std::int64_t capacity) {
+          [](const Decoder& decoder, const Plan& plan, int64_t batch, int64_t capacity) {
             return std::make_shared<Cache>(decoder.model(), plan, batch, capacity);
           },
           py::arg("plan"), py::arg("batch"), py::arg("capacity"))
       .def(
           "append",
-          [](Decoder& decoder, Cache& cache, const at::Tensor& ids, std::int64_t keep) {
+          [](Decoder& decoder, Cache& cache, const at::Tensor& ids, int64_t keep) {
             const at::NoGradGuard inference;
             return decoder.append(cache, ids, keep);
           },
@@ -153,9 +153,9 @@ void bind_decoder(py::module_& module) {
 
 void bind_request(py::module_& module) {
   py::class_<Request>(module, "Request")
-      .def(py::init([](std::int64_t max_new_tokens, std::int64_t min_new_tokens, std::vector<std::int64_t> eos,
-                       std::int64_t pad, bool sample, double temperature, std::int64_t top_k, double top_p,
-                       double min_p, double repetition_penalty, std::int64_t no_repeat_ngram_size, std::uint64_t seed) {
+      .def(py::init([](int64_t max_new_tokens, int64_t min_new_tokens, std::vector<int64_t> eos, int64_t pad,
+                       bool sample, double temperature, int64_t top_k, double top_p, double min_p,
+                       double repetition_penalty, int64_t no_repeat_ngram_size, uint64_t seed) {
              Request request{.max_new_tokens = max_new_tokens,
                              .pad = pad,
                              .sampling = {.sample = sample,

@@ -69,7 +69,9 @@ def entropy_kl(
             w = 1 and the token's loss is r·T²·D + (1 − r)·CE.
         gamma: γ ≥ 0.
         kd_ratio: λ in [0, 1]; below 1 needs labels.
-        divergence: "forward" KL(p‖q), "reverse" KL(q‖p), or "jsd" β·KL(p‖m) + (1 − β)·KL(q‖m), m = βp + (1 − β)q.
+        divergence: "forward" KL(p‖q), "reverse" KL(q‖p), "jsd" β·KL(p‖m) + (1 − β)·KL(q‖m), m = βp + (1 − β)q, or
+            "adaptive" r·KL(p‖q) + (1 − r)·KL(q‖p): where the teacher is sure the student must not spread, where it is
+            not it must cover (after arXiv 2603.07079; our definition of the weight).
         beta: β of "jsd", strictly between 0 and 1.
         num_items: replaces Σw in the mean, for gradient accumulation: greater than 0, an int or a 0-dim tensor.
         student_softcap, teacher_softcap, student_scale, teacher_scale: what the models do to their logits.
@@ -82,7 +84,8 @@ def entropy_kl(
 
     Returns:
         The loss, 0-dim or (...) for "none", fp32 (fp64 for float64). No valid token gives 0, attached to the graph.
-        A student logit of −∞ where p > 0 gives +∞, where p = 0 nothing; NaN gives NaN.
+        A student logit of −∞ where p > 0 gives +∞, where p = 0 nothing; of "reverse", and of "adaptive" where r < 1, a
+        teacher logit of −∞ where q > 0 does. NaN gives NaN.
 
     Raises:
         ValueError, TypeError: an argument's value, shape, device or dtype is wrong; the message names it.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from e3kernels.reference.columns import WHOLE, Columns
-from e3kernels.reference.divergence import divergence, entropy
+from e3kernels.reference.divergence import divergence, entropy, entropy_share
 from e3kernels.reference.token_loss import (
     Objective,
     TeacherTerm,
@@ -34,15 +34,17 @@ def _tokens(
     teacher_logits, _ = model_logits(teacher, teacher_scale, teacher_softcap)
     log_p = columns.log_softmax(teacher_logits / options.temperature)
     support = torch.full_like(log_p[:, 0], columns.count(log_p))
+    teacher_entropy = columns.total(entropy(log_p))
+    share = entropy_share(teacher_entropy, support)
 
     def measure(u: Tensor) -> TeacherTerm:
         log_q = columns.log_softmax(u)
-        value, g = divergence(log_p, log_q, options.divergence, options.beta)
+        value, g = divergence(log_p, log_q, options.divergence, options.beta, share)
 
         def gradient() -> Tensor:
             return g - log_q.exp() * columns.total(g.sum(-1, keepdim=True))
 
-        return TeacherTerm(columns.total(value), columns.total(entropy(log_p)), support, gradient)
+        return TeacherTerm(columns.total(value), teacher_entropy, support, gradient)
 
     valid = valid_tokens(student, labels, token_mask, ignore_index)
     return token_loss(student, measure, labels, valid, options, columns)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from e3kernels.contract import DIVERGENCES, REDUCTIONS, WEIGHTINGS, accumulate_dtype
 from e3kernels.reference.columns import WHOLE, Columns
-from e3kernels.reference.divergence import weighted
+from e3kernels.reference.divergence import entropy_share, weighted
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def model_logits(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, 
 
 def _coefficients(term: TeacherTerm, options: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """The weight of each token, and the factors of T²·D and of CE in its loss."""
-    ratio = (term.entropy / term.support.clamp(min=2).to(term.entropy.dtype).log()).clamp(0, 1)
+    ratio = entropy_share(term.entropy, term.support)
     weight = torch.ones_like(ratio)
     if options.weighting == "mix":
         return weight, ratio, 1 - ratio

@@ -1,6 +1,7 @@
 """Reference `topk_kl`: the divergence from a teacher of whom k log-probabilities a token are stored.
 
-    bucket      k + 1 events: the stored ids, and all others together with p = 1 − Σp on either side
+    bucket      k + 1 events: the stored ids, and all others together with p = 1 − Σp on either side. What is stored is
+                rounded: where KL(q‖p) counts and q > 0 there, the bucket's p is held at 2⁻²⁴ or above
     renorm      both sides renormalised over the stored ids
     truncated   Σ p(log p − log q) over the stored ids; not a divergence
 
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from e3kernels.contract import TAILS, accumulate_dtype
+from e3kernels.contract import STORED_RESOLUTION, TAILS, accumulate_dtype
 from e3kernels.reference.columns import WHOLE, Columns
-from e3kernels.reference.divergence import divergence, entropy, weighted
+from e3kernels.reference.divergence import divergence, entropy, entropy_share, weighted
 from e3kernels.reference.token_loss import Objective, TeacherTerm, TokenLoss, forward, token_loss, valid_tokens
 
 
@@ -27,9 +28,20 @@ class StoredTeacher(NamedTuple):
     ids: Tensor
     kept: Tensor
 
-    def measured(self, divergence: Tensor, gradient: Callable[[], Tensor]) -> TeacherTerm:
-        """The divergence with the entropy of the kept probabilities, renormalised, and their number."""
-        return TeacherTerm(divergence, entropy(_log_renormalised(self.log_p, self.kept)), self.kept.sum(-1), gradient)
+    def entropy(self) -> Tensor:
+        """Of the kept probabilities, renormalised."""
+        return entropy(_log_renormalised(self.log_p, self.kept))
+
+    def support(self) -> Tensor:
+        return self.kept.sum(-1)
+
+    def compared(self, log_p: Tensor, log_q: Tensor, options: Objective) -> tuple[Tensor, Tensor]:
+        """The divergence of events with these log-probabilities, and its g."""
+        share = entropy_share(self.entropy(), self.support())
+        return divergence(log_p, log_q, options.divergence, options.beta, share)
+
+    def measured(self, value: Tensor, gradient: Callable[[], Tensor]) -> TeacherTerm:
+        return TeacherTerm(value, self.entropy(), self.support(), gradient)
 
 
 def first_of_each(ids: Tensor, kept: Tensor) -> Tensor:
@@ -49,7 +61,7 @@ def _log_renormalised(values: Tensor, kept: Tensor) -> Tensor:
 def _renorm(u: Tensor, teacher: StoredTeacher, options: Objective, columns: Columns) -> TeacherTerm:
     log_p = _log_renormalised(teacher.log_p, teacher.kept)
     log_q = _log_renormalised(columns.gather(u, teacher.ids), teacher.kept)
-    value, g = divergence(log_p, log_q, options.divergence, options.beta)
+    value, g = teacher.compared(log_p, log_q, options)
 
     def gradient() -> Tensor:
         stored = g - log_q.exp() * g.sum(-1, keepdim=True)
@@ -73,9 +85,12 @@ def _with_normaliser(u: Tensor, teacher: StoredTeacher, tail: str, options: Obje
     if tail == "bucket":
         mass = (-torch.expm1(log_p.logsumexp(-1, keepdim=True))).clamp(min=0)
         none_left = columns.total(stored.sum(-1, keepdim=True)) == columns.count(u)
+        log_q_rest = (largest_rest - largest) + (log_rest - log_z)
+        if options.divergence in ("reverse", "adaptive"):
+            mass = torch.where(log_q_rest == -torch.inf, mass, mass.clamp(min=STORED_RESOLUTION))
         log_p = torch.cat((log_p, torch.where(none_left, 0.0, mass).log()), -1)
-        log_q = torch.cat((log_q, (largest_rest - largest) + (log_rest - log_z)), -1)
-    value, g = divergence(log_p, log_q, options.divergence, options.beta)
+        log_q = torch.cat((log_q, log_q_rest), -1)
+    value, g = teacher.compared(log_p, log_q, options)
 
     def gradient() -> Tensor:
         width = teacher.ids.shape[-1]

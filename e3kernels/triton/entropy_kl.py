@@ -1,6 +1,6 @@
 """entropy_kl as Triton kernels: statistics, tokens, loss, gradient.
 
-    statistics (row, split)   one sweep over a part of the row: nine numbers, see statistics.py
+    statistics (row, split)   one sweep over a part of the row: eleven numbers, see statistics.py
     join       (rows)         for a vocabulary that ranks share: a rank's splits as one, before all gather theirs
     mixture    (row, split)   JSD only: sums over the mixture need both normalisers, hence a second sweep
     tokens     (rows)         joins the splits: divergence, entropy, cross-entropy, weight, per-token loss
@@ -9,7 +9,8 @@
     row        (row)          all of it but the loss, where no denominator is awaited: the second read comes from L2
 
 The gradients of the divergences, for one token and up to 1/T·∂(capped logit)/∂x, are: forward q − p; reverse
-q(log q − log p − KL(q‖p)); JSD with the mixture r = β·p + (1−β)·q, (1−β)·q(log q − log r − KL(q‖r)).
+q(log q − log p − KL(q‖p)); adaptive α times the first and 1 − α times the second; JSD with the mixture
+r = β·p + (1−β)·q, (1−β)·q(log q − log r − KL(q‖r)).
 """
 
 import math
@@ -38,6 +39,7 @@ from e3kernels.triton.scalars import (
     teacher_transform,
 )
 from e3kernels.triton.statistics import (
+    ADAPTIVE,
     FORWARD,
     JSD,
     NO_MASS,
@@ -59,41 +61,59 @@ from e3kernels.triton.sweeps import (
     sweep_pair,
     sweep_zero,
 )
-from e3kernels.triton.tokens import ENTROPY, INVERSE, is_valid, of_columns, store_tokens, weigh_tokens
+from e3kernels.triton.tokens import ENTROPY, INVERSE, entropy_share, is_valid, of_columns, store_tokens, weigh_tokens
 
 NONE = REDUCTIONS.index("none")
 
 
 @triton.jit
-def _closed_divergence(pair, inverse_temperature, DIVERGENCE: tl.constexpr):
-    """KL(p‖q) or KL(q‖p) from the joined statistics."""
-    log_s = tl.log(pair.student.total)
-    log_t = tl.log(pair.teacher.total)
-    if DIVERGENCE == FORWARD:
-        unmatched = (pair.gap - pair.teacher.top) * inverse_temperature - log_t
-        value = pair.b / pair.teacher.total / UNIT + (log_s - log_t)
-    else:
-        unmatched = (pair.gap - pair.student.top) * inverse_temperature - log_s
-        value = pair.b / pair.student.total / UNIT + (log_t - log_s)
+def _kl(cross, first, second, inverse_temperature):
+    """The divergence of the second model from the first, from their joined statistics."""
+    log_first = tl.log(first.total)
+    unmatched = (cross.gap - first.top) * inverse_temperature - log_first
+    value = cross.b / first.total / UNIT + (tl.log(second.total) - log_first)
     return tl.where(unmatched > NO_MASS, float("inf"), value)
 
 
 @triton.jit
+def _entropy(teacher):
+    return tl.log(teacher.total) - teacher.a / teacher.total
+
+
+@triton.jit
+def _closed_divergence(pair, log_support, inverse_temperature, DIVERGENCE: tl.constexpr):
+    """(D, the term and the share of its gradient) from the joined statistics, for all but the JSD."""
+    share = tl.full(pair.teacher.total.shape, 0.0, tl.float32)
+    if DIVERGENCE == FORWARD:
+        term = _kl(pair.forward, pair.teacher, pair.student, inverse_temperature)
+        divergence = term
+    else:
+        term = _kl(pair.reverse, pair.student, pair.teacher, inverse_temperature)
+        divergence = term
+        if DIVERGENCE == ADAPTIVE:
+            share = entropy_share(_entropy(pair.teacher), tl.cast(log_support, tl.float32))
+            forward = _kl(pair.forward, pair.teacher, pair.student, inverse_temperature)
+            divergence = tl.where(share == 0.0, 0.0, share * forward)
+            divergence += tl.where(share == 1.0, 0.0, (1.0 - share) * term)
+    return divergence, term, share
+
+
+@triton.jit
 def _token_terms(
-    stats_ptr, loss_ptr, row, N, valid, pair, y_label, divergence, term, log_support, temperature, scalars_ptr,
-    WEIGHTING: tl.constexpr, HAS_LABELS: tl.constexpr,
+    stats_ptr, loss_ptr, row, N, valid, pair, y_label, divergence, term, share, log_support, temperature,
+    scalars_ptr, WEIGHTING: tl.constexpr, HAS_LABELS: tl.constexpr,
 ):  # fmt: skip
     """Store the statistics and losses of tokens with joined statistics; what their gradients need."""
     student, teacher = pair.student, pair.teacher
     log_t = tl.log(teacher.total)
     log_1 = tl.log(student.total_1)
-    entropy = log_t - teacher.a / teacher.total
+    entropy = _entropy(teacher)
     cross_entropy = (student.top - y_label) + log_1 if HAS_LABELS else tl.full(entropy.shape, 0.0, tl.float32)
     kd, ce = weigh_tokens(
         stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, tl.cast(log_support, tl.float32),
         temperature, scalars_ptr, WEIGHTING, HAS_LABELS,
     )  # fmt: skip
-    return Terms(student.top, tl.log(student.total), log_1, teacher.top, log_t, term, kd, ce)
+    return Terms(student.top, tl.log(student.total), log_1, teacher.top, log_t, term, kd, ce, share)
 
 
 @triton.jit
@@ -183,12 +203,12 @@ def entropy_kl_tokens(
         from_teacher = tl.sum(tl.load(mixture_ptr + index * 2 + 1, mask=present, other=0.0), axis=1)
         mix = mixing(scalars_ptr)
         divergence = mix.beta * from_teacher + mix.rest * term
+        share = tl.full(term.shape, 0.0, tl.float32)
     else:
-        term = _closed_divergence(pair, inverse_temperature, DIVERGENCE)
-        divergence = term
+        divergence, term, share = _closed_divergence(pair, log_support, inverse_temperature, DIVERGENCE)
     terms = _token_terms(
-        stats_ptr, loss_ptr, row, N, valid, pair, tl.sum(y_label, axis=1), divergence, term, log_support, temperature,
-        scalars_ptr, WEIGHTING, HAS_LABELS,
+        stats_ptr, loss_ptr, row, N, valid, pair, tl.sum(y_label, axis=1), divergence, term, share, log_support,
+        temperature, scalars_ptr, WEIGHTING, HAS_LABELS,
     )  # fmt: skip
     store_terms(terms_ptr + row * TERMS, valid, terms)
 
@@ -245,14 +265,14 @@ def entropy_kl_row(
             tl.log(pair.teacher.total), inverse_temperature, mix, LANES, VEC, UNROLL,
         )  # fmt: skip
         divergence = mix.beta * from_teacher + mix.rest * term
+        share = tl.full(term.shape, 0.0, tl.float32)
     else:
-        term = _closed_divergence(pair, inverse_temperature, DIVERGENCE)
-        divergence = term
+        divergence, term, share = _closed_divergence(pair, log_support, inverse_temperature, DIVERGENCE)
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
     y_label = label_logit(student, label, 0, V) if HAS_LABELS else 0.0
     terms = _token_terms(
-        stats_ptr, loss_ptr, row, N, valid, pair, y_label, divergence, term, log_support, temperature, scalars_ptr,
-        WEIGHTING, HAS_LABELS,
+        stats_ptr, loss_ptr, row, N, valid, pair, y_label, divergence, term, share, log_support, temperature,
+        scalars_ptr, WEIGHTING, HAS_LABELS,
     )  # fmt: skip
     incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
     tl.debug_barrier()  # the gradient may overwrite the logits: the label's must have been read
@@ -288,7 +308,7 @@ class DenseCall(NamedTuple):
 
 
 class DenseTokens(NamedTuple):
-    """Per-token results: stats (4, N), weighted losses (N,), and the terms of the rows' gradients (N, 8)."""
+    """Per-token results: stats (4, N), weighted losses (N,), and the terms of the rows' gradients (N, 9)."""
 
     stats: Tensor
     losses: Tensor
@@ -307,7 +327,7 @@ def prepared(
 
 
 def partial_statistics(d: DenseCall) -> Tensor:
-    """(N, splits, 9): the statistics of each part of each row."""
+    """(N, splits, 11): the statistics of each part of each row."""
     (N, V), device = d.student.shape, d.student.device
     sweep = sweep_of("entropy_kl_statistics", device, d.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
@@ -321,7 +341,7 @@ def partial_statistics(d: DenseCall) -> Tensor:
 
 
 def joined(d: DenseCall, partial: Tensor) -> Tensor:
-    """(N, 9): the parts of each row as one."""
+    """(N, 11): the parts of each row as one."""
     N, splits = partial.shape[:2]
     joined = partial.new_empty(N, PAIR_FIELDS.value)
     options = joining(splits)

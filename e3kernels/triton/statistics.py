@@ -4,7 +4,7 @@ For inputs x a model's logits at T = 1 are y = cap·tanh(scale·x / cap), or sca
 and sums rescaled to them give, in one sweep, with u = (y − m)/T of each model,
 
     S_s = Σ e^{us}    C = Σ e^{ys−ms}    S_t = Σ e^{ut}    A = Σ e^{ut}·ut
-    B = Σ e^{ut}(ut − us)        (forward; the reverse divergence has the models exchanged)
+    B = Σ e^{ut}(ut − us)        (forward; the reverse divergence has the models exchanged, the adaptive one has both)
 
 so that  log Z_s = ms/T + log S_s,  log Z_s(T=1) = ms + log C,  H = log S_t − A/S_t,
          KL(p‖q) = B/S_t − log S_t + log S_s.
@@ -29,11 +29,12 @@ from e3kernels.triton.scalars import Transform
 FORWARD: tl.constexpr = tl.constexpr(0)
 REVERSE: tl.constexpr = tl.constexpr(1)
 JSD: tl.constexpr = tl.constexpr(2)
+ADAPTIVE: tl.constexpr = tl.constexpr(3)
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # the smallest finite float32
 UNIT: tl.constexpr = tl.constexpr(2.0**-24)  # of B, so many to a nat
 NO_MASS: tl.constexpr = tl.constexpr(-745.0)  # e to it is 0 even in float64
 STUDENT_FIELDS: tl.constexpr = tl.constexpr(4)  # ms, S_s, C, label logit
-PAIR_FIELDS: tl.constexpr = tl.constexpr(9)  # the student's, then mt, S_t, A, B, gap
+PAIR_FIELDS: tl.constexpr = tl.constexpr(11)  # the student's, then mt, S_t, A, and B and gap of both directions
 
 
 class Student(NamedTuple):
@@ -52,13 +53,20 @@ class Teacher(NamedTuple):
     a: tl.tensor
 
 
+class Cross(NamedTuple):
+    """B and `gap` of one direction."""
+
+    b: tl.tensor
+    gap: tl.tensor
+
+
 class Pair(NamedTuple):
-    """The statistics of both models, B and `gap`."""
+    """The statistics of both models and of what each has beyond the other, empty in a direction not asked for."""
 
     student: Student
     teacher: Teacher
-    b: tl.tensor
-    gap: tl.tensor
+    forward: Cross
+    reverse: Cross
 
 
 class Row(NamedTuple):
@@ -113,7 +121,8 @@ def no_pair(LANES: tl.constexpr):
     """What a lane that has seen nothing holds."""
     lowest = tl.full([LANES], LOWEST, tl.float32)
     zero = tl.zeros([LANES], tl.float32)
-    return Pair(no_student(LANES), Teacher(lowest, zero, zero), zero, tl.full([LANES], float("-inf"), tl.float32))
+    cross = Cross(zero, tl.full([LANES], float("-inf"), tl.float32))
+    return Pair(no_student(LANES), Teacher(lowest, zero, zero), cross, cross)
 
 
 @triton.jit
@@ -144,20 +153,22 @@ def fold_pair(p, ys, yt, inverse_temperature, DIVERGENCE: tl.constexpr, HAS_LABE
     et = tl.exp(ut)
     us = tl.maximum(us, LOWEST)
     ut = tl.maximum(ut, LOWEST)
-    b, gap = p.b, p.gap
-    if DIVERGENCE == FORWARD:
-        gap = tl.maximum(gap, tl.max(tl.where(ys == float("-inf"), yt, float("-inf")), axis=1))
-        b = rt * (b + t.total * (dt * UNIT - ds * UNIT)) + tl.sum(et * (ut * UNIT - us * UNIT), axis=1)
-    elif DIVERGENCE == REVERSE:
-        gap = tl.maximum(gap, tl.max(tl.where(yt == float("-inf"), ys, float("-inf")), axis=1))
-        b = rs * (b + s.total * (ds * UNIT - dt * UNIT)) + tl.sum(es * (us * UNIT - ut * UNIT), axis=1)
+    forward, reverse = p.forward, p.reverse
+    if DIVERGENCE == FORWARD or DIVERGENCE == ADAPTIVE:
+        gap = tl.maximum(forward.gap, tl.max(tl.where(ys == float("-inf"), yt, float("-inf")), axis=1))
+        b = rt * (forward.b + t.total * (dt * UNIT - ds * UNIT)) + tl.sum(et * (ut * UNIT - us * UNIT), axis=1)
+        forward = Cross(b, gap)
+    if DIVERGENCE == REVERSE or DIVERGENCE == ADAPTIVE:
+        gap = tl.maximum(reverse.gap, tl.max(tl.where(yt == float("-inf"), ys, float("-inf")), axis=1))
+        b = rs * (reverse.b + s.total * (ds * UNIT - dt * UNIT)) + tl.sum(es * (us * UNIT - ut * UNIT), axis=1)
+        reverse = Cross(b, gap)
     a = rt * (t.a + t.total * tl.maximum(dt, NO_MASS)) + tl.sum(et * ut, axis=1)
     total_t = t.total * rt + tl.sum(et, axis=1)
     total_s = s.total * rs + tl.sum(es, axis=1)
     total_1 = s.total_1
     if HAS_LABELS:
         total_1 = total_1 * tl.exp(s.top - top_s) + tl.sum(tl.exp(ys - top_s[:, None]), axis=1)
-    return Pair(Student(top_s, total_s, total_1), Teacher(top_t, total_t, a), b, gap)
+    return Pair(Student(top_s, total_s, total_1), Teacher(top_t, total_t, a), forward, reverse)
 
 
 @triton.jit
@@ -178,13 +189,16 @@ def merge_pair(p, inverse_temperature, DIVERGENCE: tl.constexpr, AXIS: tl.conste
     ds = below(s.top, tl.expand_dims(student.top, AXIS), inverse_temperature)
     dt = below(t.top, tl.expand_dims(top_t, AXIS), inverse_temperature)
     rt = tl.exp(dt)
-    if DIVERGENCE == REVERSE:
-        b = tl.exp(ds) * (p.b + s.total * (ds * UNIT - dt * UNIT))
-    else:
-        b = rt * (p.b + t.total * (dt * UNIT - ds * UNIT))
+    b_forward, b_reverse = p.forward.b, p.reverse.b
+    if DIVERGENCE == FORWARD or DIVERGENCE == ADAPTIVE:
+        b_forward = rt * (b_forward + t.total * (dt * UNIT - ds * UNIT))
+    if DIVERGENCE == REVERSE or DIVERGENCE == ADAPTIVE:
+        b_reverse = tl.exp(ds) * (b_reverse + s.total * (ds * UNIT - dt * UNIT))
     a = tl.sum(rt * (t.a + t.total * tl.maximum(dt, NO_MASS)), axis=AXIS)
     teacher = Teacher(top_t, tl.sum(t.total * rt, axis=AXIS), a)
-    return Pair(student, teacher, tl.sum(b, axis=AXIS), tl.max(p.gap, axis=AXIS))
+    forward = Cross(tl.sum(b_forward, axis=AXIS), tl.max(p.forward.gap, axis=AXIS))
+    reverse = Cross(tl.sum(b_reverse, axis=AXIS), tl.max(p.reverse.gap, axis=AXIS))
+    return Pair(student, teacher, forward, reverse)
 
 
 @triton.jit
@@ -211,9 +225,9 @@ def load_pair(p, mask):
     top = tl.load(p + 4, mask=mask, other=LOWEST)
     total = tl.load(p + 5, mask=mask, other=0.0)
     a = tl.load(p + 6, mask=mask, other=0.0)
-    b = tl.load(p + 7, mask=mask, other=0.0)
-    gap = tl.load(p + 8, mask=mask, other=float("-inf"))
-    return Pair(student, Teacher(top, total, a), b, gap), y_label
+    forward = Cross(tl.load(p + 7, mask=mask, other=0.0), tl.load(p + 8, mask=mask, other=float("-inf")))
+    reverse = Cross(tl.load(p + 9, mask=mask, other=0.0), tl.load(p + 10, mask=mask, other=float("-inf")))
+    return Pair(student, Teacher(top, total, a), forward, reverse), y_label
 
 
 @triton.jit
@@ -222,5 +236,7 @@ def store_pair(p, mask, pair, y_label):
     tl.store(p + 4, pair.teacher.top, mask=mask)
     tl.store(p + 5, pair.teacher.total, mask=mask)
     tl.store(p + 6, pair.teacher.a, mask=mask)
-    tl.store(p + 7, pair.b, mask=mask)
-    tl.store(p + 8, pair.gap, mask=mask)
+    tl.store(p + 7, pair.forward.b, mask=mask)
+    tl.store(p + 8, pair.forward.gap, mask=mask)
+    tl.store(p + 9, pair.reverse.b, mask=mask)
+    tl.store(p + 10, pair.reverse.gap, mask=mask)

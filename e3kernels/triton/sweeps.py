@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from e3kernels.triton.statistics import (
+    ADAPTIVE,
     FORWARD,
     REVERSE,
     fold_pair,
@@ -26,7 +27,8 @@ from e3kernels.triton.statistics import (
 
 
 class Terms(NamedTuple):
-    """What the gradient of one token's loss needs beside its logits; `term` is KL(q‖p) or KL(q‖r), unused if forward.
+    """What the gradient of one token's loss needs beside its logits; `term` is KL(q‖p) or KL(q‖r), unused if forward,
+    and `share` the weight of the forward part of the adaptive divergence.
 
     log Z_s = top_s/T + log_s, log Z_s(T=1) = top_s + log_1, log Z_t = top_t/T + log_t: added up, a maximum of 1e38
     would swallow the rest. kd and ce are the factors of the divergence and of the cross-entropy in the loss.
@@ -40,6 +42,7 @@ class Terms(NamedTuple):
     term: tl.tensor
     kd: tl.tensor
     ce: tl.tensor
+    share: tl.tensor
 
 
 TERMS: tl.constexpr = tl.constexpr(len(Terms._fields))
@@ -49,7 +52,7 @@ TERMS: tl.constexpr = tl.constexpr(len(Terms._fields))
 def load_terms(p):
     return Terms(
         tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5), tl.load(p + 6),
-        tl.load(p + 7),
+        tl.load(p + 7), tl.load(p + 8),
     )  # fmt: skip
 
 
@@ -162,6 +165,9 @@ def sweep_gradient(
                 g = q - tl.exp(log_p)
             elif DIVERGENCE == REVERSE:
                 g = tl.where(q > 0, q * (log_q - log_p - terms.term), q)
+            elif DIVERGENCE == ADAPTIVE:
+                g = tl.where(q > 0, q * (log_q - log_p - terms.term), q) * (1.0 - terms.share)
+                g = tl.where(terms.share == 1.0, 0.0, g) + terms.share * (q - tl.exp(log_p))
             else:
                 gap_q, _ = mixture_gaps(log_q, log_p, mix)
                 g = mix.rest * q * (gap_q - terms.term)

@@ -35,10 +35,16 @@ def is_valid(row, inside, labels_ptr, mask_ptr, ignore_index, HAS_LABELS: tl.con
 
 
 @triton.jit
+def entropy_share(entropy, log_support):
+    """H/log S in [0, 1], 0 where S <= 1; NaN stays."""
+    share = tl.where(log_support > 0, entropy / log_support, 0.0)
+    return tl.where(share < 0.0, 0.0, tl.where(share > 1.0, 1.0, share))
+
+
+@triton.jit
 def _coefficients(entropy, log_support, temperature, gamma, kd_ratio, WEIGHTING: tl.constexpr):
     """(w, kd, ce) with the token's loss kd·divergence + ce·CE and its weight w; method.md defines them."""
-    share = tl.where(log_support > 0, entropy / log_support, 0.0)
-    share = tl.where(share < 0.0, 0.0, tl.where(share > 1.0, 1.0, share))  # which keeps NaN
+    share = entropy_share(entropy, log_support)
     weight = tl.full(entropy.shape, 1.0, tl.float32) if WEIGHTING == 0 else 0.0 * entropy + 1.0
     if WEIGHTING == ENTROPY:
         weight = tl.where(gamma == 0.0, 1.0, 1.0 + gamma * share)

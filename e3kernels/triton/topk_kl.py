@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from e3kernels.contract import REDUCTIONS
+from e3kernels.contract import REDUCTIONS, STORED_RESOLUTION
 from e3kernels.reference.columns import WHOLE, Columns
 from e3kernels.reference.token_loss import model_logits
 from e3kernels.triton.launch import contiguous, joining, split_of, sweep_of, warps
@@ -36,6 +36,7 @@ from e3kernels.triton.scalars import (
     student_transform,
 )
 from e3kernels.triton.statistics import (
+    ADAPTIVE,
     FORWARD,
     LOWEST,
     REVERSE,
@@ -47,10 +48,11 @@ from e3kernels.triton.statistics import (
     store_student,
 )
 from e3kernels.triton.sweeps import label_logit, lane_columns, sweep_unstored, sweep_zero
-from e3kernels.triton.tokens import is_valid, of_columns, weigh_tokens
+from e3kernels.triton.tokens import entropy_share, is_valid, of_columns, weigh_tokens
 
 BUCKET: tl.constexpr = tl.constexpr(0)
 RENORM: tl.constexpr = tl.constexpr(1)
+RESOLUTION: tl.constexpr = tl.constexpr(STORED_RESOLUTION)
 NONE = REDUCTIONS.index("none")
 ROWS = 1  # tokens of one program of the tokens and stored kernels: k² comparisons in fp64 fill its registers
 
@@ -165,8 +167,8 @@ def _expected(p, value):
 
 
 @triton.jit
-def _event_terms(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
-    """(an event's share of D, its g) as in divergence.py of the reference."""
+def _event_terms(log_p, log_q, beta, alpha, DIVERGENCE: tl.constexpr):
+    """(an event's part of D, its g) as in divergence.py of the reference; `alpha` is the adaptive one's."""
     p = tl.exp(log_p)
     q = tl.exp(log_q)
     if DIVERGENCE == FORWARD:
@@ -174,6 +176,9 @@ def _event_terms(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
     elif DIVERGENCE == REVERSE:
         terms = _expected(q, log_q - log_p)
         return terms, terms
+    elif DIVERGENCE == ADAPTIVE:
+        reverse = _expected(1.0 - alpha, _expected(q, log_q - log_p))
+        return _expected(alpha, _expected(p, log_p - log_q)) + reverse, reverse - alpha * p
     else:
         log_m = _log_add(log_p + tl.log(beta), log_q + tl.log(1.0 - beta))
         terms = (1.0 - beta) * _expected(q, log_q - log_m)
@@ -235,19 +240,23 @@ def topk_kl_tokens(
     log_total = _log_sum(log_p, 1)
     renormalised = tl.where(first, log_p - log_total, float("-inf"))
     entropy = -tl.sum(_expected(tl.exp(renormalised), renormalised), axis=1)
+    support = tl.sum(first.to(tl.int32), axis=1)
+    alpha = entropy_share(entropy, tl.log(support.to(tl.float64)))[:, None]
     if TAIL == RENORM:
         log_q = _log_softmax(y, inverse_temperature)
-        shares, g = _event_terms(renormalised, log_q, beta, DIVERGENCE)
+        shares, g = _event_terms(renormalised, log_q, beta, alpha, DIVERGENCE)
     else:
         log_q = tl.where(first, y_stored * inverse_temperature - log_z, float("-inf"))
-        shares, g = _event_terms(log_p, log_q, beta, DIVERGENCE)
+        shares, g = _event_terms(log_p, log_q, beta, alpha, DIVERGENCE)
     divergence = tl.sum(shares, axis=1)
     total = tl.sum(g, axis=1)
     dense = tl.zeros([ROWS], tl.float64)
-    support = tl.sum(first.to(tl.int32), axis=1)
     if TAIL == BUCKET:
-        mass = tl.where(support[:, None] == V, 0.0, tl.maximum(1.0 - tl.exp(log_total), 0.0))
-        share, dense_g = _event_terms(tl.log(mass), log_rest - log_z, beta, DIVERGENCE)
+        mass = tl.maximum(1.0 - tl.exp(log_total), 0.0)
+        if DIVERGENCE == REVERSE or DIVERGENCE == ADAPTIVE:
+            mass = tl.where((log_rest > float("-inf")) & (mass < RESOLUTION), RESOLUTION, mass)
+        mass = tl.where(support[:, None] == V, 0.0, mass)
+        share, dense_g = _event_terms(tl.log(mass), log_rest - log_z, beta, alpha, DIVERGENCE)
         divergence += tl.sum(share, axis=1)
         dense = tl.sum(dense_g, axis=1)
         total += dense

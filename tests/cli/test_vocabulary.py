@@ -28,14 +28,14 @@ TABLE: dict[str, tuple[list[str], dict[str, str]]] = {
     "batch": ([*READERS, "profile model"], {}),
     "sequences": (["demo", "run", "search"], {}),
     "held_out": (["demo", "run", "distill", "eval"], {}),
-    "model": ([*WEIGHTS, "profile model", "profile step"], {"cache-teacher": "its model is the --teacher"}),
+    "model": ([*WEIGHTS, "profile model", "profile step", "plan"], {"cache-teacher": "its model is the --teacher"}),
     "out": ([*WRITERS, "compare", "bench"], {}),
     "force": (WRITERS, {}),
     "config": ([*WRITERS, "generate"], {}),
     "seed": ([*WRITERS, "generate"], {"prune": "nothing is random"}),
     "device": ([*WEIGHTS, "compare", *PROFILES], {"prune": "it copies files"}),
     "dtype": ([*WEIGHTS, *PROFILES], {}),
-    "trust_remote_code": ([*WEIGHTS, "compare", "profile model", "profile step"], {}),
+    "trust_remote_code": ([*WEIGHTS, "compare", "profile model", "profile step", "plan"], {}),
     "vocabulary": (["cache-teacher", "distill", "eval", "profile ops"], {}),
 }
 # Where one name means another thing, or stands for a set.

@@ -22,7 +22,7 @@ CUTS = {"uneven": [0, 20, 37], "one column": [0, 1, 37]}
 OPTIONS = [
     {"weighting": weighting, "divergence": divergence, "temperature": temperature, "kd_ratio": ratio}
     for weighting, divergence, temperature, ratio in product(
-        ("entropy", "inverse", "mix", "none"), ("forward", "reverse", "jsd"), (1.0, 2.0), (1.0, 0.6)
+        ("entropy", "inverse", "mix", "none"), ("forward", "reverse", "jsd", "adaptive"), (1.0, 2.0), (1.0, 0.6)
     )
     if weighting != "mix" or ratio == 1.0
 ]

@@ -79,17 +79,16 @@ def test_what_a_model_adds_between_its_layers_is_added_once():
     config = AutoConfig.for_model(
         "qwen3_vl",
         text_config=text,
+        image_token_id=98,
         vision_config=vision | {"out_hidden_size": 32, "deepstack_visual_indexes": [0, 1, 2]},
     )
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
-    places = torch.zeros(2, 12, dtype=torch.bool)
-    places[:, 2:6] = True
-    inputs = {
-        "inputs_embeds": torch.randn(2, 12, 32),
-        "visual_pos_masks": places,
-        "deepstack_visual_embeds": [torch.randn(8, 32) for _ in range(3)],
-    }
+    ids = tiny_tokens()
+    ids[:, 2:6] = config.image_token_id
+    patches = torch.randn(2 * 16, 3 * 2 * 4 * 4)
+    inputs = {"input_ids": ids, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
     masks = {mask_of(removed): removed for size in (0, 1, 2) for removed in combinations(range(NUM_LAYERS), size)}
     found = of_one(SkippingForward(model), inputs, list(masks))
     for mask, removed in masks.items():

@@ -1,4 +1,5 @@
-// The building blocks of csrc/simd and the noise behind a C interface, for test_primitives.py.
+// The building blocks of csrc/simd, the noise and the largest logit behind a C interface, for test_primitives.py.
+#include "decode/largest.h"
 #include "kernels/philox.h"
 #include "simd/block.h"
 
@@ -38,6 +39,12 @@ void widen(const uint16_t* x, int64_t count, int dtype, float* out) {
 void narrow_to(const float* x, int64_t count, int dtype, bool stream_out, void* out) {
   store_block(x, static_cast<int>(count), static_cast<DType>(dtype), stream_out, out, 0);
   stream_fence();
+}
+
+int64_t largest_of(const float* x, int64_t count, bool* nan) {
+  const Largest found = largest(x, count);
+  *nan = found.nan;
+  return found.value == x[found.index] ? found.index : -1;
 }
 
 void noise(uint64_t seed, uint64_t step, uint32_t row, int64_t columns, double* out) {

@@ -78,7 +78,7 @@ def on_threads(count, function):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd", "adaptive"])
 def test_threads_change_no_bit_of_a_loss(rows, dtype, divergence):
     generator = torch.Generator().manual_seed(1)
     student, teacher = (3 * torch.randn(rows, 9001, generator=generator).to(dtype) for _ in range(2))

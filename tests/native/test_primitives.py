@@ -125,3 +125,23 @@ def test_noise_has_the_bits_of_the_reference(library, seed, step, rows, columns)
             ctypes.c_void_p(out.data_ptr()),
         )  # fmt: skip
         assert torch.equal(out.view(torch.int64), expected[row].view(torch.int64))
+
+
+@given(seed=st.integers(0, 2**32), count=st.sampled_from([1, 3, 64, 4095, 4096, 4097, 9000]), kind=st.integers(0, 3))
+def test_the_largest_is_the_first_of_its_equals(library, seed, count, kind):
+    """Over lanes, chains, blocks and their ends; NaN is seen wherever it stands."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-9, 9, count).astype(np.float32)  # ties everywhere
+    x[rng.random(count) < 0.3] = -np.inf
+    if kind == 1:
+        x[rng.integers(count)] = np.nan
+    elif kind == 2:
+        x[:] = -np.inf
+    elif kind == 3:
+        x[rng.integers(count)] = np.inf
+    nan = ctypes.c_bool()
+    library.largest_of.restype = ctypes.c_int64
+    index = library.largest_of(pointer(x), ctypes.c_int64(count), ctypes.byref(nan))
+    assert nan.value == (kind == 1)
+    if kind != 1:
+        assert index == x.argmax()

@@ -18,7 +18,7 @@ OPTIONS = st.fixed_dictionaries(
         "weighting": st.sampled_from(["none", "entropy", "inverse", "mix"]),
         "gamma": st.sampled_from([0.0, 1.0, 2.5]),
         "kd_ratio": st.sampled_from([0.0, 0.3, 1.0]),
-        "divergence": st.sampled_from(["forward", "reverse", "jsd"]),
+        "divergence": st.sampled_from(["forward", "reverse", "jsd", "adaptive"]),
         "beta": st.sampled_from([0.1, 0.5, 0.8]),
         "student_softcap": st.sampled_from([None, 5.0]),
         "teacher_softcap": st.sampled_from([None, 3.0]),
@@ -95,7 +95,7 @@ def test_strides_and_leading_dimensions_do_not_matter(backend, seed, layout):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd", "adaptive"])
 @pytest.mark.parametrize("weighting", ["entropy", "mix"])
 def test_gradcheck(reduction, divergence, weighting):
     student, teacher, labels, _ = make(4, 6, 1)
@@ -188,7 +188,7 @@ def test_label_and_mask_must_both_hold(backend):
     assert stats.weight.ne(0).tolist() == [True, False, False, False]
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])  # the adaptive one's α has log V
 def test_vocabulary_masked_on_both_sides_equals_the_smaller_vocabulary(backend, divergence, with_gradients):
     student, teacher, _, _ = make(5, 9, 10, torch.float32)
     wide = [torch.cat((x, torch.full((5, 4), -INF)), -1) for x in (student, teacher)]

@@ -58,7 +58,7 @@ def assert_equal_to(exact, ours, dtype):
         assert (mine.double() - truth).abs().max() <= rounding * max(1.0, truth.abs().max())
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "adaptive"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_oracle_is_the_textbook(naive_entropy_kl, with_gradients, kind, divergence):
     student, teacher, labels = make(kind, torch.float64)
@@ -70,7 +70,7 @@ def test_the_oracle_is_the_textbook(naive_entropy_kl, with_gradients, kind, dive
             assert (mine - truth).abs().max() <= 1e-9 * max(1.0, truth.abs().max())
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd", "adaptive"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_finite_logits_have_a_finite_loss(backend, dtype, with_gradients, kind, divergence):
     student, teacher, labels = make(kind, dtype)
@@ -110,7 +110,7 @@ def test_words_that_one_model_masks_by_a_large_number_and_the_other_by_infinity(
     torch.testing.assert_close(call(student, teacher), call(student[:, :60], teacher[:, :60]))
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd", "adaptive"])
 def test_a_teacher_that_does_not_count_may_hold_anything(backend, divergence, with_gradients):
     """λ = 0 with γ = 0, or no weights: 0·NaN and 0·∞ are 0."""
     generator = torch.Generator().manual_seed(4)

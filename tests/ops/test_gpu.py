@@ -36,7 +36,7 @@ def assert_parity(loss, inputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd", "adaptive"])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(5, 128256), (300, 50257), (2000, 4096)])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_entropy_kl(dtype, divergence, rows, vocabulary, reduction):

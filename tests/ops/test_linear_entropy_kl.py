@@ -15,7 +15,7 @@ OPTIONS = st.fixed_dictionaries(
         "temperature": st.sampled_from([1.0, 2.0]),
         "weighting": st.sampled_from(["none", "entropy", "inverse"]),
         "kd_ratio": st.sampled_from([0.3, 1.0]),
-        "divergence": st.sampled_from(["forward", "reverse", "jsd"]),
+        "divergence": st.sampled_from(["forward", "reverse", "jsd", "adaptive"]),
         "student_softcap": st.sampled_from([None, 5.0]),
         "teacher_softcap": st.sampled_from([None, 3.0]),
         "student_scale": st.sampled_from([1.0, 0.5]),

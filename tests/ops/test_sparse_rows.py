@@ -16,7 +16,7 @@ INF = math.inf
 CASES = [
     (tail, divergence)
     for tail in TAILS
-    for divergence in ("forward", "reverse", "jsd")
+    for divergence in ("forward", "reverse", "jsd", "adaptive")
     if tail != "truncated" or divergence == "forward"
 ]
 
@@ -97,7 +97,7 @@ def test_the_share_is_that_of_the_stored_entries(backend):
 def operator(backend, student, logprobs, ids, labels, tail, divergence):
     """(loss, statistics, gradients of sum and of single tokens) below the public function's checks."""
     scalars = torch.tensor([1.3, 1.0, 0.7, 0.4, 0.0, 1.0], dtype=torch.float64)
-    codes = (1, ("forward", "reverse", "jsd").index(divergence), -100, TAILS.index(tail))
+    codes = (1, ("forward", "reverse", "jsd", "adaptive").index(divergence), -100, TAILS.index(tail))
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     inputs = (student, logprobs.to(wide), ids, labels, None)
     kernel = getattr(torch.ops.e3.topk_kl, backend)
@@ -195,14 +195,14 @@ def test_finite_logits_have_a_finite_loss(backend, kind, tail, divergence, with_
         assert error <= 1e-4 * max(1.0, exact[1].abs().max())
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd", "adaptive"])
 def test_all_others_excluded(backend, divergence):
     """The tail has mass under the teacher and none under the student; there is none if all ids are stored."""
     student, logprobs, ids, _ = make(1, 9, 4, 10)
     call = partial(e3k.topk_kl, divergence=divergence, weighting="none")
     excluded = torch.full_like(student, -INF).scatter(1, ids, student.gather(1, ids))
     loss = call(excluded, logprobs, ids)
-    assert loss == INF if divergence == "forward" else 0 < loss < INF
+    assert loss == INF if divergence in ("forward", "adaptive") else 0 < loss < INF
     assert call(student.gather(1, ids), logprobs, torch.arange(4)[None]).isfinite()
 
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 from functools import partial
 
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import e3kernels as e3k
+from e3kernels.contract import DIVERGENCES
 
 OPERATION = "topk_kl"
 INF = math.inf
@@ -19,7 +21,7 @@ OPTIONS = st.fixed_dictionaries(
         "weighting": st.sampled_from(["none", "entropy", "inverse", "mix"]),
         "gamma": st.sampled_from([0.0, 1.0, 2.5]),
         "kd_ratio": st.sampled_from([0.0, 0.3, 1.0]),
-        "divergence": st.sampled_from(["forward", "reverse", "jsd"]),
+        "divergence": st.sampled_from(["forward", "reverse", "jsd", "adaptive"]),
         "beta": st.sampled_from([0.1, 0.5, 0.8]),
         "tail": st.sampled_from(TAILS),
         "student_softcap": st.sampled_from([None, 5.0]),
@@ -81,7 +83,7 @@ def test_long_rows(backend, dtype, naive_topk_kl, with_gradients, assert_no_wors
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renorm"])
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd", "adaptive"])
 def test_all_ids_stored_equals_the_dense_teacher(backend, tail, divergence, with_gradients):
     student, logprobs, ids, labels = make(6, (9, 9), 4, torch.float32)
     dense = torch.empty_like(logprobs).scatter_(-1, ids, logprobs)
@@ -205,7 +207,7 @@ def test_teacher_dtypes_and_leading_dimensions(backend):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
     ("tail", "divergence"),
-    [(tail, kind) for tail in TAILS[:2] for kind in ("forward", "reverse", "jsd")] + [("truncated", "forward")],
+    [*itertools.product(TAILS[:2], DIVERGENCES), ("truncated", "forward")],
 )
 def test_gradcheck(reduction, tail, divergence):
     student, logprobs, ids, labels = make(4, (7, 3), 13)

@@ -54,6 +54,7 @@ DENSE = [
     (6, 129, torch.bfloat16, {"weighting": "none", "kd_ratio": 0.3, "teacher_softcap": 5.0}),
     (6, 64, torch.float16, {"divergence": "reverse", "reduction": "none", "kd_ratio": 0.0}),
     (6, 65, torch.float32, {"divergence": "jsd", "num_items": 3, "kd_ratio": 0.5}),
+    (3, 300, torch.bfloat16, {"divergence": "adaptive", "kd_ratio": 0.6}),
     (1, 1, torch.float32, {"kd_ratio": 0.5, "reduction": "sum"}),
 ]
 
@@ -69,15 +70,15 @@ def test_entropy_kl(with_gradients, rows, vocabulary, dtype, options):
 
 
 @pytest.mark.parametrize(("rows", "reduction"), [(3, "mean"), (6, "sum")])
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd", "adaptive"])
 def test_entropy_kl_excluded_words(with_gradients, divergence, rows, reduction):
     """By both paths: words that one model or both exclude, and NaN in a row that does not count."""
     student, teacher, labels, _ = logits(rows, 140, seed=1)
     labels[0] = 5
     teacher[:, 7] = student[:, 7] = -INF
-    if divergence != "reverse":
+    if divergence in ("forward", "jsd"):
         teacher[:, 9] = -INF
-    if divergence != "forward":
+    if divergence in ("reverse", "jsd"):
         student[:, 11] = -INF
     student[1], teacher[1] = torch.nan, torch.nan
 
@@ -128,6 +129,7 @@ SPARSE = [
     (3, 300, 10, torch.bfloat16, {"tail": "bucket", "divergence": "reverse", "student_softcap": 6.0}),
     (3, 129, 3, torch.float16, {"tail": "bucket", "divergence": "jsd", "beta": 0.3, "reduction": "none"}),
     (3, 129, 4, torch.float32, {"tail": "renorm", "divergence": "reverse", "weighting": "inverse"}),
+    (3, 129, 4, torch.float32, {"tail": "bucket", "divergence": "adaptive", "weighting": "mix"}),
     (3, 64, 1, torch.bfloat16, {"tail": "renorm", "kd_ratio": 0.5, "reduction": "sum"}),
     (3, 129, 8, torch.float32, {"tail": "truncated", "weighting": "mix"}),
     (2, 6, 6, torch.float32, {"tail": "bucket", "kd_ratio": 0.5}),

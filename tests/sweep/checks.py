@@ -113,7 +113,12 @@ def _reload(case: Case) -> str:
             pruned.save_pretrained(folder)
             loader = case.auto if type(pruned.config) in case.auto._model_mapping else type(pruned)
             again = loader.from_pretrained(folder, attn_implementation="eager")
-        _assert_equal("logits of the reloaded checkpoint", logits(again, case.ids), logits(pruned, case.ids))
+        before, after = pruned.state_dict(), again.state_dict()
+        if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
+            raise WrongError("the reloaded checkpoint has other weights")
+        error = _distance(logits(again, case.ids), logits(pruned, case.ids))
+        if error > 1e-6:  # a tensor that is stored another way may be multiplied in another order
+            raise WrongError(f"logits of the reloaded checkpoint differ by {error:.2g} of their size")
     return "ok"
 
 
@@ -126,14 +131,24 @@ def _generate(case: Case) -> str:
             with bypassed(case.model, removed):
                 expected = _steps(case.model, prompt, mask, use_cache=False)
             error = _distance(_steps(pruned, prompt, mask), expected)
-            if error <= 1e-3:
-                continue
-            dense = _distance(_steps(case.model, prompt, mask), _steps(case.model, prompt, mask, use_cache=False))
-            what = f"{'' if mask is None else 'left-padded '}decoding differs by {error:.1%}, the dense model's by"
-            if dense <= 1e-3:
-                raise WrongError(f"{what} {dense:.1%}")
-            said = f"ok: {what} {dense:.1%}"
+            if error > 1e-3:
+                dense = _cache_error(case.model)
+                what = f"decoding differs by {error:.1%}, the dense model's by {dense:.1%}"
+                if dense <= 1e-3:
+                    raise WrongError(what)
+                said = f"ok: {what}"
     return said
+
+
+def _cache_error(model: PreTrainedModel) -> float:
+    """The most that the model's own cache changes its decoding of a few prompts: an indexer may meet ties."""
+    errors = []
+    for seed in range(8):
+        prompt = torch.randint(3, VOCABULARY - 9, (2, 2 * _PROMPT), generator=torch.Generator().manual_seed(seed))
+        mask = torch.ones_like(prompt)
+        mask[0, : seed % 2 * 5] = 0
+        errors.append(_distance(_steps(model, prompt, mask), _steps(model, prompt, mask, use_cache=False)))
+    return max(errors)
 
 
 def _search(case: Case) -> str:

@@ -17,17 +17,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 LAYERS, OTHER_LAYERS, VOCABULARY, WINDOW = 6, 2, 99, 4
 
-_COUNTS = "num_hidden_layers n_layers? num_layers num_blocks layers decoder_layers num_decoder_layers"
+_COUNTS = "num_hidden_layers n_layers? num_layers num_blocks layers ((en|de)coder|num_(en|de)coder)_layers"
 # Name of a setting: its small value. The first pattern that fits the whole name decides.
 _SIZES = {
     "type_vocab_size|task_type_vocab_size": 2,
     ".*vocab_size.*|encoder_hash_byte_group_vocab|ngram_vocab_size_base|num_embeddings": VOCABULARY,
-    "encoder_layers|num_encoder_layers|depth|num_lstm_layers": OTHER_LAYERS,
+    "depth|num_lstm_layers": OTHER_LAYERS,
     "(swa_)?num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups": 2,
     "(.*_)?(num_)?(attention_)?heads|n_heads?|(.*_)?n_heads|(.*_)?num_(attention_|key_|value_)?heads": 4,
     "(.*_)?qk_head_dim|index_head_dim|mamba_(d_head|head_?dim)|attention_head_dim": 16,
     "(.*_)?head_dim|.*_head_dim|dim_head|d_kv|d_head|kv_channels|rotary_dim|d_rel|attention_head_size": 8,
-    "hidden_size_per_layer_input|attention_hidden_size": 8,
+    "hidden_size_per_layer_input": 8,
     "projection_dim|(.*_)?hidden_size(_.*)?|d_model|n_embd|(.*_)?embed_dim|emb_dim|embedding_dim": 32,
     "(.*_)?embedding_size": 32,
     "word_embed_proj_dim|lru_width|backbone_hidden_size|.*embed_dim|output_dim|adapter_out_dim|mamba_d_ssm": 32,
@@ -61,7 +61,13 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dory": {"n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2},
+    "dory": {
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+    },
     "dots3_note": {
         "text_config": {"head_dim": 16},
         "vision_config": {"adapter_in_dim": 32},
@@ -84,7 +90,13 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"axial_pos_embds": False},
-    "xlstm": {"qk_dim_factor": 1.0, "chunk_size": 64, "hidden_size": 64, "embedding_dim": 64},
+    "xlstm": {
+        "qk_dim_factor": 1.0,
+        "chunk_size": 64,
+        "max_inference_chunksize": 64,
+        "hidden_size": 64,
+        "embedding_dim": 64,
+    },
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
     "zamba2": {"attention_hidden_size": 64, "hybrid_layer_ids": [2, 5]}

@@ -20,6 +20,8 @@ _STATE: dict[str, list[Any]] = {
     "zaya": [1],
     "glm_moe_dsa": ["prev_topk_indices"],
     "hy_v4": ["prev_topk_indices"],
+    "rwkv": ["state"],
+    "xlnet": [1],
 }
 
 
@@ -77,7 +79,7 @@ def _forms(model: PreTrainedModel, layers: nn.ModuleList) -> dict[int, int]:
 
     def note(index: int) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            forms[index] = len(output) if isinstance(output, tuple) else 0
+            forms[index] = len(output) if isinstance(output, tuple | list) else 0
 
         return hook
 

@@ -15,7 +15,7 @@ using Plan = std::vector<KeptLayer>;
 
 class Cache {
  public:
-  Cache(std::shared_ptr<const Model> model, Plan plan, std::int64_t batch, std::int64_t capacity)
+  Cache(std::shared_ptr<const Model> model, Plan plan, int64_t batch, int64_t capacity)
       : model_(std::move(model)), plan_(std::move(plan)), starts_(batch, 0) {
     TORCH_CHECK_VALUE(batch > 0, "batch is ", batch, "; it must be positive");
     keys_.resize(model_->layers.size());
@@ -25,40 +25,40 @@ class Cache {
 
   const Model& model() const { return *model_; }
   const Plan& plan() const { return plan_; }
-  std::int64_t batch() const { return std::int64_t(starts_.size()); }
-  std::int64_t length() const { return length_; }
-  std::int64_t capacity() const { return capacity_; }
-  const std::vector<std::int64_t>& starts() const { return starts_; }
+  int64_t batch() const { return int64_t(starts_.size()); }
+  int64_t length() const { return length_; }
+  int64_t capacity() const { return capacity_; }
+  const std::vector<int64_t>& starts() const { return starts_; }
   // (batch, key/value heads, capacity, head_dim) of a layer of the model; undefined for a layer that is not kept.
   const at::Tensor& keys(int layer) const { return keys_[layer]; }
   const at::Tensor& values(int layer) const { return values_[layer]; }
 
   // The first slot of every sequence that is not padding; only before the first token.
-  void set_starts(std::vector<std::int64_t> starts) {
-    TORCH_CHECK_VALUE(length_ == 0 && std::int64_t(starts.size()) == batch(), "padding is given for ", starts.size(),
+  void set_starts(std::vector<int64_t> starts) {
+    TORCH_CHECK_VALUE(length_ == 0 && int64_t(starts.size()) == batch(), "padding is given for ", starts.size(),
                       " sequences at length ", length_, "; the cache holds ", batch(), " and takes it at length 0");
     starts_ = std::move(starts);
   }
 
-  void reserve(std::int64_t slots) {
+  void reserve(int64_t slots) {
     TORCH_CHECK_VALUE(slots <= model_->max_positions, "the context would hold ", slots,
                       " tokens; the model's limit is ", model_->max_positions);
     if (slots > capacity_) resize(std::min(std::max(slots, 2 * capacity_), model_->max_positions));
   }
 
-  void advance(std::int64_t slots) { length_ += slots; }
+  void advance(int64_t slots) { length_ += slots; }
 
-  void truncate(std::int64_t length) {
+  void truncate(int64_t length) {
     TORCH_CHECK_VALUE(length >= 0 && length <= length_, "length is ", length, "; the cache holds ", length_);
     length_ = length;
   }
 
   // Sequence i becomes what sequence indices[i] was (beam search).
   void select(const at::Tensor& indices) {
-    std::vector<std::int64_t> starts;
+    std::vector<int64_t> starts;
     const at::Tensor order = indices.to(at::kCPU, at::kLong).contiguous();
-    for (std::int64_t i = 0; i < order.numel(); ++i) {
-      const std::int64_t from = order.data_ptr<std::int64_t>()[i];
+    for (int64_t i = 0; i < order.numel(); ++i) {
+      const int64_t from = order.data_ptr<int64_t>()[i];
       TORCH_CHECK_VALUE(from >= 0 && from < batch(), "sequence ", from, " is not one of ", batch());
       starts.push_back(starts_[from]);
     }
@@ -68,17 +68,17 @@ class Cache {
         if (tensor.defined()) tensor = tensor.index_select(0, order.to(tensor.device()));
   }
 
-  std::int64_t bytes() const {
-    std::int64_t total = 0;
+  int64_t bytes() const {
+    int64_t total = 0;
     for (const std::vector<at::Tensor>* kind : {&keys_, &values_})
       for (const at::Tensor& tensor : *kind)
-        if (tensor.defined()) total += std::int64_t(tensor.nbytes());
+        if (tensor.defined()) total += int64_t(tensor.nbytes());
     return total;
   }
 
  private:
-  void resize(std::int64_t capacity) {
-    capacity_ = std::max<std::int64_t>(capacity, 64);
+  void resize(int64_t capacity) {
+    capacity_ = std::max<int64_t>(capacity, 64);
     const auto options = at::TensorOptions().dtype(model_->dtype()).device(model_->device());
     for (const KeptLayer& kept : plan_) {
       if (!kept.attention) continue;
@@ -94,9 +94,9 @@ class Cache {
 
   std::shared_ptr<const Model> model_;
   Plan plan_;
-  std::vector<std::int64_t> starts_;
+  std::vector<int64_t> starts_;
   std::vector<at::Tensor> keys_, values_;
-  std::int64_t length_ = 0, capacity_ = 0;
+  int64_t length_ = 0, capacity_ = 0;
 };
 
 }  // namespace e3

@@ -14,7 +14,7 @@ namespace e3 {
 class FusedDecoder {
  public:
   // More tokens than this go through ATen's matrix multiplications.
-  static constexpr std::int64_t kMaxTokens = 16;
+  static constexpr int64_t kMaxTokens = 16;
 
   FusedDecoder(const Model& model, const RuntimeTable& table)
       : model_(model),
@@ -29,7 +29,7 @@ class FusedDecoder {
                  const std::vector<int>& logit_tokens) {
     std::vector<LayerView> kept;
     for (const KeptLayer& layer : plan) bind_request(kept.emplace_back(layers_[layer.layer]), model_, cache, layer);
-    at::Tensor logits = at::empty({std::int64_t(logit_tokens.size()), model_.vocabulary()}, at::kFloat);
+    at::Tensor logits = at::empty({int64_t(logit_tokens.size()), model_.vocabulary()}, at::kFloat);
     StepView step{.decoder = &decoder_,
                   .layers = kept.data(),
                   .layer_count = int(kept.size()),
@@ -58,7 +58,7 @@ class FusedDecoder {
     return *pool_;
   }
 
-  float* scratch_for(std::int64_t size) {
+  float* scratch_for(int64_t size) {
     if (!scratch_.defined() || scratch_.numel() < size) scratch_ = at::empty({size}, at::kFloat);
     return scratch_.data_ptr<float>();
   }

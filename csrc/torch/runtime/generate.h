@@ -9,48 +9,48 @@
 namespace e3 {
 
 struct Request {
-  std::int64_t max_new_tokens = 0;
-  std::int64_t pad = 0;  // what a finished sequence emits while others go on
+  int64_t max_new_tokens = 0;
+  int64_t pad = 0;  // what a finished sequence emits while others go on
   Sampling sampling;
 };
 
 // Called with the tokens of every step, one a sequence; returns which sequences end here (empty: none).
-using OnTokens = std::function<std::vector<bool>(const std::vector<std::int64_t>&)>;
+using OnTokens = std::function<std::vector<bool>(const std::vector<int64_t>&)>;
 
 // The tokens of every sequence: (batch, prompt) first, then what is generated.
-using Sequences = std::vector<std::vector<std::int64_t>>;
+using Sequences = std::vector<std::vector<int64_t>>;
 
 inline Sequences rows_of(const at::Tensor& ids) {
   const at::Tensor host = ids.to(at::kCPU).contiguous();
-  const std::int64_t* data = host.data_ptr<std::int64_t>();
+  const int64_t* data = host.data_ptr<int64_t>();
   Sequences rows;
-  for (std::int64_t b = 0; b < host.size(0); ++b, data += host.size(1)) rows.emplace_back(data, data + host.size(1));
+  for (int64_t b = 0; b < host.size(0); ++b, data += host.size(1)) rows.emplace_back(data, data + host.size(1));
   return rows;
 }
 
 inline std::vector<Context> contexts_of(const Cache& cache, const Sequences& prompts) {
   std::vector<Context> contexts;
-  for (std::size_t b = 0; b < prompts.size(); ++b)
-    contexts.push_back({{prompts[b].begin() + cache.starts()[b], prompts[b].end()},
-                        std::int64_t(prompts[b].size()) - cache.starts()[b]});
+  for (size_t b = 0; b < prompts.size(); ++b)
+    contexts.push_back(
+        {{prompts[b].begin() + cache.starts()[b], prompts[b].end()}, int64_t(prompts[b].size()) - cache.starts()[b]});
   return contexts;
 }
 
 inline Sequences generate(Decoder& decoder, Cache& cache, const at::Tensor& prompt, const Request& request,
                           const OnTokens& on_tokens) {
-  const std::int64_t batch = prompt.size(0), vocabulary = decoder.model()->vocabulary();
+  const int64_t batch = prompt.size(0), vocabulary = decoder.model()->vocabulary();
   Sequences sequences = rows_of(prompt);
   std::vector<Context> contexts = contexts_of(cache, sequences);
   Sampler sampler(request.sampling, vocabulary);
   std::vector<Uniform> uniforms;
-  for (std::int64_t b = 0; b < batch; ++b) uniforms.emplace_back(request.sampling.seed, b);
+  for (int64_t b = 0; b < batch; ++b) uniforms.emplace_back(request.sampling.seed, b);
   std::vector<bool> finished(batch, false);
-  std::vector<std::int64_t> tokens(batch);
+  std::vector<int64_t> tokens(batch);
   at::Tensor ids = prompt;
-  for (std::int64_t step = 0; step < request.max_new_tokens; ++step) {
+  for (int64_t step = 0; step < request.max_new_tokens; ++step) {
     const at::Tensor logits = decoder.append(cache, ids, 1).to(at::kCPU).contiguous();
     RECORD_USER_SCOPE("runtime sample");
-    for (std::int64_t b = 0; b < batch; ++b) {
+    for (int64_t b = 0; b < batch; ++b) {
       float* row = logits.data_ptr<float>() + b * vocabulary;
       if (finished[b])
         tokens[b] = request.pad;
@@ -63,7 +63,7 @@ inline Sequences generate(Decoder& decoder, Cache& cache, const at::Tensor& prom
       finished[b] = finished[b] || request.sampling.ends(tokens[b]);
     }
     const std::vector<bool> ended = on_tokens(tokens);
-    for (std::size_t b = 0; b < ended.size(); ++b) finished[b] = finished[b] || ended[b];
+    for (size_t b = 0; b < ended.size(); ++b) finished[b] = finished[b] || ended[b];
     if (std::find(finished.begin(), finished.end(), false) == finished.end()) break;
     ids = at::tensor(tokens, at::kLong).view({batch, 1});
   }

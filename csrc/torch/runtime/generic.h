@@ -15,7 +15,7 @@ class GenericDecoder {
 
   // ids: (batch, S) for the next S slots of every sequence. Returns the logits of the last `keep` slots,
   // (batch, keep, vocabulary) in fp32.
-  at::Tensor run(const Cache& cache, const Plan& plan, const at::Tensor& ids, std::int64_t keep) const {
+  at::Tensor run(const Cache& cache, const Plan& plan, const at::Tensor& ids, int64_t keep) const {
     const Positions at_slots = positions(cache, ids.size(1));
     at::Tensor x = at::embedding(model_.embedding->weight.tensor(), ids);
     if (model_.embedding_scale != 1) x = x * model_.embedding_scale;
@@ -40,13 +40,13 @@ class GenericDecoder {
 
   // The step's slots, and what depends on them alone: computed once, used by every layer.
   struct Positions {
-    std::int64_t first, count;  // slots
-    std::vector<std::int64_t> starts;
+    int64_t first, count;  // slots
+    std::vector<int64_t> starts;
     std::vector<Angles> angles;                        // by rotary
-    mutable std::map<std::int64_t, at::Tensor> masks;  // by window
+    mutable std::map<int64_t, at::Tensor> masks;  // by window
   };
 
-  Positions positions(const Cache& cache, std::int64_t count) const {
+  Positions positions(const Cache& cache, int64_t count) const {
     const auto options = at::TensorOptions().dtype(at::kLong);
     const at::Tensor starts = at::tensor(cache.starts(), options);
     const at::Tensor slots = at::arange(cache.length(), cache.length() + count, options);
@@ -60,7 +60,7 @@ class GenericDecoder {
   }
 
   // Which slots a query sees, (batch, 1, count, slots). Padding queries see themselves, so that no row is empty.
-  const at::Tensor& mask(const Positions& at_slots, std::int64_t window) const {
+  const at::Tensor& mask(const Positions& at_slots, int64_t window) const {
     at::Tensor& mask = at_slots.masks[window];
     if (mask.defined()) return mask;
     const auto options = at::TensorOptions().dtype(at::kLong);
@@ -73,9 +73,9 @@ class GenericDecoder {
     return mask;
   }
 
-  bool plain_causal(const Positions& at_slots, std::int64_t window) const {
+  bool plain_causal(const Positions& at_slots, int64_t window) const {
     return at_slots.first == 0 && (window == 0 || window >= at_slots.count) &&
-           std::all_of(at_slots.starts.begin(), at_slots.starts.end(), [](std::int64_t start) { return start == 0; });
+           std::all_of(at_slots.starts.begin(), at_slots.starts.end(), [](int64_t start) { return start == 0; });
   }
 
   at::Tensor attention(const Layer& layer, const Cache& cache, int index, const at::Tensor& x,
@@ -109,7 +109,7 @@ class GenericDecoder {
   // Scores pass through cap·tanh(s/cap) before the mask.
   at::Tensor capped_attention(const Layer& layer, const at::Tensor& query, const at::Tensor& key,
                               const at::Tensor& value, const Positions& at_slots) const {
-    const std::int64_t group = model_.heads / model_.key_value_heads;
+    const int64_t group = model_.heads / model_.key_value_heads;
     at::Tensor scores = at::matmul(query, key.repeat_interleave(group, 1).transpose(2, 3)).to(at::kFloat);
     scores = (scores * (layer.scale / layer.softcap)).tanh() * layer.softcap;
     scores = scores.masked_fill(~mask(at_slots, layer.window), -std::numeric_limits<double>::infinity());
@@ -152,7 +152,7 @@ class GenericDecoder {
 
   static at::Tensor rotated(const at::Tensor& x, const Angles& angles) {
     const auto& [cos, sin] = angles;
-    const std::int64_t half = cos.size(-1);
+    const int64_t half = cos.size(-1);
     const at::Tensor low = x.narrow(-1, 0, half), high = x.narrow(-1, half, half);
     const at::Tensor rest = x.narrow(-1, 2 * half, x.size(-1) - 2 * half);
     return at::cat({low * cos - high * sin, high * cos + low * sin, rest}, -1);

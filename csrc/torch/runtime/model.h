@@ -24,7 +24,7 @@ class Weight {
         held_(source_.detach()),
         address_(held_.data_ptr()),
         bytes_(at::detail::computeStorageNbytes(held_.sizes(), held_.strides(), held_.itemsize(),
-                                                std::size_t(held_.storage_offset()))) {
+                                                size_t(held_.storage_offset()))) {
     const at::ScalarType dtype = held_.scalar_type();
     TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name_, " is ", dtype,
                      "; the runtime runs float32, bfloat16 and float16 weights");
@@ -58,14 +58,14 @@ class Weight {
   std::string name_;
   at::Tensor source_, held_;
   void* address_;
-  std::size_t bytes_;  // of the storage, up to the last element
+  size_t bytes_;  // of the storage, up to the last element
 };
 
 // Rows [first, first + rows) of a weight of shape (out, in), with their bias.
 struct Linear {
   Weight weight;
   std::optional<Weight> bias;
-  std::int64_t first, rows;
+  int64_t first, rows;
 
   at::Tensor matrix() const { return weight.tensor().narrow(0, first, rows); }
   at::Tensor offset() const { return bias ? bias->tensor().narrow(0, first, rows) : at::Tensor(); }
@@ -83,9 +83,9 @@ struct Rotary {
   double scaling;
   at::Tensor cos, sin;  // (positions, half), fp32, filled on demand
 
-  void reserve(std::int64_t positions) {
+  void reserve(int64_t positions) {
     if (cos.defined() && cos.size(0) >= positions) return;
-    const std::int64_t grown = std::max(positions, cos.defined() ? 2 * cos.size(0) : 256);
+    const int64_t grown = std::max(positions, cos.defined() ? 2 * cos.size(0) : 256);
     const at::Tensor angles = at::outer(at::arange(grown, frequencies.options()), frequencies);
     cos = angles.cos() * scaling;
     sin = angles.sin() * scaling;
@@ -97,7 +97,7 @@ struct Layer {
   std::optional<Linear> query, key, value, output, gate, up, down;
   int rotary = -1;  // index into Model::rotaries; −1: none
   double scale = 1, softcap = 0;
-  std::int64_t window = 0;
+  int64_t window = 0;
 
   template <class Visit>
   void each_weight(const Visit& visit) const {
@@ -110,13 +110,13 @@ struct Layer {
   }
 
   // Bytes of the matrices that one decoding step reads.
-  std::int64_t attention_bytes() const { return bytes_of({&query, &key, &value, &output}); }
-  std::int64_t mlp_bytes() const { return bytes_of({&gate, &up, &down}); }
+  int64_t attention_bytes() const { return bytes_of({&query, &key, &value, &output}); }
+  int64_t mlp_bytes() const { return bytes_of({&gate, &up, &down}); }
 
  private:
-  static std::int64_t bytes_of(std::initializer_list<const std::optional<Linear>*> linears) {
-    std::int64_t total = 0;
-    for (const auto* linear : linears) total += std::int64_t((*linear)->matrix().nbytes());
+  static int64_t bytes_of(std::initializer_list<const std::optional<Linear>*> linears) {
+    int64_t total = 0;
+    for (const auto* linear : linears) total += int64_t((*linear)->matrix().nbytes());
     return total;
   }
 };
@@ -126,14 +126,14 @@ struct Model {
   std::optional<Norm> final_norm;
   std::vector<Layer> layers;
   std::vector<Rotary> rotaries;
-  std::int64_t heads = 0, key_value_heads = 0, head_dim = 0, max_positions = 0;
+  int64_t heads = 0, key_value_heads = 0, head_dim = 0, max_positions = 0;
   Activation activation = Activation::silu;
   double embedding_scale = 1, residual_scale = 1, logit_scale = 1, logit_softcap = 0;
 
   at::ScalarType dtype() const { return embedding->weight.tensor().scalar_type(); }
   at::Device device() const { return embedding->weight.tensor().device(); }
-  std::int64_t vocabulary() const { return head->rows; }
-  std::int64_t hidden() const { return embedding->weight.tensor().size(1); }
+  int64_t vocabulary() const { return head->rows; }
+  int64_t hidden() const { return embedding->weight.tensor().size(1); }
 
   template <class Visit>
   void each_weight(const Visit& visit) const {
@@ -157,7 +157,7 @@ struct Model {
   void check_shapes() const {
     TORCH_CHECK_VALUE(key_value_heads > 0 && heads % key_value_heads == 0, "the model has ", heads, " heads and ",
                       key_value_heads, " key/value heads, which must divide them");
-    const std::int64_t queries = heads * head_dim, keys = key_value_heads * head_dim;
+    const int64_t queries = heads * head_dim, keys = key_value_heads * head_dim;
     check(head, head->rows, hidden());
     check(final_norm, {hidden()});
     for (const Layer& layer : layers) {
@@ -188,7 +188,7 @@ struct Model {
   }
 
  private:
-  static void check(const std::optional<Linear>& linear, std::int64_t rows, std::int64_t columns) {
+  static void check(const std::optional<Linear>& linear, int64_t rows, int64_t columns) {
     const at::Tensor& weight = linear->weight.tensor();
     TORCH_CHECK_VALUE(weight.dim() == 2 && linear->rows == rows && linear->first + rows <= weight.size(0) &&
                           weight.size(1) == columns,
@@ -199,9 +199,9 @@ struct Model {
                         linear->bias->tensor().numel(), " elements; its matrix has ", weight.size(0), " rows");
   }
 
-  static void check(const std::optional<Norm>& norm, std::initializer_list<std::int64_t> sizes) {
+  static void check(const std::optional<Norm>& norm, std::initializer_list<int64_t> sizes) {
     if (!norm) return;
-    const std::int64_t size = norm->weight.tensor().numel();
+    const int64_t size = norm->weight.tensor().numel();
     TORCH_CHECK_VALUE(std::find(sizes.begin(), sizes.end(), size) != sizes.end(), norm->weight.name(), " has ", size,
                       " elements; the model's heads and widths need ", *sizes.begin());
   }

@@ -7,23 +7,23 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <utility>
 #include <vector>
+
+#include "decode/runtime_table.h"
 
 namespace e3 {
 
 struct Sampling {
   bool sample = false;
   double temperature = 1, top_p = 1, min_p = 0, repetition_penalty = 1;
-  std::int64_t top_k = 0;                 // 0: all
-  std::int64_t no_repeat_ngram_size = 0;  // 0: n-grams may be repeated
-  std::int64_t min_new_tokens = 0;
-  std::vector<std::int64_t> eos;
-  std::uint64_t seed = 0;
+  int64_t top_k = 0;                 // 0: all
+  int64_t no_repeat_ngram_size = 0;  // 0: n-grams may be repeated
+  int64_t min_new_tokens = 0;
+  std::vector<int64_t> eos;
+  uint64_t seed = 0;
 
-  bool ends(std::int64_t token) const { return std::find(eos.begin(), eos.end(), token) != eos.end(); }
+  bool ends(int64_t token) const { return std::find(eos.begin(), eos.end(), token) != eos.end(); }
 
   void check() const {
     TORCH_CHECK_VALUE(temperature > 0, "temperature is ", temperature,
@@ -40,18 +40,18 @@ struct Sampling {
 
 // The tokens of one sequence so far, without its padding.
 struct Context {
-  std::vector<std::int64_t> tokens;
-  std::int64_t prompt = 0;  // how many of them were given
+  std::vector<int64_t> tokens;
+  int64_t prompt = 0;  // how many of them were given
 
-  std::int64_t generated() const { return std::int64_t(tokens.size()) - prompt; }
+  int64_t generated() const { return int64_t(tokens.size()) - prompt; }
 };
 
 // Uniform numbers in [0, 1) of one sequence, by counter from (seed, sequence).
 class Uniform {
  public:
-  Uniform(std::uint64_t seed, std::uint64_t sequence) : engine_(seed, sequence, 0) {}
+  Uniform(uint64_t seed, uint64_t sequence) : engine_(seed, sequence, 0) {}
   double next() {
-    const std::uint64_t high = engine_() >> 5, low = engine_() >> 6;  // 27 + 26 bits
+    const uint64_t high = engine_() >> 5, low = engine_() >> 6;  // 27 + 26 bits
     return double((high << 26) | low) * 0x1p-53;
   }
 
@@ -59,55 +59,19 @@ class Uniform {
   at::Philox4_32 engine_;
 };
 
-// The largest of `count` logits and whether one of them is NaN, in vectors: this runs once a token on one thread.
-inline std::pair<float, bool> largest_and_nan(const float* logits, std::int64_t count) {
-  typedef float Vector __attribute__((vector_size(16)));
-  typedef std::int32_t Mask __attribute__((vector_size(16)));
-  constexpr int kLanes = 4, kVectors = 8, kStep = kLanes * kVectors;
-  float largest = -std::numeric_limits<float>::infinity();
-  Vector maxima[kVectors];
-  Mask nans{};
-  std::fill_n(maxima, kVectors, Vector{} + largest);
-  std::int64_t i = 0;
-  for (; i + kStep <= count; i += kStep)
-    for (int v = 0; v < kVectors; ++v) {
-      Vector x;
-      std::memcpy(&x, logits + i + v * kLanes, sizeof x);
-      maxima[v] = x > maxima[v] ? x : maxima[v];
-      nans |= x != x;
-    }
-  bool nan = nans[0] | nans[1] | nans[2] | nans[3];
-  for (const Vector& lanes : maxima)
-    for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, lanes[lane]);
-  for (; i < count; ++i) {
-    largest = std::max(largest, logits[i]);
-    nan |= logits[i] != logits[i];
-  }
-  return {largest, nan};
-}
-
 // The lowest index of the largest logit. Raises where a logit is NaN, the largest is infinite or no token is left.
-inline std::int64_t index_of_largest(const float* logits, std::int64_t count) {
-  constexpr std::int64_t kBlock = 4096;
-  const float* best = logits;
-  float largest = -std::numeric_limits<float>::infinity();
-  for (std::int64_t begin = 0; begin < count; begin += kBlock) {
-    const auto [of_block, nan] = largest_and_nan(logits + begin, std::min(kBlock, count - begin));
-    TORCH_CHECK(!nan, "the logits of the next token are not finite");
-    if (of_block > largest) {
-      largest = of_block;
-      best = logits + begin;
-    }
-  }
-  TORCH_CHECK(largest < std::numeric_limits<float>::infinity(), "the logits of the next token are not finite");
-  TORCH_CHECK(largest > -std::numeric_limits<float>::infinity(),
+inline int64_t index_of_largest(const float* logits, int64_t count) {
+  const Largest largest = choose_runtime_table().largest(logits, count);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  TORCH_CHECK(!largest.nan && largest.value < kInfinity, "the logits of the next token are not finite");
+  TORCH_CHECK(largest.value > -kInfinity,
               "no token is left: each has the logit -inf or is excluded by no_repeat_ngram_size or min_new_tokens");
-  return std::find(best, logits + count, largest) - logits;
+  return largest.index;
 }
 
 class Sampler {
  public:
-  Sampler(const Sampling& sampling, std::int64_t vocabulary) : sampling_(sampling), vocabulary_(vocabulary) {}
+  Sampler(const Sampling& sampling, int64_t vocabulary) : sampling_(sampling), vocabulary_(vocabulary) {}
 
   // Probabilities of the next token after all processors. `logits` is overwritten.
   const std::vector<float>& probabilities(float* logits, const Context& context) {
@@ -117,7 +81,7 @@ class Sampler {
     const float threshold = sampling_.top_k && sampling_.top_k < vocabulary_ ? kth_largest(logits)
                                                                              : -std::numeric_limits<float>::infinity();
     double total = 0;
-    for (std::int64_t i = 0; i < vocabulary_; ++i) {
+    for (int64_t i = 0; i < vocabulary_; ++i) {
       if (logits[i] < threshold) continue;
       probabilities_[i] = std::exp(float((logits[i] - largest) / sampling_.temperature));
       total += probabilities_[i];
@@ -129,18 +93,18 @@ class Sampler {
   }
 
   // Greedy decoding: the largest logit that the processors leave, the lowest index of equals.
-  std::int64_t largest(float* logits, const Context& context) const {
+  int64_t largest(float* logits, const Context& context) const {
     process(logits, context);
     return index_of_largest(logits, vocabulary_);
   }
 
   // The token whose share of the cumulated weights holds u ∈ [0, 1).
-  static std::int64_t draw(const std::vector<float>& weights, double u) {
+  static int64_t draw(const std::vector<float>& weights, double u) {
     double total = 0;
     for (const float weight : weights) total += weight;
     double rest = u * total;
-    std::int64_t last = 0;
-    for (std::int64_t i = 0; i < std::int64_t(weights.size()); ++i) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < int64_t(weights.size()); ++i) {
       if (weights[i] <= 0) continue;
       last = i;
       rest -= weights[i];
@@ -155,29 +119,29 @@ class Sampler {
     if (sampling_.repetition_penalty != 1) penalise(logits, context.tokens);
     if (sampling_.no_repeat_ngram_size) exclude_repeats(logits, context.tokens);
     if (context.generated() < sampling_.min_new_tokens)
-      for (const std::int64_t token : sampling_.eos) exclude(logits, token);
+      for (const int64_t token : sampling_.eos) exclude(logits, token);
   }
 
   // Once for each distinct token: z/r where z > 0, z·r elsewhere.
-  void penalise(float* logits, std::vector<std::int64_t> tokens) const {
+  void penalise(float* logits, std::vector<int64_t> tokens) const {
     std::sort(tokens.begin(), tokens.end());
     tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
     const float penalty = float(sampling_.repetition_penalty);
-    for (const std::int64_t token : tokens)
+    for (const int64_t token : tokens)
       if (token < vocabulary_) logits[token] = logits[token] < 0 ? logits[token] * penalty : logits[token] / penalty;
   }
 
   // Every token that would complete an n-gram which `tokens` hold already.
-  void exclude_repeats(float* logits, const std::vector<std::int64_t>& tokens) const {
-    const std::int64_t before = sampling_.no_repeat_ngram_size - 1;  // tokens of the n-gram before its last
-    if (std::int64_t(tokens.size()) <= before) return;
+  void exclude_repeats(float* logits, const std::vector<int64_t>& tokens) const {
+    const int64_t before = sampling_.no_repeat_ngram_size - 1;  // tokens of the n-gram before its last
+    if (int64_t(tokens.size()) <= before) return;
     const auto prefix = tokens.end() - before;
     for (auto ngram = tokens.begin(); ngram < prefix; ++ngram)
       if (std::equal(prefix, tokens.end(), ngram)) exclude(logits, ngram[before]);
   }
 
   // A prompt may hold tokens that the output head does not know, and so may `eos`.
-  void exclude(float* logits, std::int64_t token) const {
+  void exclude(float* logits, int64_t token) const {
     if (token >= 0 && token < vocabulary_) logits[token] = -std::numeric_limits<float>::infinity();
   }
 
@@ -189,10 +153,10 @@ class Sampler {
 
   // Keeps the smallest set of most probable tokens whose mass reaches top_p, and returns its mass.
   double keep_nucleus(double total) {
-    std::vector<std::int64_t> heap;
-    for (std::int64_t i = 0; i < vocabulary_; ++i)
+    std::vector<int64_t> heap;
+    for (int64_t i = 0; i < vocabulary_; ++i)
       if (probabilities_[i] > 0) heap.push_back(i);
-    const auto less_probable = [&](std::int64_t a, std::int64_t b) {
+    const auto less_probable = [&](int64_t a, int64_t b) {
       return probabilities_[a] < probabilities_[b] || (probabilities_[a] == probabilities_[b] && a > b);
     };
     std::make_heap(heap.begin(), heap.end(), less_probable);
@@ -202,7 +166,7 @@ class Sampler {
       std::pop_heap(heap.begin(), heap.end(), less_probable);
       heap.pop_back();
     }
-    for (const std::int64_t i : heap) probabilities_[i] = 0.0f;
+    for (const int64_t i : heap) probabilities_[i] = 0.0f;
     return mass;
   }
 
@@ -217,7 +181,7 @@ class Sampler {
   }
 
   const Sampling sampling_;
-  const std::int64_t vocabulary_;
+  const int64_t vocabulary_;
   std::vector<float> probabilities_, order_;
 };
 

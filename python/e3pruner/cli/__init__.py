@@ -19,6 +19,7 @@ from e3pruner.cli.commands import (
     evaluate,
     generate,
     info,
+    plan,
     profile,
     prune,
     report,
@@ -61,6 +62,7 @@ def e3(
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "info": info.info,
+    "plan": plan.plan,
     "run": run.run,
     "search": search.search,
     "prune": prune.prune,

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.evaluation.figures import Figures
 from e3pruner.models import find_layers, output_head
+from e3pruner.models.device import rounded_dtype
 from e3pruner.models.skipping_forward import each_last_hidden
 from e3pruner.models.stack import evaluating
 from e3pruner.models.streaming import computing_in
 from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
-from e3pruner.precision import autocast_dtype
 from e3pruner.text.given import Given, batches_of, is_whole
 
 _PASS_TOKENS = 4096  # of one forward pass, where one batch is all there is
@@ -63,10 +63,10 @@ def evaluate(
     batches = batches_of("token_batches", token_batches, columns, **roles)
     if is_whole(token_batches):
         batches = list(batches[0].split(max(1, _PASS_TOKENS // batches[0].shape[1])))
-    dtype = autocast_dtype(precision, model.device)
+    dtypes = [rounded_dtype(each, precision) for each in models]
     figures = Figures()
     with ExitStack() as stack:
-        for each in models:
+        for each, dtype in zip(models, dtypes, strict=True):
             stack.enter_context(evaluating(each))
             stack.enter_context(computing_in(each, dtype))
         rows = [batch.trimmed() for batch in batches]

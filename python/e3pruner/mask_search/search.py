@@ -22,9 +22,9 @@ from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.ranks import Ranks
 from e3pruner.mask_search.units import Units, units_of
 from e3pruner.models import find_layers, output_head
+from e3pruner.models.device import rounded_dtype
 from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import check_indices
-from e3pruner.precision import autocast_dtype
 from e3pruner.surgery import PruningPlan
 from e3pruner.surgery.config import pruned_config
 from e3pruner.surgery.in_memory import skeleton
@@ -92,10 +92,10 @@ def search(
     counts = quota if isinstance(quota, Mapping) else None
     count = number_to_drop(model, protected, quota=counts, sublayers=one_by_one, drop=drop, fraction=fraction)
     units = units_of(model, count, protected, granularity, quota)
-    _try_surgery(model, units)
+    try_surgery(model, units)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
-    dtype = autocast_dtype(precision, model.device)
+    dtype = rounded_dtype(model, precision)
     run = find_method(method, options)
     _check_fit(run, granularity, counts)
     if masks_at_once is not None:
@@ -195,7 +195,7 @@ def find_method(name: str, options: Mapping[str, Any]) -> Method:
     return METHODS[name]
 
 
-def _try_surgery(model: PreTrainedModel, units: Units) -> None:
+def try_surgery(model: PreTrainedModel, units: Units) -> None:
     """Raises `ValueError` if a plan of the deepest units, or of the first, cannot be cut, as far as it can be known
     without running the model."""
     for values in ([0.0] * units.count, [float(unit) for unit in range(units.count)]):

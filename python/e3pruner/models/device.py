@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
+
+from e3pruner.models.head import last_hidden
+from e3pruner.models.stack import evaluating
+from e3pruner.precision import autocast_dtype, weights_in
 
 AUTO = "auto"
 
@@ -21,3 +26,25 @@ def usable_device(name: str = AUTO) -> torch.device:
         reason = str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
         raise ValueError(f"device={name!r} cannot be used here: {reason}; auto takes what there is") from error
     return device
+
+
+def rounded_dtype(model: PreTrainedModel, precision: str) -> torch.dtype | None:
+    """`autocast_dtype` for `weights_in`: the dtype that the weights of `model` are rounded to; None: their own.
+
+    Some models cannot run so, because they compute or keep something in fp32 beside narrow weights; "auto" is "fp32"
+    for them. Raises `ValueError` where "bf16" is asked for, or for another name.
+    """
+    dtype = autocast_dtype(precision, model.device)
+    if dtype is None:
+        return None
+    try:
+        with torch.no_grad(), evaluating(model), weights_in(model.parameters(), dtype):
+            last_hidden(model, torch.arange(8, device=model.device)[None])
+    except RuntimeError as error:
+        if precision != "auto":
+            kind, said = model.config.model_type, str(error).partition("\n")[0]
+            raise ValueError(
+                f"precision={precision!r}: model ({kind}) does not run with rounded weights: {said}"
+            ) from error
+        return None
+    return dtype

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import e3kernels
 from e3pruner.compat import CACHE, CACHE_NAMES
-from e3pruner.models.layer_calls import replaced, route_of
+from e3pruner.models.layer_calls import entries, replaced, route_of
 from e3pruner.models.stack import check_indices, find_layers
 from e3pruner.models.sublayers import KINDS, check_sublayers, scaled, silenced, writer
 
@@ -92,12 +92,12 @@ def _check_gates(gates: Tensor, num_layers: int) -> None:
 def _gate_hook(gate: Tensor) -> Any:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = _hidden_states(args, kwargs)
-        branch_out = output[0] if isinstance(output, tuple) else output
+        branch_out, *rest = entries(output)
         if gate.dim() == 1 and len(gate) != len(hidden):
             raise ValueError(f"gates has one mask for each of {len(gate)} samples, the batch has {len(hidden)}")
         aligned = gate.view(gate.shape + (1,) * (hidden.dim() - 1)) if gate.dim() else gate
         mixed = e3kernels.gated_residual(hidden, branch_out, aligned.to(hidden.device))
-        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+        return (mixed, *rest) if isinstance(output, tuple | list) else mixed
 
     return hook
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from e3pruner.models.stack import evaluating, returning_dicts, stack_name
+from e3pruner.models.stack import calling, decoder_of, evaluating, returning_dicts
 
 # Settings that multiply the logits (1) or divide them (-1).
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _TILE_LOGITS = 2**24
-_VERIFIED: WeakSet[PreTrainedModel] = WeakSet()
+_VERIFIED: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()  # the factor that was found
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,42 @@ def last_hidden(
     position_ids: Tensor | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """The hidden states (B, T, H) that the output head receives, after the final norm; no cache is kept.
+    """The hidden states (B, T, H) that the output head receives; no cache is kept.
 
     `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding, on any side; `position_ids`
-    (B, T) of packed documents, each counted from 0; `inputs`: what else the module that holds the layers takes.
+    (B, T) of packed documents, each counted from 0; `inputs`: what else `model` takes.
+
+    It is what the model's own forward pass hands to the head, whatever lies between the layers and it: a norm, a
+    factor, BERT's transform. Raises `ValueError` where the head is not called with (B, T, H).
     """
     inputs |= position_arguments(model, attention_mask, position_ids)
-    with returning_dicts(model):
-        output = decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+    with returning_dicts(model), without_head(model) as received:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+    return only_hidden(model, received)
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The module that holds the decoder layers: from token ids to the hidden states that the output head receives."""
-    return model.get_submodule(stack_name(model).rpartition(".")[0])
+@contextmanager
+def without_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Inside the block the output head gives one column in place of the logits; what it receives is appended."""
+    received: list[Tensor] = []
+
+    def note(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        received.append(hidden)
+        return hidden[..., :1]
+
+    with calling(model.get_output_embeddings(), note):
+        yield received
+
+
+def only_hidden(model: PreTrainedModel, received: list[Tensor]) -> Tensor:
+    """The one hidden state (B, T, H) that the head received in a forward pass."""
+    if len(received) != 1 or received[0].dim() != 3:
+        shapes = [tuple(each.shape) for each in received]
+        raise ValueError(
+            f"model ({model.config.model_type}): its output head is not called once on (batch, tokens, width), but on "
+            f"{shapes}; such a head is not supported"
+        )
+    return received[0]
 
 
 def position_arguments(
@@ -128,35 +151,43 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     A factor or a soft cap that goes unnoticed would silently change the objective of a fused loss. So the first call
     on a model rebuilds the logits of a few tokens, and raises `ValueError` if they are not those of the model.
     """
-    config = model.config.get_text_config(decoder=True)
-    factors = [(getattr(config, name, None), exponent) for name, exponent in _FACTORS.items()]
-    scale = math.prod(factor**exponent for factor, exponent in factors if isinstance(factor, int | float))
     linear = model.get_output_embeddings()
     if not linear.weight.is_floating_point():
         raise ValueError(f"model ({model.config.model_type}): its output head is quantised ({linear.weight.dtype})")
-    softcap = getattr(config, "final_logit_softcapping", None)
-    head = OutputHead(linear.weight, getattr(linear, "bias", None), softcap, float(scale))
     if model not in _VERIFIED:
-        _verify(model, head)
-        _VERIFIED.add(model)
-    return head
+        _VERIFIED[model] = _factor(model)
+    return OutputHead(linear.weight, getattr(linear, "bias", None), _softcap(model), _VERIFIED[model])
+
+
+def _softcap(model: PreTrainedModel) -> float | None:
+    config = model.config.get_text_config(decoder=True)
+    return next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
 
 
 @torch.no_grad()
-def _verify(model: PreTrainedModel, head: OutputHead) -> None:
-    ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
+def _factor(model: PreTrainedModel) -> float:
+    """What the logits are scaled by behind the head: the product of the settings that some types apply before it."""
+    config = model.config.get_text_config(decoder=True)
+    linear, softcap = model.get_output_embeddings(), _softcap(model)
+    factors = [(getattr(config, name, None), exponent) for name, exponent in _FACTORS.items()]
+    product = math.prod(factor**exponent for factor, exponent in factors if isinstance(factor, int | float))
+    ids = torch.arange(8, device=linear.weight.device)[None] % linear.weight.shape[0]
     with evaluating(model), returning_dicts(model):
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        rebuilt = head.logits(last_hidden(model, ids)).float()
+        hidden = last_hidden(model, ids)
     # A missed factor changes logits by its own size; rounding in the order of operations by a few ulp.
-    tolerance = 8 * torch.finfo(head.weight.dtype).eps * expected.abs().max()
-    error = (rebuilt - expected).abs().max()
-    if not error <= tolerance:
-        check_finite(model, expected)
-        raise ValueError(
-            f"model ({model.config.model_type}): its logits are not softcap(scale·(hidden·weightᵀ + bias)), rebuilt "
-            f"ones differ by {error:.3g}; its output head is not supported"
-        )
+    tolerance = 8 * torch.finfo(linear.weight.dtype).eps * expected.abs().max()
+    errors = []
+    for factor in (float(product), 1.0):
+        rebuilt = OutputHead(linear.weight, getattr(linear, "bias", None), softcap, factor).logits(hidden).float()
+        errors.append((rebuilt - expected).abs().max() if rebuilt.shape == expected.shape else math.inf)
+        if errors[-1] <= tolerance:
+            return factor
+    check_finite(model, expected)
+    raise ValueError(
+        f"model ({config.model_type}): its logits are not softcap(scale·(hidden·weightᵀ + bias)), rebuilt ones differ "
+        f"by {min(errors):.3g}; its output head is not supported"
+    )
 
 
 def check_finite(model: PreTrainedModel, logits: Tensor) -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from e3pruner.models.head import decoder_of, last_hidden
-from e3pruner.models.stack import evaluating, find_layers
+from e3pruner.models.head import last_hidden
+from e3pruner.models.stack import calling, decoder_of, evaluating, find_layers
 
 Place = int | str  # of an argument: its position or its name
 Arguments = dict[Place, Any]
@@ -58,12 +58,12 @@ class Route:
 
     kinds: the class of every layer. layers: in the order of their calls. forms: of what a layer returns, by layer: None
     for a bare hidden state, else for each further entry of the tuple the argument in which the next layer is given it,
-    if any. links: for each call but the first, the arguments that are entries of what the call before returned, and
-    which; None where the model changes the hidden state in between. shared: for each call but the first, the mappings
-    that the call before was given too. tail: the child of the module that holds the layers that turns what the last
-    layer returned into the last hidden state; None where more happens there. writers: layers that write into the hidden
-    state that they are given. proven: the ways of walking it, of one mask or many, one batch or many, that have been
-    seen to give what the model gives.
+    or that it is the next state of, if any. links: for each call but the first, the arguments that are entries of what
+    the call before returned, and which; None where the model changes the hidden state in between. shared: for each call
+    but the first, the mappings that the call before was given too. tail: the child of the module that holds the layers
+    that turns what the last layer returned into the last hidden state; None where more happens there. writers: layers
+    that write into the hidden state that they are given. proven: the ways of walking it, of one mask or many, one batch
+    or many, that have been seen to give what the model gives.
     """
 
     kinds: list[type]
@@ -137,24 +137,24 @@ def recorded(model: PreTrainedModel, inputs: Inputs) -> tuple[list[Step], Tensor
         last = last_hidden(model, **inputs)
     if _known(model, inputs) is None:
         hidden = entries(steps[-1].output)[0]
-        tail = next((name for name, given, output in behind if given is hidden and output is last), None)
+        tail = next((name for name, given, output in behind if given is hidden and _same(output, last)), None)
         _ROUTES.setdefault(layers, {})[frozenset(inputs)] = _route(layers, steps, tail)
     return steps, last
+
+
+def _same(output: Any, last: Tensor) -> bool:
+    """Whether `last` is all of `output`: the model may slice it by `logits_to_keep` on the way to the head."""
+    alike = isinstance(output, Tensor) and output.shape == last.shape and output.stride() == last.stride()
+    return alike and output.data_ptr() == last.data_ptr()
 
 
 @contextmanager
 def replaced(layers: Mapping[int, nn.Module], forward: Forward) -> Iterator[None]:
     """Inside the block the forward of layer i is `forward(i, arguments, own)`, `own(arguments)` being what it was."""
-    before = {index: vars(layer).get("forward") for index, layer in layers.items()}
-    for index, layer in layers.items():
-        layer.forward = partial(_call, forward, index, layer.forward)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for index, layer in layers.items():
-            del layer.forward
-            if (own := before[index]) is not None:
-                layer.forward = own
+            stack.enter_context(calling(layer, partial(_call, forward, index, layer.forward)))
+        yield
 
 
 def call(layer: Callable[..., Any], arguments: Arguments) -> Any:
@@ -171,7 +171,7 @@ def hidden_place(arguments: Arguments) -> Place:
 
 def entries(output: Any) -> tuple[Any, ...]:
     """What a layer returns, as a tuple; the hidden state comes first."""
-    return output if isinstance(output, tuple) else (output,)
+    return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
 def _known(model: PreTrainedModel, inputs: Inputs) -> Route | None:
@@ -191,8 +191,12 @@ def _route(layers: nn.ModuleList, steps: list[Step], tail: str | None) -> Route:
     places = {entry: place for found in links for place, entry in found.items() if entry > 0}
     forms: dict[int, list[Place | None] | None] = {step.layer: None for step in steps}
     for step in steps:
-        if isinstance(step.output, tuple):
-            forms[step.layer] = [places.get(entry) for entry in range(1, len(step.output))]
+        if isinstance(step.output, tuple | list):
+            if hasattr(step.output, "_fields"):
+                kind = type(step.output).__name__
+                raise ValueError(f"layer {step.layer} returns a {kind}: what it carries on is not one hidden state")
+            rest = enumerate(step.output)
+            forms[step.layer] = [places.get(entry) or _given(step, value) for entry, value in rest if entry]
     return Route(
         kinds=[type(layer) for layer in layers],
         layers=[step.layer for step in steps],
@@ -213,6 +217,20 @@ def _links(step: Step, after: Step) -> dict[Place, int]:
             if entry is not None and value is entry and is_hidden == (number == 0):
                 links[place] = number
     return links
+
+
+def _given(step: Step, value: Any) -> Place | None:
+    """The argument that `value`, which the layer returned, is the next state of: the only one that is made alike."""
+    alike = [place for place, given in step.arguments.items() if _alike(given, value)]
+    alike = [place for place in alike if place != hidden_place(step.arguments)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) > 0 and all(map(_alike, one, other))
+    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return tensors and one.shape == other.shape and one.dtype == other.dtype
 
 
 def _shared(step: Step, after: Step) -> list[Place]:

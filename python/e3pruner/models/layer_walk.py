@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from e3pruner.models.head import decoder_of, last_hidden
+from e3pruner.models.head import last_hidden
 from e3pruner.models.layer_calls import Arguments, Inputs, Place, call, entries, hidden_place, replaced, route_of
-from e3pruner.models.stack import find_layers
+from e3pruner.models.stack import decoder_of, find_layers
 from e3pruner.models.sublayers import KINDS, silenced, writer
 
 Units = tuple[bool, ...]  # of one layer: the whole of it, or its attention and its MLP; True: it runs
@@ -115,7 +115,7 @@ class LayerWalk:
             [None] * copies if entry is None else entry.chunk(copies, 0 if number else rows)
             for number, entry in enumerate(entries(output))
         ]
-        outputs = zip(*split, strict=True) if isinstance(output, tuple) else split[0]
+        outputs = zip(*split, strict=True) if isinstance(output, tuple | list) else split[0]
         return list(zip(states, outputs, strict=True))
 
     def _next(self, depth: int, arguments: Arguments, output: Any) -> Arguments:
@@ -145,7 +145,7 @@ class LayerWalk:
             for place in self._mappings(depth):
                 given[place].update((arguments or {})[place])
             hidden, *rest = entries(output)
-            return (hidden.clone(), *rest) if isinstance(output, tuple) else hidden.clone()
+            return (hidden.clone(), *rest) if isinstance(output, tuple | list) else hidden.clone()
 
         with replaced(dict(enumerate(self.layers)), stand_in):
             return calls, last_hidden(self.model, **inputs)

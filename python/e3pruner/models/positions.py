@@ -15,7 +15,8 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
     Rotary positions can be computed for any place, but behind this one the model has learnt nothing.
     """
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if limit is None or limit > 0 else None  # −1 says so too
 
 
 @torch.no_grad()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import cast
+from typing import Any, cast
 
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+# What a configuration calls the number of its decoder's layers; beside an encoder's number, that of the decoder counts.
+_COUNTS = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers")
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of `model`, in order: the stack that every part of this package gates, skips and slices.
 
-    It is the `nn.ModuleList` of `num_hidden_layers` modules, all of them `GradientCheckpointingLayer`s, that sits where
-    the token embedding does: a vision or audio tower may have as many layers, and has no tokens.
+    It is the `nn.ModuleList` of as many modules as the configuration names decoder layers that sits where the token
+    embedding does: a vision or audio tower may have as many layers, and has no tokens. Where several lists do, it is
+    the one of `GradientCheckpointingLayer`s.
 
     Raises `TypeError` for anything but a Hugging Face causal language model, PEFT-wrapped models included, and
     `ValueError` for encoder-decoders and models without exactly one such stack.
@@ -27,24 +31,39 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
 def stack_name(model: PreTrainedModel) -> str:
     """The qualified name of the decoder stack within `model`; the same errors as `find_layers`."""
     _refuse_unfit(model)
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    names = _beside_embedding(
-        model,
-        [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList)
-            and len(module) == count > 0
-            and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
-        ],
-    )
+    config = model.config.get_text_config(decoder=True)
+    setting = count_setting(config)
+    count = getattr(config, setting, 0)
+    towers = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and module.main_input_name == "pixel_values" and module is not model
+    ]
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0 and not name.startswith(tuple(towers))
+    }
+    names = _beside_embedding(model, lists)
+    usual = [name for name in names if all(isinstance(layer, GradientCheckpointingLayer) for layer in lists[name])]
+    names = usual or names
     if len(names) != 1:
         found = ", ".join(names) or "none"
         raise ValueError(
             f"model ({type(model).__name__}) has no decoder stack that can be told apart: expected one ModuleList of "
-            f"{count} decoder layers (num_hidden_layers), found {found}"
+            f"{count} decoder layers ({setting}), found {found}"
         )
     return names[0]
+
+
+def count_setting(config: PreTrainedConfig) -> str:
+    """The setting of a text configuration that says how many decoder layers there are."""
+    return next((name for name in _COUNTS if hasattr(config, name)), _COUNTS[-1])
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The smallest module that holds both the decoder layers and the token embedding."""
+    return model.get_submodule(_common(stack_name(model).split("."), _embedding_path(model)))
 
 
 def check_indices(name: str, indices: Iterable[int], num_layers: int) -> list[int]:
@@ -60,16 +79,21 @@ def check_indices(name: str, indices: Iterable[int], num_layers: int) -> list[in
     return sorted(indices)
 
 
-def _beside_embedding(model: PreTrainedModel, names: list[str]) -> list[str]:
+def _beside_embedding(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """Those of `names` that share most of their path with the token embedding's."""
+    path = _embedding_path(model)
+    shared = {name: len(_common(name.split("."), path)) for name in names}
+    return [name for name in shared if shared[name] == max(shared.values())]
+
+
+def _embedding_path(model: PreTrainedModel) -> list[str]:
     embedding = model.get_input_embeddings()
-    path = next(name.split(".") for name, module in model.named_modules() if module is embedding)
+    return next(name.split(".") for name, module in model.named_modules() if module is embedding)
 
-    def shared(name: str) -> int:
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), path, strict=False)))
 
-    most = max(map(shared, names), default=0)
-    return [name for name in names if shared(name) == most]
+def _common(path: list[str], other: list[str]) -> str:
+    """What two qualified names begin with."""
+    return ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(path, other, strict=False)))
 
 
 def check_unquantised(name: str, model: PreTrainedModel, what: str) -> None:
@@ -90,6 +114,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child, mode in modes:
             child.training = mode
+
+
+@contextmanager
+def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block the forward of `module` is `forward`; afterwards it is what it was, other hooks included."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @contextmanager
@@ -115,5 +152,7 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
         raise TypeError(f"model ({kind}) is not a transformers PreTrainedModel; pass the model itself, unwrapped")
     if model.config.is_encoder_decoder:
         raise ValueError(f"model ({kind}) is an encoder-decoder; pass a decoder-only causal language model")
-    if model.get_output_embeddings() is None or not model.can_generate():
+    if (head := model.get_output_embeddings()) is None or not model.can_generate():
         raise TypeError(f"model ({kind}) has no decoder stack with a language-model head; load AutoModelForCausalLM")
+    if not isinstance(getattr(head, "weight", None), Tensor):
+        raise ValueError(f"model ({kind}) has an output head without one matrix ({type(head).__name__})")

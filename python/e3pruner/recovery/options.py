@@ -38,7 +38,7 @@ class DistillOptions:
     weighting: Literal["none", "entropy", "inverse", "mix"] = "entropy"
     gamma: float = 1.0
     kd_ratio: float = 0.9
-    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    divergence: Literal["forward", "reverse", "jsd", "adaptive"] = "forward"
     vocabulary: int | None = None
     trainable: Literal["all", "decoder", "lora", "cuts", "norms"] = "all"
     lora_rank: int = 16

@@ -34,9 +34,7 @@ def describe(model: PreTrainedModel) -> _runtime.Model:
     the type's own and for a configuration that contradicts them, TypeError for weights that are not plain fp32, bf16 or
     fp16 tensors of `nn.Linear`, `nn.Embedding` and the type's RMSNorm, RuntimeError for weights without memory.
     """
-    _check_supported(model)
-    _check_layer_count(model)
-    _check_modules(model)
+    check_supported(model)
     config: Any = model.config
     body: Any = model.model
     description = _runtime.Model()
@@ -59,7 +57,14 @@ def describe(model: PreTrainedModel) -> _runtime.Model:
     return description
 
 
-def _check_supported(model: PreTrainedModel) -> None:
+def check_supported(model: PreTrainedModel) -> None:
+    """Raises as `describe` does for what can be known without weights: the type, its modules, their number."""
+    _check_type(model)
+    _check_layer_count(model)
+    _check_modules(model)
+
+
+def _check_type(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}; it must be a transformers causal LM")
     kind = model.config.model_type

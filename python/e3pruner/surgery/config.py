@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from e3pruner.models.stack import count_setting
 from e3pruner.surgery.demands import check_kept
 
 # Layers of multi-token prediction, stored behind the last one.
@@ -18,6 +20,7 @@ _INDEX_SETS = ("attn_layer_indices", "cross_attention_layers", "full_attn_idxs",
 # Setting: (its value that treats all layers alike, what any other value does).
 _REFUSED: dict[str, tuple[Any, str]] = {
     "hybrid_layer_ids": ([], "these layers share one set of weights"),
+    "rescale_every": (0, "every so many layers halve the hidden state; set it to 0, which changes rounding only"),
 }
 
 
@@ -48,9 +51,11 @@ def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedCo
 
     overrides = text.to_dict().get("per_layer_config", {})
     text.per_layer_config = None  # its indices are those of the dense model
-    for name, value in _translated(settings, kept, text.num_hidden_layers).items():
+    setting = count_setting(text)
+    count = getattr(text, setting)
+    caches = {"num_hidden_layers": text.num_hidden_layers // count * len(kept)} if setting == "num_layers" else {}
+    for name, value in (_translated(settings, kept, count) | {setting: len(kept)} | caches).items():
         setattr(text, name, value)
-    text.num_hidden_layers = len(kept)
     for name, per_layer in _SPACINGS.items():
         kinds = settings.get(per_layer)
         if kinds is not None and [kinds[old] for old in kept] != list(kinds[: len(kept)]):
@@ -80,6 +85,20 @@ def _translated(settings: dict[str, Any], kept: Sequence[int], num_layers: int) 
         translated["num_kv_shared_layers"] = sum(old >= first for old in kept)
     if "moe_layer_end_index" in settings:  # inclusive
         translated["moe_layer_end_index"] = sum(old <= settings["moe_layer_end_index"] for old in kept) - 1
+    if "scale_depth" in settings:  # MiniCPM3: what is added to the residual stream is divided by the root of the depth
+        factor, root = settings["scale_depth"] / math.sqrt(num_layers), math.sqrt(len(kept))
+        near = [factor * root, *(math.nextafter(factor * root, end) for end in (-math.inf, math.inf))]
+        translated["scale_depth"] = min(near, key=lambda scale: abs(scale / root - factor))
+    if settings.get("num_blocks") == num_layers:  # xLSTM, beside num_hidden_layers
+        translated["num_blocks"] = len(kept)
+    if "n_recurrent_layers" in settings:  # Dory: layers before, within and behind the loop
+        first, loop = settings["n_input_layers"], settings["n_recurrent_layers"]
+        translated["n_input_layers"] = sum(old < first for old in kept)
+        translated["n_recurrent_layers"] = sum(first <= old < first + loop for old in kept)
+        translated["n_output_layers"] = sum(old >= first + loop for old in kept)
+    if "block_types" in settings:  # RecurrentGemma: repeated over the depth
+        pattern = settings["block_types"]
+        translated["block_types"] = [pattern[old % len(pattern)] for old in kept]
     if "attention_types" in settings:  # GPT-Neo: [[kinds, repeats], ...], from which attention_layers is expanded
         translated["attention_types"] = [[[kind], 1] for kind in translated["attention_layers"]]
     return translated

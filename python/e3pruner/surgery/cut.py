@@ -9,7 +9,9 @@ from typing import overload
 
 from transformers import PreTrainedModel
 
+from e3pruner.surgery.adapter import ADAPTER_CONFIG, prune_adapter
 from e3pruner.surgery.checkpoint import prune_checkpoint
+from e3pruner.surgery.gguf import prune_gguf
 from e3pruner.surgery.in_memory import prune_model
 from e3pruner.surgery.plan import PruningPlan
 
@@ -41,7 +43,8 @@ def prune(
     Of files, the folder `out`, which appears when it is complete; a few megabytes of them are in memory at a time.
     `model` is the folder of a checkpoint in safetensors, of any size and dtype: its tensors keep their bytes, names and
     per-layer settings are renumbered, what else lies there is carried over, except for weights in other forms and the
-    model's card. `pruning.json` gets the SHA-256 of every tensor.
+    model's card. `pruning.json` gets the SHA-256 of every tensor. Or it is the folder of an adapter of PEFT that was
+    trained on the dense model; it then names no base model, for it fits the pruned one alone. Or it is a GGUF file.
 
     Sub-layers that the plan removes have their output projection set to 0: the checkpoint stays vanilla and its size
     does not shrink, which a warning says. Before anything is returned it is proven to be `model` without the removed
@@ -57,4 +60,8 @@ def prune(
         return prune_model(model, plan, copy_weights=copy_weights)
     if out is None:
         raise ValueError(f"model={str(model)!r} is cut as files; out= must name the folder for the result")
+    if (Path(model) / ADAPTER_CONFIG).is_file():
+        return prune_adapter(Path(model), plan, Path(out))
+    if Path(model).suffix == ".gguf":
+        return prune_gguf(Path(model), plan, Path(out))
     return prune_checkpoint(Path(model), plan, Path(out), trust_remote_code=trust_remote_code)

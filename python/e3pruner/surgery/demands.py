@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from e3pruner.models.stack import count_setting
+
 # Kinds of `layer_types` whose layers keep no keys and values: a state of fixed size, or nothing.
 _WITHOUT_ATTENTION = {"linear_attention", "conv", "moe", "mlp"}
 # Setting that says of which layers, every how many, something is true: the setting that says of which of them (None: of
@@ -24,6 +26,7 @@ _INTERVALS = {
 }
 # Model type: what its layers compute from their index, beside their place.
 _COUNTING = {
+    "beam": "what a layer adds to the residual stream is scaled by the layer's index",
     "diffllama": "the weight of the second attention map follows from the layer's index",
 }
 
@@ -81,11 +84,8 @@ def _of_attention(text: Any) -> Iterator[Demand]:
     if attending and len(attending) < len(kinds):
         reason = f"one of the layers that attend ({_named(attending)}) must stay: positions are counted by its cache"
         yield Limit(attending, len(attending) - 1, reason)
-    if text.model_type == "minimax" and len(attending) < len(kinds):
-        everything = frozenset(range(len(kinds)))
-        yield Limit(everything, 0, "its linear attention decays by the layer's index and the number of layers")
     crossing = frozenset(getattr(text, "cross_attention_layers", None) or ())
-    if own := frozenset(range(text.num_hidden_layers)) - crossing if crossing else None:
+    if own := frozenset(range(_count(text))) - crossing if crossing else None:
         yield Limit(own, len(own) - 1, "one layer that attends to the text must stay")
 
 
@@ -102,13 +102,15 @@ def _of_shared_state(text: Any) -> Iterator[Demand]:
 
 
 def _of_indices(text: Any) -> Iterator[Demand]:
-    count = text.num_hidden_layers
+    count = _count(text)
     for name, (offset, what) in _INTERVALS.items():
         every = getattr(text, name, 1)
         if every != 1 and (name != "attn_layer_period" or "layers_block_type" not in vars(text)):
             place = every - 1 if offset is None else getattr(text, offset)
             kinds = tuple(layer % every == place for layer in range(count))
             yield Order(kinds, kinds, f"config.{name}={every}: whether a layer {what} follows from its index")
+    if text.model_type == "gpt_neox_japanese":
+        yield Limit(frozenset([count - 1]), 0, f"layer {count - 1}, the last, alone has a bias behind its attention")
     reason = _COUNTING.get(text.model_type)
     if getattr(text, "scale_attn_by_inverse_layer_idx", False):
         reason = "config.scale_attn_by_inverse_layer_idx=True: attention is divided by the layer's index + 1"
@@ -126,6 +128,10 @@ def _of_image_features(config: PreTrainedConfig) -> Iterator[Demand]:
     if given:
         members = frozenset([*given, *getattr(config, "spatial_target_layers", ())])
         yield Limit(members, 0, f"features of the image are added before layers {_named(members)}, which must stay")
+
+
+def _count(text: Any) -> int:
+    return getattr(text, count_setting(text), 0)
 
 
 def _named(layers: frozenset[int]) -> str:

@@ -24,8 +24,10 @@ def write_shards(
     *,
     zeros: Callable[[str], bool] = lambda name: False,
     advance: Callable[[int], None] = lambda count: None,
+    index: bool = True,
 ) -> dict[str, str]:
-    """Writes `shards` into `folder`, and an index where there are several; those without tensors are left out.
+    """Writes `shards` into `folder`, and with `index` an index where there are several; those without tensors are left
+    out.
 
     The bytes of each tensor are those of the file it is stored in, or 0 where `zeros` says so. `advance` is told how
     many bytes were written. Returns the SHA-256 of each tensor's bytes, taken as they are copied.
@@ -37,7 +39,7 @@ def write_shards(
         name = _renumbered(shard.file.name, number, len(shards))
         digests |= _write(folder / name, shard, zeros, advance)
         files |= dict.fromkeys(shard.tensors, name)
-    if len(shards) > 1 or shards[0].file.name != WEIGHTS:
+    if index and (len(shards) > 1 or shards[0].file.name != WEIGHTS):
         total = sum(tensor.size for shard in shards for tensor in shard.tensors.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
     return digests

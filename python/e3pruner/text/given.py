@@ -190,11 +190,11 @@ def _refuse_unmasked_padding(name: str, batch: Sequences, models: Mapping[str, P
     """
     for model in models.values():
         config = model.config.get_text_config(decoder=True)
-        pad, most = config.pad_token_id, 0
+        pad, most = getattr(config, "pad_token_id", None), 0
         if pad is None:
             continue
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        most = int(pad in (config.bos_token_id, *ends))
+        begin, end = (getattr(config, f"{name}_token_id", None) for name in ("bos", "eos"))
+        most = int(pad in (begin, *(end if isinstance(end, list) else [end])))
         for side, ids in (("ends", batch.input_ids.flip(1)), ("begins", batch.input_ids)):
             run = (ids == pad).int().cummin(-1).values.sum(-1)
             if (run > most).any():

@@ -13,6 +13,7 @@ from e3pruner.cli import options
 from e3pruner.cli.command import stderr
 from e3pruner.cli.config import result_folder
 from e3pruner.models.loading import Dtype, checked_folder, copy_tokenizer, load_model, tokenizer_files
+from e3pruner.surgery.adapter import ADAPTER_CONFIG, prune_adapter
 from e3pruner.surgery.plan import PLAN_FILE
 
 
@@ -21,6 +22,10 @@ def prune(
     model: options.Model,
     plan: Annotated[Path, typer.Option(help="The plan: pruning.json of `e3 search`.", exists=True, dir_okay=False)],
     out: options.Out,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a PEFT adapter of the model: cut along with it, into `adapter` under --out."),
+    ] = None,
     dtype: options.DtypeOption = Dtype.AUTO,
     trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
@@ -30,23 +35,35 @@ def prune(
 
     The folder loads with `AutoModelForCausalLM.from_pretrained`, without this package. Files are cut, of any size, with
     a few megabytes of them in memory at a time; a --dtype other than theirs loads the model whole. That the result
-    is the model with the layers skipped is checked before it appears.
+    is the model with the layers skipped is checked before it appears. --model may also be a GGUF file, or the folder of
+    a PEFT adapter.
 
     Example: `e3 prune --model smollm2 --plan searched/pruning.json --out pruned`
     """
     chosen = PruningPlan.load(plan)
+    if dtype != Dtype.AUTO and (model.endswith(".gguf") or _is_adapter(Path(model))):
+        raise ValueError(f"--dtype {dtype}: {model} is cut as files and keeps its bytes; leave it out")
+    if adapter is not None and not _is_adapter(adapter):
+        raise ValueError(f"--adapter {adapter} holds no {ADAPTER_CONFIG}")
     with result_folder(ctx, out, force) as folder:
-        if dtype == Dtype.AUTO:
-            source = checked_folder(model, trust_remote_code)
-            cut = prune_model(source, chosen, out=folder / "cut", trust_remote_code=trust_remote_code)
-            for path in sorted(cut.iterdir()):
-                path.rename(folder / path.name)
-            cut.rmdir()
-        else:
+        if dtype != Dtype.AUTO:
             loaded = load_model(model, "cpu", dtype, trust_remote_code=trust_remote_code)
             prune_model(loaded, chosen).save_pretrained(folder)
             copy_tokenizer(model, folder)
             chosen.save(folder / PLAN_FILE)
-        if not tokenizer_files(model):
-            stderr.print(f"{model} has no tokenizer beside it, so {out} has none either")
+        else:
+            as_files = model.endswith(".gguf") or _is_adapter(Path(model))
+            source = Path(model) if as_files else checked_folder(model, trust_remote_code)
+            cut = prune_model(source, chosen, out=folder / "cut", trust_remote_code=trust_remote_code)
+            for path in sorted(cut.iterdir()):
+                path.rename(folder / path.name)
+            cut.rmdir()
+            if not as_files and not tokenizer_files(model):
+                stderr.print(f"{model} has no tokenizer beside it, so {out} has none either")
+        if adapter is not None:
+            prune_adapter(adapter, chosen, folder / "adapter", base=str(out))
     print(f"{out}: {len(chosen.kept)} of {chosen.num_layers} layers kept, removed {chosen.removed}")
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file()

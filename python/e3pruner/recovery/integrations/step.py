@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3kernels.profiling import named_range
 from e3pruner.models import output_head
-from e3pruner.models.head import check_packing, decoder_of, position_arguments
+from e3pruner.models.head import check_packing, only_hidden, position_arguments, without_head
 from e3pruner.models.stack import returning_dicts
 from e3pruner.models.vocabulary import tokenizer_size
 from e3pruner.recovery.loss import DistillLoss
@@ -100,23 +100,22 @@ class DistillStep:
     def _hidden(self, wrapper: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         """The student's last hidden states (B, S, H), running it as `wrapper`(…).
 
-        DDP and FSDP act in the forward of their wrapper, so they are taken from within; of the logits that the model
-        computes on the way only the last position is asked for. The wrapper must see them among its outputs too: FSDP
-        brings back the weights it has freed when the gradient of an output arrives.
+        DDP and FSDP act in the forward of their wrapper, so they are taken from within, where the output head receives
+        them; it multiplies nothing on the way. The wrapper must see them among its outputs too: FSDP brings back the
+        weights it has freed when the gradient of an output arrives.
         """
-        student, outputs = self.loss.student, list[Tensor]()
+        student = self.loss.student
         where = position_arguments(student, mask, positions)
-
-        def show(module: nn.Module, inputs: Any, output: Any) -> None:
-            output["hidden_states"] = (outputs[0],)
-
         with ExitStack() as stack:
             stack.enter_context(returning_dicts(student))
-            inner = decoder_of(student).register_forward_hook(lambda *call: outputs.append(call[-1].last_hidden_state))
-            stack.callback(inner.remove)
+            received = stack.enter_context(without_head(student))
+
+            def show(module: nn.Module, inputs: Any, output: Any) -> None:
+                output["hidden_states"] = (only_hidden(student, received),)
+
             stack.callback(student.register_forward_hook(show, prepend=True).remove)  # before FSDP's own
-            wrapper(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1, **where)
-        return outputs[0]
+            wrapper(input_ids=ids, attention_mask=mask, use_cache=False, **where)
+        return only_hidden(student, received)
 
     @torch.no_grad()
     def mean(self) -> Tensor:

@@ -18,12 +18,12 @@ c10::TypedOperatorHandle<Signature> native_operator(const char* name) {
 
 struct GumbelDraw {
   at::Tensor scalars;  // τ and κ
-  std::int64_t k, seed, step, relaxation;
+  int64_t k, seed, step, relaxation;
 };
 
 inline std::tuple<at::Tensor, at::Tensor> gumbel_topk_kernel(const at::Tensor& logits, const GumbelDraw& draw) {
   static const auto kernel = native_operator<std::tuple<at::Tensor, at::Tensor>(
-      const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymInt, std::int64_t)>("e3::gumbel_topk");
+      const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymInt, int64_t)>("e3::gumbel_topk");
   const at::AutoDispatchBelowADInplaceOrView below;
   return kernel.call(logits, draw.scalars, draw.k, draw.seed, draw.step, draw.relaxation);
 }
@@ -32,7 +32,7 @@ inline at::Tensor gumbel_topk_backward_kernel(const at::Tensor& grad, const at::
                                               const GumbelDraw& draw) {
   static const auto kernel =
       native_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                 c10::SymInt, c10::SymInt, c10::SymInt, std::int64_t)>("e3::gumbel_topk_backward");
+                                 c10::SymInt, c10::SymInt, c10::SymInt, int64_t)>("e3::gumbel_topk_backward");
   const at::AutoDispatchBelowADInplaceOrView below;
   return kernel.call(grad, logits, probs, draw.scalars, draw.k, draw.seed, draw.step, draw.relaxation);
 }
@@ -44,7 +44,7 @@ struct GumbelTopkFunction : torch::autograd::Function<GumbelTopkFunction> {
     auto [mask, probs] = gumbel_topk_kernel(logits, draw);
     context->set_materialize_grads(false);
     context->save_for_backward({logits, probs, draw.scalars});
-    context->saved_data["codes"] = std::vector<std::int64_t>{draw.k, draw.seed, draw.step, draw.relaxation};
+    context->saved_data["codes"] = std::vector<int64_t>{draw.k, draw.seed, draw.step, draw.relaxation};
     return {mask, probs};
   }
 
@@ -65,9 +65,8 @@ struct GumbelTopkFunction : torch::autograd::Function<GumbelTopkFunction> {
   }
 };
 
-inline std::tuple<at::Tensor, at::Tensor> gumbel_topk(const at::Tensor& logits, const at::Tensor& scalars,
-                                                      std::int64_t k, std::int64_t seed, std::int64_t step,
-                                                      std::int64_t relaxation) {
+inline std::tuple<at::Tensor, at::Tensor> gumbel_topk(const at::Tensor& logits, const at::Tensor& scalars, int64_t k,
+                                                      int64_t seed, int64_t step, int64_t relaxation) {
   const GumbelDraw draw{scalars, k, seed, step, relaxation};
   if (!logits.requires_grad() || !at::GradMode::is_enabled()) return gumbel_topk_kernel(logits, draw);
   const auto outputs = GumbelTopkFunction::apply(logits, draw);
