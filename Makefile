@@ -6,6 +6,7 @@
 #   make fuzz                    the C++ kernels under the sanitizers
 #   make gpu                     the Triton kernels on the GPU of this machine
 #   make wheels                  dist/: the source archive, and a wheel for each Python of PYTHONS
+#   make gpu-tune [OUT=FOLDER]   the fastest launch tiles of the GPU of this machine
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -20,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python),$(PYTHON))
 TORCH    = $(shell $(BIN)/python -c 'import torch; print(*torch.__path__)')
 
-.PHONY: demo test lint bench gpu wheels clean
+.PHONY: demo test lint bench gpu gpu-tune wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -44,9 +45,12 @@ gpu: $(VENV)/bench
 	$(BIN)/pytest tests/ops -m gpu
 	$(BIN)/python -m bench.gpu
 
+gpu-tune: $(VENV)/installed
+	$(BIN)/python -m e3kernels.triton.tune $(if $(OUT),--out $(OUT))
+
 bench: $(VENV)/bench
 	mkdir -p bench/results
-	PYTHONPATH=tests $(BIN)/python bench/accuracy.py
+	$(BIN)/python bench/accuracy.py
 	$(BIN)/e3 bench --out bench/results/kernels.jsonl $(ARGS)
 
 # All wheels are built against the torch of .venv: its headers and libraries are the same for every Python.

@@ -11,6 +11,7 @@ from e3pruner.cli import options
 from e3pruner.cli.command import Command, command_line
 from e3pruner.cli.config import result_folder
 from e3pruner.cli.tables import console, rich_table
+from e3pruner.evaluation.target import check_target
 from e3pruner.models.device import usable_device
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.profiling.ceilings import measure_ceilings
@@ -90,7 +91,9 @@ def step(
     ctx: typer.Context,
     model: Subject,
     out: options.Out,
-    drop: Annotated[int, typer.Option(min=1, help="Layers that the search removes and the student lacks.")] = 8,
+    drop: options.Drop = None,
+    fraction: options.Fraction = None,
+    protect: options.Protect = None,
     text: options.Text = None,
     length: options.Length = 256,
     batch: options.Batch = 4,
@@ -106,13 +109,24 @@ def step(
 
     Example: `e3 profile step smollm2 --drop 8 --out profiled`
     """
+    check_target(drop=drop, fraction=fraction)
     with result_folder(ctx, out, force) as folder:
         splits = token_splits(
             load_tokenizer(model, trust_remote_code=trust_remote_code), text, length=length, seed=seed
         )
         sequences = take(as_sequences(splits.training).input_ids, batch * (rounds + 3), "--batch")
         network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
-        profile = profile_steps(network, sequences, drop=drop, batch=batch, rounds=rounds, seed=seed, folder=folder)
+        profile = profile_steps(
+            network,
+            sequences,
+            drop=drop,
+            fraction=fraction,
+            protect=protect or (),
+            batch=batch,
+            rounds=rounds,
+            seed=seed,
+            folder=folder,
+        )
         title = f"{model}: one search step and one recovery step, {batch} × {length} tokens"
         finish(step_page(profile, title), folder, out)
 

@@ -10,9 +10,10 @@ import typer
 from e3pruner import PruningPlan
 from e3pruner import prune as prune_model
 from e3pruner.cli import options
-from e3pruner.cli.command import stderr
+from e3pruner.cli.command import command_line, stderr
 from e3pruner.cli.config import result_folder
 from e3pruner.models.loading import Dtype, checked_folder, copy_tokenizer, load_model, tokenizer_files
+from e3pruner.pipelines.publishing import check_access, push, write_card
 from e3pruner.surgery.plan import PLAN_FILE
 
 
@@ -23,6 +24,7 @@ def prune(
     out: options.Out,
     dtype: options.DtypeOption = Dtype.AUTO,
     trust_remote_code: options.TrustRemoteCode = False,
+    push_to_hub: options.PushToHub = None,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -35,6 +37,7 @@ def prune(
     Example: `e3 prune --model smollm2 --plan searched/pruning.json --out pruned`
     """
     chosen = PruningPlan.load(plan)
+    check_access(push_to_hub)
     with result_folder(ctx, out, force) as folder:
         if dtype == Dtype.AUTO:
             source = checked_folder(model, trust_remote_code)
@@ -49,4 +52,7 @@ def prune(
             chosen.save(folder / PLAN_FILE)
         if not tokenizer_files(model):
             stderr.print(f"{model} has no tokenizer beside it, so {out} has none either")
+        write_card(folder, model, chosen, command_line())
+    if push_to_hub is not None:
+        push(out, push_to_hub)
     print(f"{out}: {len(chosen.kept)} of {chosen.num_layers} layers kept, removed {chosen.removed}")

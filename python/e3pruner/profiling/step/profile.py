@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,24 +11,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import e3kernels
+from e3kernels import textbook
 from e3kernels.ops.common.loss_call import TokenStats
 from e3kernels.profiling import MemoryTimeline, Profile, Range, RangeRecorder, Timeline, named_range
+from e3pruner.evaluation.figures import divergences
+from e3pruner.evaluation.target import check_drop, number_to_drop
 from e3pruner.mask_search import METHODS
-from e3pruner.mask_search.account import Account
-from e3pruner.mask_search.checks import check_drop
+from e3pruner.mask_search.calibration import Calibration
+from e3pruner.mask_search.measurements import Measurements
 from e3pruner.mask_search.method import Search
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import OutputHead, find_layers
+from e3pruner.models.stack import check_indices
 from e3pruner.precision import autocast_dtype
-from e3pruner.profiling import textbook
 from e3pruner.profiling.fit import check_training_fits
 from e3pruner.profiling.model.engines import synchronizer
-from e3pruner.profiling.model.profile import without_middle
+from e3pruner.profiling.model.profile import middle
 from e3pruner.profiling.process_memory import peak_above_inputs
 from e3pruner.recovery import DistillOptions, LiveTeacher, Teacher, distill
 from e3pruner.recovery.teacher import narrowed
@@ -71,7 +73,9 @@ def profile_steps(
     model: PreTrainedModel,
     sequences: Tensor,
     *,
-    drop: int = 8,
+    drop: int | None = None,
+    fraction: float | None = None,
+    protect: Sequence[int] = (),
     batch: int = 4,
     rounds: int = 3,
     seed: int = 0,
@@ -79,22 +83,29 @@ def profile_steps(
 ) -> StepProfiles:
     """Profiles of `rounds` steps, after one that does not count, on token ids (N, S), `batch` sequences per step.
 
-    The search draws and measures masks without `drop` layers; the recovery trains a student that lacks the middle ones.
+    The search draws and measures masks without `drop` layers (8 unless told), or a `fraction` of all, and none of
+    `protect`; the recovery trains a student that lacks the middle ones of those that may go.
     Chrome traces of one step each are kept in `folder`/search and `folder`/recovery, if given.
 
     Raises ValueError for a `drop` that the model cannot lose, too few sequences, and a batch that does not fit in
     memory, from an estimate.
     """
-    check_drop(drop, len(find_layers(model)))
+    layers = len(find_layers(model))
+    protected = check_indices("protect", protect, layers)
+    count = number_to_drop(model, protected, drop=drop, fraction=fraction)
+    check_drop(count, layers, len(protected))
     if len(sequences) < batch * (rounds + 3):
         raise ValueError(f"sequences has {len(sequences)}; {rounds + 3} steps of batch={batch} need more")
     check_training_fits(model, batch, sequences.shape[1])
-    refusal = _recovery_refusal(model, drop)
+    free = [layer for layer in range(layers) if layer not in protected]
+    gone = [free[place] for place in middle(len(free), count)]
+    kept = [layer for layer in range(layers) if layer not in gone]
+    refusal = _recovery_refusal(model, kept)
     found = []
     measured: dict[str, list[float]] = {}
     for losses in ("fused", "eager"):
-        kept = folder if losses == "fused" else None
-        run = _Run(model, sequences, losses, drop, batch, rounds, seed, kept, measured)
+        traces = folder if losses == "fused" else None
+        run = _Run(model, sequences, losses, kept, protected, batch, rounds, seed, traces, measured)
         found.append(_search(run._replace(folder=run.folder and run.folder / "search")))
         if refusal is None:
             found.append(_recovery(run._replace(folder=run.folder and run.folder / "recovery")))
@@ -107,7 +118,8 @@ class _Run(NamedTuple):
     model: PreTrainedModel
     sequences: Tensor
     losses: str
-    drop: int
+    kept: list[int]  # by the student
+    protected: list[int]
     batch: int
     rounds: int
     seed: int
@@ -124,7 +136,7 @@ def _search(run: _Run) -> StepProfile:
                 next(running)
 
         step()
-        problem.account = Account()  # the teacher's passes belong to the steps, which make them
+        problem.account.clear()  # the teacher's passes belong to the steps, which make them
         with RangeRecorder(synchronizer(model.device)) as recorder:
             for _ in range(rounds):
                 step()
@@ -145,30 +157,35 @@ def _started(run: _Run) -> Iterator[tuple[SearchProblem, Search]]:
     """A search that has its importance start behind it. What that measured is taken from `run.measured`, or put there;
     then no batch has met the teacher, and every step is one on new text.
     """
-    kind = SearchProblem if run.losses == "fused" else _EagerProblem
-    batches = list(run.sequences[: run.batch * (run.rounds + 3)].split(run.batch))
-    dtype = autocast_dtype("auto", run.model.device)
+    text = Calibration(run.sequences[: run.batch * (run.rounds + 3)].split(run.batch), run.model.device)
 
     def search() -> tuple[SearchProblem, Search]:
-        problem = kind(run.model, batches, units=units_of(run.model, run.drop), seed=run.seed, dtype=dtype)
-        problem.measured = dict(run.measured)
+        problem = SearchProblem(
+            run.model,
+            text,
+            units=units_of(run.model, len(find_layers(run.model)) - len(run.kept), run.protected),
+            seed=run.seed,
+            dtype=autocast_dtype("auto", run.model.device),
+            measurements=Measurements(dict(run.measured)),
+            divergences=divergences if run.losses == "fused" else _eager_divergences,
+        )
         return problem, METHODS["gumbel-topk"](problem, steps=run.rounds + 3)
 
     if not run.measured:
         problem, running = search()
         with problem:
             next(running)
-        run.measured.update(problem.measured)
+        run.measured.update(problem.measurements.measured)
     problem, running = search()
     with problem:
         next(running)
         yield problem, running
 
 
-def _recovery_refusal(model: PreTrainedModel, drop: int) -> str | None:
+def _recovery_refusal(model: PreTrainedModel, kept: list[int]) -> str | None:
     """Why there is no student to recover: models whose layers follow from their index cannot lose those."""
     try:
-        prune(model, without_middle(len(find_layers(model)), drop), copy_weights=False)
+        prune(model, kept, copy_weights=False)
     except ValueError as error:
         return str(error)
     return None
@@ -176,7 +193,7 @@ def _recovery_refusal(model: PreTrainedModel, drop: int) -> str | None:
 
 def _recovery(run: _Run) -> StepProfile:
     model = run.model
-    student = prune(model, without_middle(len(find_layers(model)), run.drop)).float()
+    student = prune(model, run.kept).float()
 
     def train(steps: int) -> None:
         with _teacher(model, run.losses) as teacher:
@@ -210,23 +227,20 @@ def _of_steps(ranges: list[Range], skip: int = 0) -> tuple[float, dict[str, floa
     return statistics.median(step.end - step.start for step in steps), median
 
 
-class _EagerProblem(SearchProblem):
-    """The search with its divergence from whole logits, as plain PyTorch computes it."""
-
-    def _divergences(self, students: list[Tensor], batch: int) -> list[float]:
-        log_p = F.log_softmax(self.head.logits(self.teacher_of(batch)).float(), -1)
-        logits = (F.log_softmax(self.head.logits(student.flatten(0, 1)).float(), -1) for student in students)
-        return [float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) for log_q in logits]
+def _eager_divergences(head: OutputHead, teacher: Tensor, students: Sequence[Tensor]) -> list[float]:
+    """From whole logits, as plain PyTorch computes it."""
+    target = head.logits(teacher).float()
+    return [float(textbook.entropy_kl(head.logits(s).float(), target, weighting="none")) for s in students]
 
 
 class _EagerTeacher(LiveTeacher):
     """A teacher whose loss materialises both models' logits."""
 
     def loss(self, hidden: Tensor, head: OutputHead, targets: Tensor, labels: Tensor, **options: Any) -> Any:
-        logits = head.logits(hidden), self.head.logits(targets)
-        loss, weight = textbook.distillation(*logits, labels, options["kd_ratio"])
+        student, teacher = head.logits(hidden).flatten(0, 1), self.head.logits(targets).flatten(0, 1)
+        loss, weight = textbook.entropy_kl_tokens(student, teacher, labels.flatten(), kd_ratio=options["kd_ratio"])
         nothing = torch.zeros_like(weight)
-        return loss, TokenStats(nothing, nothing, nothing, weight.detach())
+        return loss.sum(), TokenStats(nothing, nothing, nothing, weight)
 
 
 @contextmanager
