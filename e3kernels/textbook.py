@@ -71,7 +71,7 @@ def _reduced(loss: Tensor, weight: Tensor, reduction: str, num_items: int | None
 
 def _entropy_ratio(log_p: Tensor) -> Tensor:
     """H/log S (N,) of log-probabilities (N, S)."""
-    entropy = torch.special.entr(log_p.detach().exp()).sum(-1)
+    entropy: Tensor = torch.special.entr(log_p.detach().exp()).sum(-1)
     return entropy / math.log(log_p.shape[-1]) if log_p.shape[-1] > 1 else 0 * entropy
 
 

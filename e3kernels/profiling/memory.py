@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from e3kernels.profiling.timeline import Timeline
 from e3kernels.profiling.trace import Trace
 
-CATEGORIES = ("weights", "optimizer", "gradients", "activations", "logits", "cache")
+CATEGORIES = ("weights", "optimizer", "gradients", "activations", "logits", "cache", "other")
 
-# The innermost of these ranges in which a block was allocated says what it is for; outside all of them it is a copy of
-# weights or data made before the work began.
+# The innermost of these ranges in which a block was allocated says what it is for.
 _BORN_IN = {
+    "step": "activations",
+    "forward": "activations",
     "optimizer": "optimizer",
     "backward": "activations",
     "loss": "logits",
@@ -24,6 +26,8 @@ _BORN_IN = {
     "prefill": "activations",
     "decode": "activations",
 }
+# Where the work begins: what was allocated before is a copy of weights or data. Outside all ranges else it is unknown.
+_WORK = ("step", "prefill")
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,17 @@ class MemoryTimeline:
         phases = trace.phases()
         timeline = Timeline(phases)
         ends = sorted(r.end for r in phases if r.name == "backward")
+        began = min((r.start for r in phases if r.name in _WORK), default=float("-inf"))
         freed = _lifetimes(trace)
         held: dict[str, int] = defaultdict(int)
         categories: dict[tuple[int, int], str] = {}
         points = []
         for index, (time, size, address) in enumerate(trace.allocations):
             if size > 0:
-                categories[address] = _category(timeline.at(time), time, freed.get(index, float("inf")), ends)
+                otherwise = "weights" if time < began else "other"
+                categories[address] = _category(
+                    timeline.at(time), time, freed.get(index, float("inf")), ends, otherwise
+                )
             if address in categories:  # what was allocated before the trace began is not known
                 held[categories[address]] += size
                 points.append((time, dict(held)))
@@ -61,13 +69,24 @@ class MemoryTimeline:
         most = max((held for _, held in self.points), key=lambda held: sum(held.values()), default={})
         return {c: most.get(c, 0) + self.before.get(c, 0) for c in CATEGORIES if c in most or c in self.before}
 
+    def thinned(self, count: int) -> MemoryTimeline:
+        """At most `count` (at least 3) of the points, for drawing: the first, the last, and of each stretch between the
+        one at which most was held.
+        """
+        if len(self.points) <= count:
+            return self
+        inner, stretches = self.points[1:-1], count - 2
+        edges = [len(inner) * i // stretches for i in range(stretches + 1)]
+        most = [max(inner[a:b], key=lambda point: sum(point[1].values())) for a, b in pairwise(edges)]
+        return MemoryTimeline([self.points[0], *most, self.points[-1]], self.before)
 
-def _category(path: tuple[str, ...], born: float, freed: float, backward_ends: list[float]) -> str:
+
+def _category(path: tuple[str, ...], born: float, freed: float, backward_ends: list[float], otherwise: str) -> str:
     if "loss" in path or "backward" in path:
         end = next((end for end in backward_ends if end > born), float("inf"))
         if freed > end:
             return "gradients"
-    return next((_BORN_IN[name] for name in reversed(path) if name in _BORN_IN), "weights")
+    return next((_BORN_IN[name] for name in reversed(path) if name in _BORN_IN), otherwise)
 
 
 def _lifetimes(trace: Trace) -> dict[int, float]:

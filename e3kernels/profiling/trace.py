@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 from e3kernels.profiling.ranges import Range
 
 # What torch itself names in every trainer, as far as the sign before its details.
-_OF_TORCH = {"Optimizer.step": "optimizer", "Optimizer.zero_grad": "zero_grad", "enumerate(DataLoader)": "data"}
+_OF_TORCH = {
+    "ProfilerStep": "step",
+    "Optimizer.step": "optimizer",
+    "Optimizer.zero_grad": "zero_grad",
+    "enumerate(DataLoader)": "data",
+}
 _AUTOGRAD = "autograd::engine::evaluate_function"
 
 
@@ -46,8 +51,8 @@ class Trace:
         return cls(ranges, operators, sorted(allocations, key=lambda a: a.time))
 
     def phases(self) -> list[Range]:
-        """The ranges, with those that a trainer of somebody else's does not name: "optimizer", "zero_grad" and "data"
-        where torch does it, "backward" for each run of the autograd engine outside a range "backward".
+        """The ranges, with those that a trainer of somebody else's does not name: "step", "optimizer", "zero_grad" and
+        "data" where torch does it, "backward" for each run of the autograd engine outside a range "backward".
         """
         named = [Range(_OF_TORCH.get(name.partition("#")[0], name), *times) for name, *times in self.ranges]
         known = [r for r in named if r.name == "backward"]

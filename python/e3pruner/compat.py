@@ -5,6 +5,7 @@ Tried with transformers 5.24.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -106,3 +107,15 @@ def fill(
 def filled(parameter: Tensor) -> bool:
     """Whether `fill` has given the model this parameter."""
     return getattr(parameter, "_is_hf_initialized", False)
+
+
+def trainer_being_made() -> Any:
+    """The `Trainer` whose constructor is calling its callbacks' `on_init_end`, which are not told."""
+    from transformers import Trainer
+
+    frame = sys._getframe(1)
+    while not isinstance(found := frame.f_locals.get("self"), Trainer):
+        if frame.f_back is None:
+            raise RuntimeError("no transformers.Trainer is being made")
+        frame = frame.f_back
+    return found

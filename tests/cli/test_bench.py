@@ -1,9 +1,12 @@
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import e3pruner
+from e3pruner.cli.commands import bench
 from e3pruner.report.benchmarks import Row, case_of, read, write
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "kernels.jsonl"
@@ -33,10 +36,10 @@ def with_median(row: Row, factor: float, target: Path) -> Path:
 
 
 def test_a_run_writes_a_row_a_case_with_its_table(e3, recorded: Row, tmp_path: Path) -> None:
-    out, slow = tmp_path / "now.jsonl", with_median(recorded, 1e3, tmp_path / "slow.jsonl")
+    out, slow = tmp_path / "now.jsonl", with_median(recorded, 1e6, tmp_path / "slow.jsonl")
     result = e3("bench", "--only", ONLY, "--out", out, "--compare", slow, "--fail-if-slower", "5%")
     assert result.exit_code == 0, result.output
-    assert "-99" in result.output
+    assert "-100" in result.output
     (row,) = read(out)
     assert (row["op"], row["provider"], row["phase"], row["L"]) == ("gumbel_topk", "e3", "value", 30)
     assert case_of(row) == case_of(recorded)
@@ -74,3 +77,22 @@ def test_bad_usage_is_refused_before_anything_is_measured(
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_suites_are_found_from_a_source_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The package may be installed beside it, as from a wheel."""
+    monkeypatch.setattr(e3pruner, "__file__", str(tmp_path / "site-packages" / "e3pruner" / "__init__.py"))
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root / "docs")
+    assert bench.suites() == root / "bench" / "ops"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no source tree"):
+        bench.suites()
+
+
+def test_what_is_missing_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("ninja", "trl") else real(name))
+    with pytest.raises(ModuleNotFoundError, match=r"ninja, trl; pip install 'e3kernels\[bench\]'"):
+        bench.check_needs(None)
+    bench.check_needs("gumbel_topk and e3")

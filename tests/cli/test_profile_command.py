@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from cli.conftest import Command
+
+from e3pruner.cli.commands import profile
+from e3pruner.profiling import fit
 
 SMALL = {
     "model": ("--prompt", 8, "--tokens", 2, "--rounds", 1, "--removed", 2, "--dtype", "float32"),
@@ -32,8 +36,9 @@ def test_each_profile_leaves_a_page(
     ("arguments", "message"),
     [
         (("model", "nowhere"), "e3 profile model: error: --model nowhere"),
-        (("ops", "--op", "softmax"), "e3 profile ops: error: operations has 'softmax'"),
-        (("ops", "--provider", "cuda"), "providers has 'cuda'"),
+        (("ops", "--op", "softmax"), "e3 profile ops: error: --op has 'softmax'"),
+        (("ops", "--provider", "cuda"), "--provider has 'cuda'"),
+        (("ops", "--dtype", "int8"), "--dtype has 'int8'"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path, e3: Command) -> None:
@@ -54,3 +59,57 @@ def test_no_permission_to_write(model_folder: Path, tmp_path: Path, e3: Command)
     result = e3("profile", "model", model_folder, *SMALL["model"], "--out", tmp_path / "file" / "out")
     assert result.exit_code in (1, 2)
     assert str(tmp_path / "file") in "".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("model", ("--prompt", 62, "--tokens", 3), "prompt=62 with tokens=3 makes sequences of 65 tokens"),
+        (
+            "step",
+            ("--length", 513, "--drop", 2, "--rounds", 1, "--batch", 1),
+            "length=513 makes sequences of 513 tokens",
+        ),
+    ],
+)
+def test_more_tokens_than_positions(
+    kind: str, options: tuple[object, ...], message: str, model_folder: Path, tmp_path: Path, e3: Command
+) -> None:
+    """It used to be said of "the context" or of "data", of a step only after the search had measured every layer."""
+    result = e3("profile", kind, model_folder, *options, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"{message}; the model (llama) has 64 positions" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("kind", ["model", "step"])
+def test_weights_that_do_not_fit_are_not_loaded(
+    kind: str, model_folder: Path, tmp_path: Path, e3: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "available", lambda device: 1 << 10)
+    monkeypatch.setattr(profile, "load_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    result = e3("profile", kind, model_folder, *SMALL[kind], "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "GiB of weights in float32, cpu has 0.0 GiB free" in " ".join(result.output.split())
+
+
+def test_options_from_a_file(tmp_path: Path, e3: Command) -> None:
+    """--dtype was once called type_ there."""
+    values = {"op": ["entropy_kl"], "provider": ["reference"], "rows": 4, "vocabulary": 40, "dtype": ["float32"]}
+    (tmp_path / "ops.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    result = e3("profile", "ops", "--config", tmp_path / "ops.yaml", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load((tmp_path / "out" / "e3.yaml").read_text())["dtype"] == ["float32"]
+
+
+def test_a_pipe_that_closes_does_not_cost_the_page(
+    tmp_path: Path, e3: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`e3 profile ops | head -1`"""
+
+    def closed(*args: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(profile, "rich_table", closed)
+    result = e3("profile", "ops", *SMALL["ops"], "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert (tmp_path / "out" / "profile.html").exists()

@@ -1,6 +1,7 @@
 """The profile of some steps in the trainers that people use."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -62,11 +63,13 @@ def test_any_trainer_of_transformers(tmp_path):
         train_dataset=examples(),
         callbacks=[ProfileCallback(tmp_path / "profiled", first=3, last=9)],  # training ends before
     ).train()
-    phases = {row["phase"] for row in rows_of(tmp_path / "profiled", "phase")}
-    assert {"backward", "optimizer", "rest"} <= phases
+    phases = {row["phase"]: row["seconds"] for row in rows_of(tmp_path / "profiled", "phase")}
+    assert {"forward", "backward", "optimizer", "rest"} <= set(phases)
+    assert "Steps 3 to 4" in (tmp_path / "profiled" / "profile.html").read_text()
     (memory,) = rows_of(tmp_path / "profiled", "memory")
     parameters = sum(p.nbytes for p in tiny_model("llama").parameters())
-    assert memory["categories"]["weights"] >= parameters
+    assert memory["categories"]["weights"] == parameters
+    assert memory["categories"]["activations"] > 0
     assert memory["categories"]["optimizer"] >= 2 * parameters
 
 
@@ -98,6 +101,69 @@ def test_lightning(tmp_path, accumulation):
     trace = json.loads((tmp_path / "profiled" / "trace.json").read_text())["traceEvents"]
     forwards = [e for e in trace if e.get("cat") == "user_annotation" and e["name"] == "student forward"]
     assert len(forwards) == accumulation
+
+
+def test_the_trace_numbers_its_steps(tmp_path):
+    Trainer(
+        tiny_model("llama"),
+        arguments(tmp_path),
+        train_dataset=examples(),
+        callbacks=[ProfileCallback(tmp_path / "profiled", first=2, last=3)],
+    ).train()
+    trace = json.loads((tmp_path / "profiled" / "trace.json").read_text())["traceEvents"]
+    steps = [e["name"] for e in trace if e.get("cat") == "user_annotation" and e["name"].startswith("ProfilerStep")]
+    assert steps == ["ProfilerStep#2", "ProfilerStep#3"]
+
+
+class Breaking(Trainer):
+    """Raises in a batch of its third step."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.state.global_step == 2:
+            raise OverflowError("the data ended")
+        return loss
+
+
+@pytest.mark.parametrize(("first", "recorded"), [(3, None), (2, "Step 2")])
+def test_training_that_raises_ends_the_profile(tmp_path, first, recorded):
+    """Of a step that broke off nothing is left; those before it are shown."""
+    trainer = Breaking(
+        tiny_model("llama"),
+        arguments(tmp_path),
+        train_dataset=examples(),
+        callbacks=[ProfileCallback(tmp_path / "profiled", first=first, last=4)],
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(OverflowError):
+            trainer.train()
+    assert not torch.autograd._profiler_enabled()
+    assert "forward" not in vars(trainer.model)
+    assert [path.name for path in tmp_path.iterdir() if "profiled" in path.name] == ["profiled"] * bool(recorded)
+    if recorded is None:
+        assert "no step from first=3 to last=4" in str(said[-1].message)
+    else:
+        assert f"<h1>{recorded}</h1>" in (tmp_path / "profiled" / "profile.html").read_text()
+
+
+def test_a_run_that_is_too_short_says_that_nothing_was_recorded(tmp_path):
+    trainer = Trainer(
+        tiny_model("llama"),
+        arguments(tmp_path),
+        train_dataset=examples(),
+        callbacks=[ProfileCallback(tmp_path / "profiled", first=9, last=9)],
+    )
+    with pytest.warns(UserWarning, match="no step from first=9 to last=9 came to its end"):
+        trainer.train()
+    assert not (tmp_path / "profiled").exists()
+
+
+def test_a_folder_that_is_there_is_not_replaced(tmp_path):
+    (tmp_path / "report.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists, and a profile replaces nothing"):
+        ProfileCallback(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.txt"]
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 2), (3, 2)])

@@ -104,8 +104,8 @@ def test_what_does_not_fit_is_said_before_it_is_tried(monkeypatch):
     output_head(model)  # looks at a few tokens, once a model
     model.register_forward_pre_hook(lambda *_: pytest.fail("it was tried"))
     monkeypatch.setattr(fit, "available", lambda device: 1 << 20)
-    with pytest.raises(ValueError, match=r"batch=64 with prompt=4096 needs about .* GiB"):
-        profile_decoder(model, batch=64, prompt=4096)
+    with pytest.raises(ValueError, match=r"batch=4096 with prompt=40 needs about .* GiB"):
+        profile_decoder(model, batch=4096, prompt=40)
 
 
 def test_the_page_shows_every_section(tmp_path):

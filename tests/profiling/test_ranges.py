@@ -1,6 +1,8 @@
 """Named ranges and what is made of them: timelines, traces, memory."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,6 +106,27 @@ def test_memory_counts_only_what_it_saw_allocated():
     assert [sum(held.values()) for _, held in memory.points] == [50, 70, 20]
 
 
+def test_only_what_is_there_before_the_work_begins_is_weights():
+    """A forward pass outside every range used to count as weights, and so did a step's data and clipping."""
+    taken = [Allocation(float(time), 10, (0, time)) for time in range(1, 6)]
+    step = [Range("step", 2.5, 4.5), Range("loss", 3.5, 4.5)]
+    held = MemoryTimeline.of(Trace(step, [], taken)).peak()
+    assert held == {"weights": 20, "activations": 10, "logits": 10, "other": 10}
+    assert MemoryTimeline.of(Trace([], [], taken)).peak() == {"other": 50}
+
+
+def test_a_thinned_timeline_keeps_its_peak():
+    """One moment of thousands holds the most: drawing every tenth used to lose it."""
+    points = [(float(time), {"activations": 10**9 if time == 4321 else time}) for time in range(9000)]
+    memory = MemoryTimeline(points)
+    thin = memory.thinned(1000)
+    assert len(thin.points) <= 1000
+    assert thin.peak() == memory.peak()
+    assert (thin.points[0], thin.points[-1]) == (points[0], points[-1])
+    assert [time for time, _ in thin.points] == sorted(time for time, _ in thin.points)
+    assert memory.thinned(9000).points == points
+
+
 def test_what_is_no_trace_is_refused(tmp_path):
     (tmp_path / "trace.json").write_text("[]")
     with pytest.raises(ValueError, match=r"trace\.json is not a Chrome trace"):
@@ -114,3 +137,55 @@ def test_a_profile_is_not_written_over_a_file(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(FileExistsError), e3k.profile(tmp_path / "taken"):
         pytest.fail("the block ran")
+
+
+def test_a_profile_is_not_written_over_another(tmp_path):
+    with e3k.profile(tmp_path):
+        torch.ones(3)
+    before = (tmp_path / "trace.json").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a profile"), e3k.profile(tmp_path):
+        pytest.fail("the block ran")
+    assert (tmp_path / "trace.json").read_bytes() == before
+    with e3k.profile(tmp_path, force=True) as again:
+        torch.ones(3) @ torch.ones(3)
+    assert "aten::dot" in {operator.name for operator in again.trace.operators}
+
+
+def test_nothing_is_written_before_the_block_ends(tmp_path):
+    with e3k.profile(tmp_path / "new"):
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new" / "trace.json").exists()
+
+
+NESTED = """
+import torch, e3kernels
+def outer():
+    return {}
+with outer() as found:
+    torch.ones(3).mul(2)
+    try:
+        with e3kernels.profile():
+            print("the inner block ran")
+    except RuntimeError as error:
+        print(error)
+    torch.ones(3).exp()
+events = found.trace.operators if hasattr(found, "trace") else found.events()
+print({{"aten::mul", "aten::exp"}} <= {{event.name for event in events}})
+"""
+
+
+@pytest.mark.parametrize("outer", ["e3kernels.profile()", "torch.profiler.profile()"])
+def test_a_profile_inside_another_is_refused_and_the_outer_one_is_whole(outer):
+    """In a process of its own: it used to end with SIGSEGV, or with an outer profile that was empty."""
+    done = subprocess.run([sys.executable, "-c", NESTED.format(outer)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a profiler is at work already" in done.stdout
+    assert done.stdout.splitlines()[-1] == "True"
+
+
+def test_a_trace_carries_the_shapes(profiled):
+    events = json.loads((profiled[1] / "trace.json").read_text())["traceEvents"]
+    (product,) = [
+        e for e in events if e.get("name") == "aten::mm" and e["args"].get("Input Dims") == [[8, 32], [32, 64]]
+    ]
+    assert product["args"]["Input type"] == ["float", "float"]

@@ -71,3 +71,8 @@ def figures(values: Iterable[float | None], digits: int = 3) -> list[str]:
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
+
+
+def plural(count: int, thing: str) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

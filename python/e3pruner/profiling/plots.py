@@ -74,13 +74,16 @@ def memory_timeline(memory: MemoryTimeline) -> Figure:
     """MiB held by category over time; what was there before is at the bottom."""
     figure = Figure(figsize=(8.4, 3.3))
     axes = figure.subplots()
-    step = max(1, len(memory.points) // 2000)
-    points = memory.points[::step]
+    points = memory.thinned(2000).points
     seconds = np.array([time for time, _ in points]) - points[0][0]
     series = {n: [(h.get(n, 0) + memory.before.get(n, 0)) / 2**20 for _, h in points] for n in CATEGORIES}
     shown = {name: values for name, values in series.items() if max(values) > 0}
     colours = dict(
-        zip(CATEGORIES, (COLOURS.grid, COLOURS.series3, COLOURS.series4, *FILLS[:2], COLOURS.removed), strict=True)
+        zip(
+            CATEGORIES,
+            (COLOURS.grid, COLOURS.series3, COLOURS.series4, *FILLS[:2], COLOURS.removed, COLOURS.muted),
+            strict=True,
+        )
     )
     axes.stackplot(
         1e3 * seconds, *shown.values(), labels=shown, colors=[colours[n] for n in shown], step="post", linewidth=0

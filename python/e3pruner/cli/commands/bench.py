@@ -72,18 +72,34 @@ def share_of(percent: str) -> float:
 
 
 def suites() -> Path:
-    """The folder of the benchmarks; FileNotFoundError outside a source tree."""
-    folder = Path(e3pruner.__file__).parents[2] / "bench" / "ops"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there: the benchmarks are in the source tree, not in the package")
-    return folder
+    """The folder of the benchmarks, in the source tree that the package or the working directory lies in.
+
+    FileNotFoundError outside of both.
+    """
+    places = (Path(e3pruner.__file__).parents[2], Path.cwd(), *Path.cwd().parents)
+    for place in places:
+        if (place / "bench" / "ops" / "bench_entropy_kl.py").is_file():
+            return place / "bench" / "ops"
+    raise FileNotFoundError(
+        f"{Path.cwd()} is no source tree, and {places[0]} has none: the benchmarks are in the repository, not in the "
+        "package; run e3 bench there"
+    )
+
+
+def check_needs(only: str | None) -> None:
+    """Raises ModuleNotFoundError, before minutes of measuring, for what the suites cannot do without.
+
+    A selection may do without peers; what runs every case may not.
+    """
+    needed = {"pytest_benchmark"} if only else {"pytest_benchmark", "trl", "ninja"}
+    if missing := sorted(name for name in needed if importlib.util.find_spec(name) is None):
+        raise ModuleNotFoundError(f"not installed: {', '.join(missing)}; pip install 'e3kernels[bench]'")
 
 
 def measure(out: Path, only: str | None) -> None:
     """Run the suites into `out`; what they print goes to the terminal."""
     folder = suites()
-    if importlib.util.find_spec("pytest_benchmark") is None:
-        raise ModuleNotFoundError("pytest-benchmark is not installed: pip install 'e3kernels[bench]'")
+    check_needs(only)
     selection = [] if only is None else ["-k", only]
     root = folder.parents[1]
     command = [sys.executable, "-m", "pytest", "-c", str(root / "pyproject.toml"), "--rootdir", str(root), str(folder)]

@@ -15,10 +15,11 @@ from e3pruner.evaluation.target import check_target
 from e3pruner.models.device import usable_device
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.profiling.ceilings import measure_ceilings
+from e3pruner.profiling.fit import check_loading_fits
 from e3pruner.profiling.model.page import decoder_page
 from e3pruner.profiling.model.profile import profile_decoder
 from e3pruner.profiling.operations.page import operations_page
-from e3pruner.profiling.operations.profile import DTYPES, profile_operations
+from e3pruner.profiling.operations.profile import CASES, DTYPES, PROVIDERS, check_choices, profile_operations
 from e3pruner.profiling.page import Page, write_page
 from e3pruner.profiling.step.page import step_page
 from e3pruner.profiling.step.profile import profile_steps
@@ -32,9 +33,8 @@ Subject = Annotated[str, typer.Argument(metavar="MODEL", help="As --model elsewh
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")]
 
 
-def finish(page: Page, folder: Path, out: Path) -> None:
-    """Writes the page into `folder`, and prints its tables."""
-    write_page(page, folder, describe_environment(), command_line())
+def show(page: Page, out: Path) -> None:
+    """Prints the page's tables. Only once the result is where it belongs: a pipe may close before they end."""
     terminal = console()
     for section in page.sections:
         for table in section.tables:
@@ -69,6 +69,7 @@ def model(
     if speedup <= 1:
         raise ValueError(f"--speedup {speedup} must be above 1")
     with result_folder(ctx, out, force) as folder:
+        check_loading_fits(model, device, dtype, trust_remote_code=trust_remote_code)
         network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
         profile = profile_decoder(
             network,
@@ -83,7 +84,9 @@ def model(
         ceilings = measure_ceilings(network.device, (network.dtype,))
         name = str(network.dtype).removeprefix("torch.")
         title = f"{model}: {profile.layers} layers, {name}, {batch} × {prompt} tokens"
-        finish(decoder_page(profile, title, ceilings, name, speedup), folder, out)
+        page = decoder_page(profile, title, ceilings, name, speedup)
+        write_page(page, folder, describe_environment(), command_line())
+    show(page, out)
 
 
 @app.command("step", cls=Command)
@@ -115,6 +118,7 @@ def step(
             load_tokenizer(model, trust_remote_code=trust_remote_code), text, length=length, seed=seed
         )
         sequences = take(as_sequences(splits.training).input_ids, batch * (rounds + 3), "--batch")
+        check_loading_fits(model, device, dtype, trust_remote_code=trust_remote_code)
         network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
         profile = profile_steps(
             network,
@@ -128,7 +132,9 @@ def step(
             folder=folder,
         )
         title = f"{model}: one search step and one recovery step, {batch} × {length} tokens"
-        finish(step_page(profile, title), folder, out)
+        page = step_page(profile, title)
+        write_page(page, folder, describe_environment(), command_line())
+    show(page, out)
 
 
 @app.command("ops", cls=Command)
@@ -144,8 +150,8 @@ def ops(
     rows: Annotated[int, typer.Option(min=1, help="Tokens.")] = 256,
     vocabulary: Annotated[int, typer.Option(min=2, help="Entries of the vocabulary.")] = 49_152,
     hidden: Annotated[int, typer.Option(min=1, help="Width of the hidden states.")] = 576,
-    type_: Annotated[
-        list[str] | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)}; may be repeated. The first two.")
+    dtype: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(DTYPES)}; may be repeated. The first two.")
     ] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -156,11 +162,13 @@ def ops(
 
     Example: `e3 profile ops --op entropy_kl --rows 2048 --out profiled`
     """
+    dtypes = dtype or list(DTYPES)[:2]
+    check_choices({"--op": (op, CASES), "--provider": (provider, PROVIDERS), "--dtype": (dtypes, DTYPES)})
     with result_folder(ctx, out, force) as folder:
         found = profile_operations(
             operations=op,
             providers=provider,
-            dtypes=type_ or list(DTYPES)[:2],
+            dtypes=dtypes,
             rows=rows,
             vocabulary=vocabulary,
             hidden=hidden,
@@ -168,6 +176,6 @@ def ops(
             seed=seed,
             folder=folder,
         )
-        finish(
-            operations_page(found, f"Operations on {rows} tokens, {hidden} wide, {vocabulary:,} entries"), folder, out
-        )
+        page = operations_page(found, f"Operations on {rows} tokens, {hidden} wide, {vocabulary:,} entries")
+        write_page(page, folder, describe_environment(), command_line())
+    show(page, out)

@@ -11,13 +11,17 @@ from e3pruner.profiling.recording import StepRecording
 
 
 class ProfileCallback(Callback):
-    """`Trainer(callbacks=[ProfileCallback("profiled", first=3, last=5)])`; the arguments of `StepRecording`."""
+    """`Trainer(callbacks=[ProfileCallback("profiled", first=3, last=5)])`; the arguments of `StepRecording`.
+
+    Of several processes the first one records.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], first: int = 3, last: int = 5) -> None:
         self.recording = StepRecording(folder, first, last)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.recording.begin(trainer.global_step + 1, pl_module, trainer.optimizers)
+        if trainer.is_global_zero:
+            self.recording.begin(trainer.global_step + 1, pl_module, trainer.optimizers, "training_step")
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -27,7 +31,9 @@ class ProfileCallback(Callback):
             self.recording.end(trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.recording.close()
+        if trainer.is_global_zero:
+            self.recording.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.recording.close()
+        if trainer.is_global_zero:
+            self.recording.close()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from e3kernels.profiling import named_range
 from e3pruner.models import find_layers
+from e3pruner.profiling.ranged import ranged_method
 
 # In the order in which tables and plots show them.
 PARTS = ("attention", "ffn", "norm", "cache", "head", "embedding", "rest")
@@ -49,24 +48,9 @@ def ranged_parts(model: PreTrainedModel) -> Iterator[None]:
     """
     with ExitStack() as undo:
         for name, module in parts_of(model):
-            _replace_method(undo, module, "forward", name)
-        _replace_method(undo, Cache, "update", "cache")
+            ranged_method(undo, module, "forward", name)
+        ranged_method(undo, Cache, "update", "cache")
         yield
-
-
-def _replace_method(undo: ExitStack, owner: Any, method: str, name: str) -> None:
-    """Calls of `owner.method` become ranges `name` until `undo` closes."""
-    own = vars(owner).get(method)
-    setattr(owner, method, _in_range(name, getattr(owner, method)))
-    undo.callback(lambda: delattr(owner, method) if own is None else setattr(owner, method, own))
-
-
-def _in_range(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def ranged(*args: Any, **kwargs: Any) -> Any:
-        with named_range(name):
-            return function(*args, **kwargs)
-
-    return ranged
 
 
 def _kind(module: nn.Module) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from e3pruner.profiling.fit import check_fits
 from e3pruner.profiling.operations.gradients import errors_of, gradient_of
 
 EAGER = "eager"
+PROVIDERS = (*BACKENDS, EAGER)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOP_K = 10
 _LAYERS = 30
@@ -93,13 +94,7 @@ def profile_operations(
     Raises ValueError for an operation, provider or dtype that is not known, or a shape that does not fit in memory;
     RuntimeError for a provider asked for that cannot serve.
     """
-    for name, values, known in (
-        ("operations", operations, CASES),
-        ("providers", providers, (*BACKENDS, EAGER)),
-        ("dtypes", dtypes, DTYPES),
-    ):
-        if unknown := [value for value in values or () if value not in known]:
-            raise ValueError(f"{name} has {unknown[0]!r}; choose of {', '.join(known)}")
+    check_choices({"operations": (operations, CASES), "providers": (providers, PROVIDERS), "dtypes": (dtypes, DTYPES)})
     sizes, on = Sizes(rows, vocabulary, hidden), torch.device(device)
     # Two logit tensors, their gradient, and what a textbook keeps on the way.
     need = 4 * (10 * rows * vocabulary + 2 * vocabulary * hidden)
@@ -120,6 +115,13 @@ def profile_operations(
                 with named_range(name):
                     call()
     return OperationsProfile(measured, ceilings)
+
+
+def check_choices(given: Mapping[str, tuple[Sequence[str] | None, Collection[str]]]) -> None:
+    """Raises ValueError for a value that is none of those known, of what is `given` by name."""
+    for name, (values, known) in given.items():
+        if unknown := [value for value in values or () if value not in known]:
+            raise ValueError(f"{name} has {unknown[0]!r}; choose of {', '.join(known)}")
 
 
 def _serving(operation: str, device: torch.device, dtype: torch.dtype) -> list[str]:
