@@ -7,8 +7,6 @@
 #   make gpu                     the Triton kernels on the GPU of this machine
 #   make wheels                  dist/: the source archive, and a wheel for each Python of PYTHONS
 #   make gpu-tune [OUT=FOLDER]   the fastest launch tiles of the GPU of this machine
-#   make gpu-tune [OUT=FOLDER]   the fastest launch tiles of the GPU of this machine
-#   make wheels                  dist/: the source archive, and a wheel for each Python of PYTHONS
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
