@@ -5,8 +5,8 @@
 #                                every kernel against its peers and its physical floor, and its errors
 #   make fuzz                    the C++ kernels under the sanitizers
 #   make gpu                     the Triton kernels on the GPU of this machine
-#   make gpu-tune [OUT=FOLDER]   the fastest launch tiles of the GPU of this machine
 #   make wheels                  dist/: the source archive, and a wheel for each Python of PYTHONS
+#   make gpu-tune [OUT=FOLDER]   the fastest launch tiles of the GPU of this machine
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
