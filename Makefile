@@ -5,6 +5,7 @@
 #                                every kernel against its peers and its physical floor, and its errors
 #   make fuzz                    the C++ kernels under the sanitizers
 #   make gpu                     the Triton kernels on the GPU of this machine
+#   make gpu-tune [OUT=FOLDER]   the fastest launch tiles of the GPU of this machine
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -15,7 +16,7 @@ TABLES := csrc/kernels/ops_table.cpp csrc/decode/runtime_table.cpp
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu gpu-tune clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -39,9 +40,12 @@ gpu: $(VENV)/bench
 	$(BIN)/pytest tests/ops -m gpu
 	$(BIN)/python -m bench.gpu
 
+gpu-tune: $(VENV)/installed
+	$(BIN)/python -m e3kernels.triton.tune $(if $(OUT),--out $(OUT))
+
 bench: $(VENV)/bench
 	mkdir -p bench/results
-	PYTHONPATH=tests $(BIN)/python bench/accuracy.py
+	$(BIN)/python bench/accuracy.py
 	$(BIN)/e3 bench --out bench/results/kernels.jsonl $(ARGS)
 
 include csrc/fuzz.mk

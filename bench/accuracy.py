@@ -1,9 +1,9 @@
 """Error of every operation against fp64, beside the textbook's in the same dtype -> bench/results/accuracy.md.
 
-PYTHONPATH=tests python bench/accuracy.py     exits with 1 where ours exceeds the textbook's by more than the tolerance
+python bench/accuracy.py     exits with 1 where ours exceeds the textbook's by more than the tolerance
 
 The truth is the reference backend in fp64 on the same rounded inputs. Errors are the largest of value and gradient,
-relative to the largest value there; the tolerance is one rounding to the dtype (tests/naive.py).
+relative to the largest value there; the tolerance is one rounding to the dtype (e3kernels/textbook.py).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import naive
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import e3kernels as e3k
+from e3kernels import textbook
 from e3kernels.backends import native_isa
 from e3pruner.report import describe_environment
 from e3pruner.storage import replacing_file
@@ -74,7 +74,7 @@ class Errors(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        return self.ours <= self.naive + naive.TOLERANCE[self.dtype]
+        return self.ours <= self.naive + textbook.TOLERANCE[self.dtype]
 
 
 def with_gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def entropy_kl(case: Case, dtype: torch.dtype) -> Errors:
     student, teacher, labels = dense_inputs(case, dtype)
     truth = with_gradient(lambda z: e3k.entropy_kl(z, teacher.double(), labels, **case.options), student.double())
     ours = with_gradient(lambda z: e3k.entropy_kl(z, teacher, labels, **case.options), student)
-    plain = with_gradient(lambda z: naive.entropy_kl(z, teacher, labels, **case.options), student)
+    plain = with_gradient(lambda z: textbook.entropy_kl(z, teacher, labels, **case.options), student)
     return Errors("entropy_kl", dtype, case.name, error(ours, truth), error(plain, truth))
 
 
@@ -120,7 +120,7 @@ def topk_kl(case: Case, dtype: torch.dtype, tail: str) -> Errors:
     options = case.options | {"tail": tail}
     truth = with_gradient(lambda z: e3k.topk_kl(z, logprobs, ids, labels, **options), student.double())
     ours = with_gradient(lambda z: e3k.topk_kl(z, logprobs, ids, labels, **options), student)
-    plain = with_gradient(lambda z: naive.topk_kl(z, logprobs, ids, labels, **options), student)
+    plain = with_gradient(lambda z: textbook.topk_kl(z, logprobs, ids, labels, **options), student)
     return Errors(f"topk_kl {tail}", dtype, case.name, error(ours, truth), error(plain, truth))
 
 
@@ -133,13 +133,13 @@ def linear(case: Case, dtype: torch.dtype) -> Iterator[Errors]:
     truth = with_gradient(lambda h: e3k.linear_entropy_kl(h, *wide, labels, **case.options), hidden.double())
     ours = with_gradient(lambda h: e3k.linear_entropy_kl(h, weight, other, teacher, labels, **case.options), hidden)
     logits = F.linear(other, teacher)
-    plain = with_gradient(lambda h: naive.entropy_kl(F.linear(h, weight), logits, labels, **case.options), hidden)
+    plain = with_gradient(lambda h: textbook.entropy_kl(F.linear(h, weight), logits, labels, **case.options), hidden)
     yield Errors("linear_entropy_kl", dtype, case.name, error(ours, truth), error(plain, truth))
     stored = F.linear(*wide[1:]).div(case.options.get("temperature", 1.0)).log_softmax(-1).float()
     sparse = stored.topk(min(K, case.vocabulary))
     truth = with_gradient(lambda h: e3k.linear_topk_kl(h, wide[0], *sparse, labels, **case.options), hidden.double())
     ours = with_gradient(lambda h: e3k.linear_topk_kl(h, weight, *sparse, labels, **case.options), hidden)
-    plain = with_gradient(lambda h: naive.topk_kl(F.linear(h, weight), *sparse, labels, **case.options), hidden)
+    plain = with_gradient(lambda h: textbook.topk_kl(F.linear(h, weight), *sparse, labels, **case.options), hidden)
     yield Errors("linear_topk_kl", dtype, case.name, error(ours, truth), error(plain, truth))
 
 
@@ -153,7 +153,7 @@ def gumbel_topk(dtype: torch.dtype) -> Iterator[Errors]:
             def sample(z: Tensor, relaxation: str = relaxation, k: int = k, tau: float = tau) -> Tensor:
                 return e3k.gumbel_topk(z, k, tau=tau, noise_scale=0.0, relaxation=relaxation).probs
 
-            def textbook(z: Tensor, relaxation: str = relaxation, k: int = k, tau: float = tau) -> Tensor:
+            def relaxed(z: Tensor, relaxation: str = relaxation, k: int = k, tau: float = tau) -> Tensor:
                 if relaxation == "softmax":
                     return k * torch.softmax(z / tau, -1)
                 d = z.detach().double()
@@ -170,7 +170,7 @@ def gumbel_topk(dtype: torch.dtype) -> Iterator[Errors]:
 
             truth = with_gradient(lambda z, f=sample, g=incoming: (f(z) * g).sum(), theta.double())
             ours = with_gradient(lambda z, f=sample, g=incoming: (f(z) * g.to(z.dtype)).sum(), theta)
-            plain = with_gradient(lambda z, f=textbook, g=incoming: (f(z) * g.to(z.dtype)).sum(), theta)
+            plain = with_gradient(lambda z, f=relaxed, g=incoming: (f(z) * g.to(z.dtype)).sum(), theta)
             edge = f"{relaxation}, L {length}, τ {tau}, θ to ±{scale:g}"
             yield Errors("gumbel_topk", dtype, edge, error(ours, truth), error(plain, truth))
 
@@ -204,7 +204,7 @@ def measurements() -> Iterator[Errors]:
 def document(rows: list[Errors]) -> str:
     environment = describe_environment()
     lines = [
-        f"`PYTHONPATH=tests python bench/accuracy.py` at commit {environment['commit']}, "
+        f"`python bench/accuracy.py` at commit {environment['commit']}, "
         f"{environment['machine']['processor']} ({native_isa()}), torch {environment['versions']['torch']}.",
         "",
         "| op | dtype | edge | our error | the textbook's | within the bound |",

@@ -27,12 +27,13 @@ __all__ = [
     "get_inner_triton_kernels",
     "graph_is_kept",
     "has_kernel",
-    "has_readable_value",
     "inside_transform",
     "is_batched",
+    "is_eager",
     "is_observed",
     "is_wrap_triton_enabled",
     "outer_levels_differentiate",
+    "profiler_is_on",
     "set_wrap_triton_enabled",
     "triton_ops_to_kernels",
 ]
@@ -52,9 +53,14 @@ def constant_when_traced(function: Function) -> Function:
     return function
 
 
+def profiler_is_on() -> bool:
+    """Whether the autograd profiler records."""
+    return torch._C._autograd._profiler_enabled()
+
+
 def is_observed() -> bool:
     """Whether a dispatch mode or the autograd profiler would have to see an operator that is called now."""
-    return torch.autograd._profiler_enabled() or bool(torch._C._len_torch_dispatch_stack())
+    return profiler_is_on() or bool(torch._C._len_torch_dispatch_stack())
 
 
 def device_keys(device: str) -> Any:
@@ -66,7 +72,7 @@ def export_keeps_operators() -> bool:
     """Whether torch.export is at work and wants operators left whole."""
     from torch.export._trace import custom_triton_ops_decomposition_disabled  # torch.export is a second's import
 
-    return custom_triton_ops_decomposition_disabled()
+    return bool(custom_triton_ops_decomposition_disabled())
 
 
 def inside_transform() -> bool:
@@ -109,6 +115,6 @@ def is_batched(tensor: Tensor) -> bool:
     return inside_transform() or not torch._C._dispatch_keys(tensor).has(key)
 
 
-def has_readable_value(tensor: Tensor) -> bool:
-    """Whether `tensor` is an eager CPU tensor whose value may be read."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_batched(tensor)
+def is_eager(tensor: Tensor) -> bool:
+    """Whether `tensor` has memory of its own: none of a subclass, as tracing has them, or that a transform wraps."""
+    return type(tensor) is Tensor and not is_batched(tensor)

@@ -31,7 +31,7 @@ SCHEMAS = {
     "linear_logits": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
     "linear_grad_hidden": "(Tensor grad, Tensor weight, Tensor(a!) out) -> ()",
 }
-# Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes a pair: 56 MiB.
+# Logits of student (which its gradient replaces) and teacher in fp32 are 8 bytes per pair: 56 MiB.
 _TILE_LOGITS = 7 << 20
 
 
@@ -91,8 +91,8 @@ def native_kernels() -> Iterator[NativeKernel]:
         if has_kernel(f"e3::{dense}.native"):
             forward, backward = (getattr(torch.ops.e3, f"{dense}_tile{part}").default for part in ("", "_backward"))
             tile = TileKernel(forward, backward, _TILE_LOGITS, lean=True, products=native_products(isa()))
-            problem = importlib.import_module(f"e3kernels.tiled.{operation}").problem
-            yield NativeKernel(operation, *kernels(problem, tile))
+            linear_loss = importlib.import_module(f"e3kernels.tiled.{operation}").linear_loss
+            yield NativeKernel(operation, *kernels(linear_loss, tile))
 
 
 def native_products(name: str) -> Products:

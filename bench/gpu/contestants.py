@@ -4,17 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import e3kernels as e3k
+from e3kernels import textbook
 
 Step = Callable[[], Any]
 
 
 def _naive(student: Tensor, teacher: Tensor) -> Tensor:
-    log_p, log_q = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)
-    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+    return textbook.entropy_kl(student.float(), teacher.float(), weighting="none")
 
 
 def _training(loss: Callable[..., Tensor], *leaves: Tensor) -> Step:
@@ -53,10 +52,7 @@ def topk_kl(rows: int, vocabulary: int, device: str) -> dict[str, Step]:
     stored, ids = torch.randn(rows, vocabulary, device=device).log_softmax(-1).topk(10)
 
     def naive(z: Tensor) -> Tensor:
-        log_q = F.log_softmax(z.float(), -1).gather(-1, ids)
-        tail = [torch.log1p(-x.exp().sum(-1, keepdim=True)) for x in (stored, log_q)]
-        log_p, log_q = torch.cat((stored, tail[0]), -1), torch.cat((log_q, tail[1]), -1)
-        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+        return textbook.topk_kl(z.float(), stored, ids, weighting="none")
 
     compiled = torch.compile(naive, dynamic=False)
     return {
@@ -105,11 +101,12 @@ def gated_residual(tokens: int, width: int, device: str) -> dict[str, Step]:
         leaves = (hidden, branch, gate)
         return lambda: torch.autograd.grad(function(*leaves), leaves, incoming)
 
-    def naive(h: Tensor, f: Tensor, m: Tensor) -> Tensor:
-        return (h + m * (f - h)).to(h.dtype)
-
-    compiled = torch.compile(naive, dynamic=False)
-    return {"e3kernels": training(e3k.gated_residual), "eager": training(naive), "torch.compile": training(compiled)}
+    compiled = torch.compile(textbook.gated_residual, dynamic=False)
+    return {
+        "e3kernels": training(e3k.gated_residual),
+        "eager": training(textbook.gated_residual),
+        "torch.compile": training(compiled),
+    }
 
 
 def gumbel_topk(layers: int, device: str) -> dict[str, Step]:

@@ -7,8 +7,8 @@ import torch
 from measure import measure
 
 import e3kernels as e3k
+from e3kernels.textbook import entropy_kl as textbook
 from e3pruner.profiling.operations.gradients import errors_of, gradient_of
-from e3pruner.profiling.textbook import entropy_kl as textbook
 
 # Without weights the gradient's denominator is known beforehand: no teacher logit is read twice.
 UNWEIGHTED = "e3 weighting=none"

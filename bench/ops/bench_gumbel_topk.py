@@ -12,7 +12,7 @@ from measure import measure
 from torch.utils.cpp_extension import load
 
 import e3kernels as e3k
-from e3pruner.profiling.textbook import gumbel_topk as textbook
+from e3kernels.textbook import gumbel_topk as textbook
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 

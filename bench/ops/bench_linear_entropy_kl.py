@@ -7,8 +7,8 @@ from heads import SIZES, make, products
 from measure import measure
 
 import e3kernels as e3k
+from e3kernels.textbook import entropy_kl as textbook
 from e3pruner.profiling.operations.gradients import errors_of, gradient_of
-from e3pruner.profiling.textbook import entropy_kl as textbook
 
 
 def eager(hidden, weight, teacher_hidden, teacher_weight):

@@ -5,8 +5,8 @@ import torch
 from measure import measure
 
 import e3kernels as e3k
+from e3kernels.textbook import topk_kl as textbook
 from e3pruner.profiling.operations.gradients import errors_of, gradient_of
-from e3pruner.profiling.textbook import topk_kl as textbook
 
 SIZES = [(512, 49_152, 10), (512, 151_936, 10)]
 

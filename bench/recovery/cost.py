@@ -33,11 +33,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3kernels as e3k
 import e3pruner
+from e3kernels import textbook
 from e3kernels.profiling import RangeRecorder
 from e3pruner import TeacherCache
 from e3pruner.models import find_layers
 from e3pruner.models.loading import Dtype, load_model, load_tokenizer
-from e3pruner.profiling import textbook
 from e3pruner.profiling.model.profile import without_middle
 from e3pruner.profiling.process_memory import peak_above_inputs
 from e3pruner.profiling.step.profile import STEP

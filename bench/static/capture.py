@@ -58,7 +58,7 @@ class _Driver:
 
 
 def _source(kernel: JITFunction) -> dict[str, str]:
-    """The text of `kernel`, of every function that it calls, and the constants that they name."""
+    """The text of `kernel`, of every function that it calls, and the constants and named tuples that they name."""
     text: dict[str, str] = {}
     pending = [kernel]
     while pending:
@@ -70,6 +70,8 @@ def _source(kernel: JITFunction) -> dict[str, str]:
                 pending.append(value)
             elif isinstance(value, tl.constexpr):
                 text[name] = repr(value.value)
+            elif fields := getattr(value, "_fields", None):
+                text[name] = repr(fields)
     return text
 
 

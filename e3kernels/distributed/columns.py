@@ -1,11 +1,12 @@
 """The vocabulary in parts: rank r of a process group holds the columns from V_0 + … + V_{r−1} on.
 
-Sums over the vocabulary are all-reduced; what crosses the wire is a few numbers a token, never a logit. A softmax is
+Sums over the vocabulary are all-reduced; what crosses the wire is a few numbers per token, never a logit. A softmax is
 normalised by the all-reduced maximum and sum, log softmax z = (z − m) − log Σ e^{z − m}.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,8 @@ class ShardedColumns(Columns):
         own = torch.tensor([width, tokens], device=device)
         gathered = [torch.empty_like(own) for _ in range(group.size())]
         dist.all_gather(gathered, own, group=group)
+        widths: list[int]
+        counts: list[int]
         widths, counts = torch.stack(gathered).t().tolist()
         if len(set(counts)) > 1:
             raise ValueError(f"group: its ranks hold {counts} tokens; each must hold its columns of the same ones")
@@ -44,6 +47,12 @@ class ShardedColumns(Columns):
         values = values.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(values, group=self.group)
         return values
+
+    def parts(self, values: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:
+        own = join(values)
+        gathered = [torch.empty_like(own) for _ in range(self.group.size())]
+        dist.all_gather(gathered, own, group=self.group)
+        return torch.stack(gathered, 1)
 
     def normaliser(self, z: Tensor) -> tuple[Tensor, Tensor]:
         largest = z.amax(-1, keepdim=True)

@@ -1,33 +1,22 @@
-"""The losses with the vocabulary in parts: the reference kernels over `ShardedColumns`."""
+"""The losses with the vocabulary in parts: the reference's or Triton's kernels over `ShardedColumns`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from e3kernels.backends import requested
+from e3kernels.backends import requested, resolve
 from e3kernels.contract import accumulate_dtype
 from e3kernels.distributed.columns import ShardedColumns
-from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
-from e3kernels.reference.topk_kl import topk_kl, topk_kl_backward
 from e3kernels.registration import Operator, differentiable
-from e3kernels.tiled import linear_entropy_kl, linear_topk_kl
-from e3kernels.tiled.linear import REFERENCE_LOGITS, LinearLoss, TileKernel, kernels
+from e3kernels.tiled.linear import REFERENCE_LOGITS, TileKernel, kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-# By the operator's name: the kernels of its dense form, and what makes a tiled loss of them.
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., LinearLoss] | None]] = {
-    "entropy_kl": (entropy_kl, entropy_kl_backward, None),
-    "topk_kl": (topk_kl, topk_kl_backward, None),
-    "linear_entropy_kl": (entropy_kl, entropy_kl_backward, linear_entropy_kl.problem),
-    "linear_topk_kl": (topk_kl, topk_kl_backward, linear_topk_kl.problem),
-}
 
 
 def sharded_loss(
@@ -37,25 +26,38 @@ def sharded_loss(
     vocabulary, for a rank of `group` that holds `width` of them for the tokens of `like` (..., D). (None, `width`)
     without a group.
 
-    Raises RuntimeError if a backend was asked for by name that is not the reference, ValueError as `ShardedColumns`.
+    Raises RuntimeError if a backend was asked for by name that cannot serve, ValueError as `ShardedColumns`.
     """
     if group is None:
         return None, width
-    if requested() not in (None, "reference"):
-        raise RuntimeError(
-            f"backend {requested()!r} cannot serve {operator.name}: only the reference takes a sharded vocabulary"
-        )
+    backend = _serving(operator.name, like)
     columns = ShardedColumns(group, width, like.shape[:-1].numel(), like.device)
-    dense, dense_backward, problem = _KERNELS[operator.name]
-    forward: Callable[..., Any] = partial(dense, columns=columns)
-    backward: Callable[..., Any] = partial(dense_backward, columns=columns)
-    if problem is not None:
+    dense = operator.name.removeprefix("linear_")
+    module = import_module(f"e3kernels.{backend}.{dense}")
+    forward: Callable[..., Any] = partial(getattr(module, dense), columns=columns)
+    backward: Callable[..., Any] = partial(getattr(module, f"{dense}_backward"), columns=columns)
+    logits = REFERENCE_LOGITS
+    if backend == "triton":
+        triton = import_module("e3kernels.triton")
+        forward, backward, logits = triton.eager(forward), triton.eager(backward), triton.TILE_LOGITS
+    if dense != operator.name:
         # All ranks must cut the same tiles, also where one holds fewer columns: their sums meet tile by tile.
-        rows = max(1, REFERENCE_LOGITS // columns.widest)
-        forward, backward = kernels(problem, TileKernel(forward, backward, rows * width))
+        rows = max(1, logits // columns.widest)
+        linear_loss = import_module(f"e3kernels.tiled.{operator.name}").linear_loss
+        forward, backward = kernels(linear_loss, TileKernel(forward, backward, rows * width))
         # Each rank's columns give a part of the gradient of the hidden states, which come behind (loss, stats).
         forward, backward = _summed(forward, 2, columns), _summed(backward, 0, columns)
     return differentiable(operator, forward, backward), columns.size
+
+
+def _serving(operation: str, like: Tensor) -> str:
+    """The backend of a vocabulary in parts: the whole one's, and the reference in the place of the compiled."""
+    backend = resolve(operation, like.device.type, like.dtype)
+    if backend != "native":
+        return backend
+    if requested() == backend:
+        raise RuntimeError(f"backend 'native' cannot serve {operation}: it does not take a vocabulary in parts")
+    return "reference"
 
 
 def _summed(kernel: Callable[..., tuple[Tensor, ...]], position: int, columns: ShardedColumns) -> Callable[..., Any]:

@@ -68,7 +68,8 @@ def _implied_group(heads: Mapping[str, Tensor | None], dim: int, like: Any) -> P
     for name, tensor in heads.items():
         if tensor is not None and not _is_dtensor(tensor):
             raise TypeError(f"{name} is a plain tensor beside DTensors sharded along the vocabulary; must be one too")
-    return first.device_mesh.get_group(sharding[0])
+    implied: ProcessGroup = first.device_mesh.get_group(sharding[0])
+    return implied
 
 
 def _part(name: str, tensor: DTensor, dim: int, like: Any, group: ProcessGroup) -> Tensor:

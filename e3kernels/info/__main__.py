@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any
 
 from e3kernels.info import info
 
@@ -14,7 +15,7 @@ def main() -> None:
     print(json.dumps(report, indent=2) if parser.parse_args().json else "\n".join(_lines(report)))
 
 
-def _lines(value: dict, indent: int = 0) -> list[str]:
+def _lines(value: dict[str, Any], indent: int = 0) -> list[str]:
     lines = []
     for name, item in value.items():
         if isinstance(item, dict) and set(item) == {"backend", "reason"}:

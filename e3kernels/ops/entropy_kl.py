@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from torch import Tensor
 
 from e3kernels.distributed.losses import sharded_loss
 from e3kernels.distributed.placement import on_this_rank
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_device, check_dtype, check_shape, last_size, rows_of
-from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
+from e3kernels.ops.common.keywords import EntropyKLKeywords
+from e3kernels.ops.common.loss_call import LossOptions, LossResult, TokenStats, call_loss, check_model, make_tokens
 from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-OPERATOR = declare_loss(
-    LossSignature(
-        name="entropy_kl",
-        tensors=("student", "teacher", "labels?", "token_mask?"),
-        differentiable=("student",),
-        codes="int weighting, int divergence, int ignore_index",
-    )
-)
+OPERATOR = declare_loss(LossSignature("entropy_kl", student=("student",), teacher=("teacher",)))
 
 
+@overload
+def entropy_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[EntropyKLKeywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def entropy_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[EntropyKLKeywords],
+) -> tuple[Tensor, TokenStats]: ...  # fmt: skip
 def entropy_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -74,7 +78,7 @@ def entropy_kl(
         group: the logits are this rank's columns of a vocabulary that the ranks of `group` share out in their order
             (vocabulary parallelism). Labels are ids of the whole, and the loss is that of the whole, on every rank.
             DTensors that one dimension of their mesh shards along the last dimension imply it; any other DTensor is
-            gathered. The reference serves it.
+            gathered. Served by Triton where it serves the whole, else by the reference.
 
     Returns:
         The loss, 0-dim or (...) for "none", fp32 (fp64 for float64). No valid token gives 0, attached to the graph.
@@ -85,8 +89,9 @@ def entropy_kl(
         RuntimeError: the backend asked for cannot serve.
     """
     options = LossOptions(
-        temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
-        student_scale, reduction, return_stats,
+        temperature=temperature, weighting=weighting, gamma=gamma, kd_ratio=kd_ratio, divergence=divergence, beta=beta,
+        ignore_index=ignore_index, num_items=num_items, student_softcap=student_softcap, student_scale=student_scale,
+        reduction=reduction, return_stats=return_stats,
     )  # fmt: skip
     logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     beside = {"labels": labels, "token_mask": token_mask}

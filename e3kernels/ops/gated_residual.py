@@ -56,4 +56,5 @@ def gated_residual(hidden: Tensor, branch_out: Tensor, gate: Tensor) -> Tensor:
     if gate.dim() > hidden.dim() or any(size not in (1, full) for size, full in sizes):
         raise ValueError(f"gate has shape {tuple(gate.shape)}; it must broadcast to hidden, {tuple(hidden.shape)}")
     backend = resolve("gated_residual", hidden.device.type, hidden.dtype)
-    return getattr(OPERATOR.packet, backend)(hidden, branch_out, gate)
+    out: Tensor = getattr(OPERATOR.packet, backend)(hidden, branch_out, gate)
+    return out

@@ -118,7 +118,7 @@ def gumbel_topk(
             _check_counter(seed, step)
         _check(length, k, tau, noise_scale)
         codes = (k, seed, step, code("relaxation", relaxation, RELAXATIONS))
-        mask, probs = getattr(OPERATOR.packet, backend)(rows, scalar_tensor((tau, noise_scale)), *codes)
+        mask, probs = getattr(OPERATOR.packet, backend)(rows, scalar_tensor((tau, noise_scale), logits.device), *codes)
     if rows is logits:
         return GumbelTopK(mask, probs)
     return GumbelTopK(mask.reshape(logits.shape), probs.reshape(logits.shape))
@@ -143,7 +143,7 @@ def _checked(length: int, k: int, tau: float, noise_scale: float, relaxation: st
     _check(length, k, tau, noise_scale)
     # A tensor born in inference mode could not be saved for a later backward.
     with torch.inference_mode(False):
-        return scalar_tensor((tau, noise_scale)), code("relaxation", relaxation, RELAXATIONS)
+        return scalar_tensor((tau, noise_scale), torch.device("cpu")), code("relaxation", relaxation, RELAXATIONS)
 
 
 def _is_plain(tensor: Tensor) -> bool:

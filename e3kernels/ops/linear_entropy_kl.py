@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from torch import Tensor
 
@@ -10,7 +10,8 @@ from e3kernels.distributed.losses import sharded_loss
 from e3kernels.distributed.placement import on_this_rank
 from e3kernels.ops.common.arguments import check_device, check_shape, rows_of
 from e3kernels.ops.common.head import autocast_dtype, check_head, head_dtypes
-from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, check_model, make_tokens
+from e3kernels.ops.common.keywords import LinearEntropyKLKeywords
+from e3kernels.ops.common.loss_call import LossOptions, LossResult, TokenStats, call_loss, check_model, make_tokens
 from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
 
 if TYPE_CHECKING:
@@ -18,23 +19,26 @@ if TYPE_CHECKING:
 
 OPERATOR = declare_loss(
     LossSignature(
-        name="linear_entropy_kl",
-        tensors=(
-            "student_hidden",
-            "student_weight",
-            "student_bias?",
-            "teacher_hidden",
-            "teacher_weight",
-            "teacher_bias?",
-            "labels?",
-            "token_mask?",
-        ),
-        differentiable=("student_hidden", "student_weight", "student_bias"),
-        codes="int weighting, int divergence, int ignore_index, ScalarType? compute_dtype",
+        "linear_entropy_kl",
+        student=("student_hidden", "student_weight", "student_bias?"),
+        teacher=("teacher_hidden", "teacher_weight", "teacher_bias?"),
+        codes=("ScalarType? compute_dtype",),
     )
 )
 
 
+@overload
+def linear_entropy_kl(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+    labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[LinearEntropyKLKeywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_entropy_kl(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+    labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[LinearEntropyKLKeywords],
+) -> tuple[Tensor, TokenStats]: ...  # fmt: skip
 def linear_entropy_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -64,7 +68,7 @@ def linear_entropy_kl(
     """`entropy_kl(student_hidden @ student_weight.T + student_bias, teacher_hidden @ teacher_weight.T + teacher_bias)`.
 
     Logits exist for one tile of tokens at a time, so that memory does not grow with N·V. A head that both models share
-    (one weight, one bias) is multiplied once a tile. Gradients of a weight and a bias are summed in fp32.
+    (one weight, one bias) is multiplied once per tile. Gradients of a weight and a bias are summed in fp32.
 
     Args:
         student_hidden, teacher_hidden: (..., H), the widths of the models may differ.
@@ -84,8 +88,9 @@ def linear_entropy_kl(
     argument, the result and the errors are those of `entropy_kl`.
     """
     options = LossOptions(
-        temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
-        student_scale, reduction, return_stats,
+        temperature=temperature, weighting=weighting, gamma=gamma, kd_ratio=kd_ratio, divergence=divergence, beta=beta,
+        ignore_index=ignore_index, num_items=num_items, student_softcap=student_softcap, student_scale=student_scale,
+        reduction=reduction, return_stats=return_stats,
     )  # fmt: skip
     heads = {
         "student_weight": student_weight,
@@ -111,7 +116,7 @@ def linear_entropy_kl(
         "teacher_weight", teacher_weight, (vocabulary, teacher_hidden.shape[-1]), "as many rows as student_weight"
     )
     check_shape(
-        "teacher_hidden", teacher_hidden, (*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "one row a token"
+        "teacher_hidden", teacher_hidden, (*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "one row per token"
     )
     check_device(
         student_hidden.device,

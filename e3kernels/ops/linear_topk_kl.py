@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from torch import Tensor
 
@@ -10,7 +10,8 @@ from e3kernels.distributed.losses import sharded_loss
 from e3kernels.distributed.placement import on_this_rank
 from e3kernels.ops.common.arguments import check_device, rows_of
 from e3kernels.ops.common.head import autocast_dtype, check_head, head_dtypes
-from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, make_tokens
+from e3kernels.ops.common.keywords import LinearTopkKLKeywords
+from e3kernels.ops.common.loss_call import LossOptions, LossResult, TokenStats, call_loss, make_tokens
 from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
 from e3kernels.ops.common.stored_teacher import check_tail, stored_teacher
 
@@ -19,22 +20,26 @@ if TYPE_CHECKING:
 
 OPERATOR = declare_loss(
     LossSignature(
-        name="linear_topk_kl",
-        tensors=(
-            "student_hidden",
-            "student_weight",
-            "student_bias?",
-            "teacher_logprobs",
-            "teacher_ids",
-            "labels?",
-            "token_mask?",
-        ),
-        differentiable=("student_hidden", "student_weight", "student_bias"),
-        codes="int weighting, int divergence, int ignore_index, int tail, ScalarType? compute_dtype",
+        "linear_topk_kl",
+        student=("student_hidden", "student_weight", "student_bias?"),
+        teacher=("teacher_logprobs", "teacher_ids"),
+        codes=("int tail", "ScalarType? compute_dtype"),
     )
 )
 
 
+@overload
+def linear_topk_kl(
+    student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor,
+    labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[LinearTopkKLKeywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_topk_kl(
+    student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor,
+    labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[LinearTopkKLKeywords],
+) -> tuple[Tensor, TokenStats]: ...  # fmt: skip
 def linear_topk_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -65,8 +70,9 @@ def linear_topk_kl(
     as in `topk_kl`, every other argument, the result and the errors as in `entropy_kl`.
     """
     options = LossOptions(
-        temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
-        student_scale, reduction, return_stats,
+        temperature=temperature, weighting=weighting, gamma=gamma, kd_ratio=kd_ratio, divergence=divergence, beta=beta,
+        ignore_index=ignore_index, num_items=num_items, student_softcap=student_softcap, student_scale=student_scale,
+        reduction=reduction, return_stats=return_stats,
     )  # fmt: skip
     head = {"student_weight": student_weight, "student_bias": student_bias}
     beside = {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from torch import Tensor
 
 from e3kernels.distributed.losses import sharded_loss
 from e3kernels.distributed.placement import on_this_rank
 from e3kernels.ops.common.arguments import FLOAT_DTYPES, check_dtype, last_size, rows_of
-from e3kernels.ops.common.loss_call import LossOptions, LossResult, call_loss, make_tokens
+from e3kernels.ops.common.keywords import TopkKLKeywords
+from e3kernels.ops.common.loss_call import LossOptions, LossResult, TokenStats, call_loss, make_tokens
 from e3kernels.ops.common.loss_operator import LossSignature, declare_loss
 from e3kernels.ops.common.stored_teacher import check_tail, stored_teacher
 
@@ -17,15 +18,20 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 OPERATOR = declare_loss(
-    LossSignature(
-        name="topk_kl",
-        tensors=("student", "teacher_logprobs", "teacher_ids", "labels?", "token_mask?"),
-        differentiable=("student",),
-        codes="int weighting, int divergence, int ignore_index, int tail",
-    )
+    LossSignature("topk_kl", student=("student",), teacher=("teacher_logprobs", "teacher_ids"), codes=("int tail",))
 )
 
 
+@overload
+def topk_kl(
+    student_logits: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[TopkKLKeywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def topk_kl(
+    student_logits: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[TopkKLKeywords],
+) -> tuple[Tensor, TokenStats]: ...  # fmt: skip
 def topk_kl(
     student_logits: Tensor,
     teacher_logprobs: Tensor,
@@ -68,8 +74,9 @@ def topk_kl(
     Every other argument, the result and the errors are those of `entropy_kl`.
     """
     options = LossOptions(
-        temperature, weighting, gamma, kd_ratio, divergence, beta, ignore_index, num_items, student_softcap,
-        student_scale, reduction, return_stats,
+        temperature=temperature, weighting=weighting, gamma=gamma, kd_ratio=kd_ratio, divergence=divergence, beta=beta,
+        ignore_index=ignore_index, num_items=num_items, student_softcap=student_softcap, student_scale=student_scale,
+        reduction=reduction, return_stats=return_stats,
     )  # fmt: skip
     beside = {
         "teacher_logprobs": teacher_logprobs,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
+from e3kernels.compat import profiler_is_on
 from e3kernels.profiling.memory import MemoryTimeline
 from e3kernels.profiling.ranges import Range, RangeRecorder, named_range
 from e3kernels.profiling.timeline import Timeline
@@ -51,7 +52,7 @@ def profile(folder: str | os.PathLike[str] | None = None, *, force: bool = False
     target = None if folder is None else Path(folder)
     if target is not None:
         check_free(target, force=force)
-    if torch.autograd._profiler_enabled():
+    if profiler_is_on():
         raise RuntimeError("a profiler is at work already (this one's or torch.profiler): end it first, one at a time")
     activities = [ProfilerActivity.CPU]
     if torch.accelerator.is_available():

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Self
 
-import torch
 from torch.profiler import record_function
+
+from e3kernels.compat import profiler_is_on
 
 _OFF = nullcontext()
 _recorder: RangeRecorder | None = None
@@ -30,7 +31,7 @@ def named_range(name: str) -> AbstractContextManager[object]:
     """The `with` block is a range `name` for whoever measures: a `RangeRecorder`, else torch.profiler, else nobody."""
     if _recorder is not None:
         return _Recorded(_recorder, name)
-    if torch.autograd._profiler_enabled():
+    if profiler_is_on():
         return record_function(name)
     return _OFF
 

@@ -1,5 +1,7 @@
 """The vocabulary of logits (N, V): which of its columns a tensor holds, and what is taken over all of them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,12 +9,19 @@ from torch import Tensor
 class Columns:
     """All V columns, in one tensor."""
 
+    start = 0  # the first column held
+
     def count(self, z: Tensor) -> int:
         """V, for logits `z` (N, columns held)."""
         return z.shape[-1]
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all columns of `values` that are sums over those held."""
+        return values
+
+    def parts(self, values: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:
+        """(N, parts, …): statistics of the parts that make up a row, of `values` (N, parts held, …). `join` makes one
+        part (N, …) of those held."""
         return values
 
     def normaliser(self, z: Tensor) -> tuple[Tensor, Tensor]:

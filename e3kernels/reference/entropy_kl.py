@@ -8,7 +8,7 @@ from torch import Tensor
 from e3kernels.reference.columns import WHOLE, Columns
 from e3kernels.reference.divergence import divergence, entropy
 from e3kernels.reference.token_loss import (
-    LossOptions,
+    Objective,
     TeacherTerm,
     TokenLoss,
     forward,
@@ -29,7 +29,7 @@ def _tokens(
     divergence_code: int,
     ignore_index: int,
 ) -> TokenLoss:
-    options = LossOptions.from_arguments(scalars[:6], weighting, divergence_code, ignore_index)
+    options = Objective.from_arguments(scalars[:6], weighting, divergence_code, ignore_index)
     teacher_softcap, teacher_scale = scalars[6:].tolist()
     teacher_logits, _ = model_logits(teacher, teacher_scale, teacher_softcap)
     log_p = columns.log_softmax(teacher_logits / options.temperature)
@@ -55,5 +55,5 @@ def entropy_kl(*arguments: Any, columns: Columns = WHOLE) -> tuple[Tensor, Tenso
 
 
 def entropy_kl_backward(grad_loss: Tensor, *inputs: Any, columns: Columns = WHOLE) -> Tensor:
-    """Kernel of `e3::entropy_kl_backward.reference`: one incoming gradient a token."""
+    """Kernel of `e3::entropy_kl_backward.reference`: one incoming gradient per token."""
     return _tokens(columns, *inputs).gradient(grad_loss)

@@ -123,6 +123,7 @@ def gumbel_topk_backward(
         return torch.zeros_like(logits, memory_format=torch.contiguous_format)
     rows, incoming, p = (tensor.reshape(-1, length).double() for tensor in (logits, grad, probs))
     name = RELAXATIONS[relaxation]
+    result: Tensor
     if name == "threshold":
         result = _threshold_backward(p, incoming) / tau
     elif name == "softmax":

@@ -23,7 +23,7 @@ from e3kernels.reference.divergence import weighted
 
 
 @dataclass(frozen=True)
-class LossOptions:
+class Objective:
     """The options that all losses share, by name; `scalars` are the six that they begin with."""
 
     temperature: float
@@ -37,7 +37,7 @@ class LossOptions:
     ignore_index: int
 
     @classmethod
-    def from_arguments(cls, scalars: Tensor, weighting: int, divergence: int, ignore_index: int) -> "LossOptions":
+    def from_arguments(cls, scalars: Tensor, weighting: int, divergence: int, ignore_index: int) -> "Objective":
         temperature, gamma, kd_ratio, beta, softcap, scale = scalars.tolist()
         names = WEIGHTINGS[weighting], DIVERGENCES[divergence]
         return cls(temperature, gamma, kd_ratio, beta, softcap, scale, *names, ignore_index)
@@ -82,7 +82,7 @@ def model_logits(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, 
     return softcap * bounded, scale * (1 - bounded * bounded)
 
 
-def _coefficients(term: TeacherTerm, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+def _coefficients(term: TeacherTerm, options: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """The weight of each token, and the factors of T²·D and of CE in its loss."""
     ratio = (term.entropy / term.support.clamp(min=2).to(term.entropy.dtype).log()).clamp(0, 1)
     weight = torch.ones_like(ratio)
@@ -98,7 +98,7 @@ def token_loss(
     measure: Callable[[Tensor], TeacherTerm],
     labels: Tensor | None,
     valid: Tensor,
-    options: LossOptions,
+    options: Objective,
     columns: Columns = WHOLE,
 ) -> TokenLoss:
     """The loss of each token of `student` (N, V); `measure(u)` gives the teacher's part for u = z/T.

@@ -17,7 +17,7 @@ from torch import Tensor
 from e3kernels.contract import TAILS, accumulate_dtype
 from e3kernels.reference.columns import WHOLE, Columns
 from e3kernels.reference.divergence import divergence, entropy, weighted
-from e3kernels.reference.token_loss import LossOptions, TeacherTerm, TokenLoss, forward, token_loss, valid_tokens
+from e3kernels.reference.token_loss import Objective, TeacherTerm, TokenLoss, forward, token_loss, valid_tokens
 
 
 class StoredTeacher(NamedTuple):
@@ -46,7 +46,7 @@ def _log_renormalised(values: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept, torch.log_softmax(torch.where(kept, values, -torch.inf), -1), -torch.inf)
 
 
-def _renorm(u: Tensor, teacher: StoredTeacher, options: LossOptions, columns: Columns) -> TeacherTerm:
+def _renorm(u: Tensor, teacher: StoredTeacher, options: Objective, columns: Columns) -> TeacherTerm:
     log_p = _log_renormalised(teacher.log_p, teacher.kept)
     log_q = _log_renormalised(columns.gather(u, teacher.ids), teacher.kept)
     value, g = divergence(log_p, log_q, options.divergence, options.beta)
@@ -58,9 +58,7 @@ def _renorm(u: Tensor, teacher: StoredTeacher, options: LossOptions, columns: Co
     return teacher.measured(value, gradient)
 
 
-def _with_normaliser(
-    u: Tensor, teacher: StoredTeacher, tail: str, options: LossOptions, columns: Columns
-) -> TeacherTerm:
+def _with_normaliser(u: Tensor, teacher: StoredTeacher, tail: str, options: Objective, columns: Columns) -> TeacherTerm:
     """`bucket` and `truncated`: q is normalised over the full vocabulary.
 
     The tail's q is summed over the ids not stored, since 1 − Σq cancels when little is left. Chain rule: a stored id's
@@ -102,7 +100,7 @@ def _tokens(
     ignore_index: int,
     tail: int,
 ) -> TokenLoss:
-    options = LossOptions.from_arguments(scalars, weighting, divergence_code, ignore_index)
+    options = Objective.from_arguments(scalars, weighting, divergence_code, ignore_index)
     valid = valid_tokens(student, labels, token_mask, ignore_index)
     log_p = teacher_logprobs.to(accumulate_dtype(student.dtype))
     inside = (teacher_ids >= 0) & (teacher_ids < columns.count(student))
@@ -124,5 +122,5 @@ def topk_kl(*arguments: Any, columns: Columns = WHOLE) -> tuple[Tensor, Tensor, 
 
 
 def topk_kl_backward(grad_loss: Tensor, *inputs: Any, columns: Columns = WHOLE) -> Tensor:
-    """Kernel of `e3::topk_kl_backward.reference`: one incoming gradient a token."""
+    """Kernel of `e3::topk_kl_backward.reference`: one incoming gradient per token."""
     return _tokens(columns, *inputs).gradient(grad_loss)

@@ -22,7 +22,7 @@ from torch import Tensor
 from e3kernels.contract import REDUCTIONS, accumulate_dtype
 from e3kernels.reference.token_loss import denominator, valid_tokens
 
-# Logits of one model in a tile of the reference kernels: their temporaries come to about 60 bytes a logit.
+# Logits of one model in a tile of the reference kernels: their temporaries come to about 60 bytes per logit.
 REFERENCE_LOGITS = 4 << 20
 # Bytes of a weight that are cast, or of its gradient that are multiplied out, at a time.
 _BLOCK_BYTES = 8 << 20
@@ -282,7 +282,7 @@ class LinearLoss:
         return losses.sum() / divisor, stats, *gradients.results(divisor)
 
     def backward(self, grad_loss: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of hidden, weight, bias for one incoming gradient a token."""
+        """Gradients of hidden, weight, bias for one incoming gradient per token."""
         gradients = self._gradients(self.needs)
         for rows, inputs in self._tiles(gradients):
             gradients.add(rows, self.kernel.backward(grad_loss[rows], *inputs))
@@ -290,9 +290,9 @@ class LinearLoss:
 
 
 def kernels(
-    problem: Callable[..., LinearLoss], kernel: TileKernel
+    linear_loss: Callable[..., LinearLoss], kernel: TileKernel
 ) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
-    """Forward and backward kernels of the linear operator whose arguments `problem(kernel, needs, …)` takes.
+    """Forward and backward kernels of the linear operator whose arguments `linear_loss(kernel, needs, …)` takes.
 
     Autocast has already chosen the operator's compute dtype; inside, it would cast the sums too.
     """
@@ -300,11 +300,11 @@ def kernels(
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         *inputs, reduction, num_items, need_hidden, need_weight, need_bias = arguments
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return problem(kernel, (need_hidden, need_weight, need_bias), *inputs).forward(reduction, num_items)
+            return linear_loss(kernel, (need_hidden, need_weight, need_bias), *inputs).forward(reduction, num_items)
 
     def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         *inputs, need_hidden, need_weight, need_bias = arguments
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return problem(kernel, (need_hidden, need_weight, need_bias), *inputs).backward(grad_loss)
+            return linear_loss(kernel, (need_hidden, need_weight, need_bias), *inputs).backward(grad_loss)
 
     return forward, backward

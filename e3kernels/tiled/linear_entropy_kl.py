@@ -15,7 +15,7 @@ def _same(first: Tensor | None, second: Tensor | None) -> bool:
     return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
 
 
-def problem(
+def linear_loss(
     kernel: TileKernel,
     needs: tuple[bool, bool, bool],
     student_hidden: Tensor,
@@ -51,4 +51,4 @@ def problem(
     return LinearLoss(student, 2, tile, labels, token_mask, codes, needs, kernel)
 
 
-linear_entropy_kl, linear_entropy_kl_backward = kernels(problem, KERNEL)
+linear_entropy_kl, linear_entropy_kl_backward = kernels(linear_loss, KERNEL)

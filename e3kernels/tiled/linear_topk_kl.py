@@ -9,7 +9,7 @@ from e3kernels.tiled.linear import REFERENCE_LOGITS, Head, LinearLoss, TileKerne
 KERNEL = TileKernel(topk_kl, topk_kl_backward, REFERENCE_LOGITS)
 
 
-def problem(
+def linear_loss(
     kernel: TileKernel,
     needs: tuple[bool, bool, bool],
     student_hidden: Tensor,
@@ -37,4 +37,4 @@ def problem(
     return LinearLoss(student, 1, tile, labels, token_mask, codes, needs, kernel)
 
 
-linear_topk_kl, linear_topk_kl_backward = kernels(problem, KERNEL)
+linear_topk_kl, linear_topk_kl_backward = kernels(linear_loss, KERNEL)

@@ -23,12 +23,13 @@ from e3kernels.compat import (
     triton_ops_to_kernels,
 )
 from e3kernels.registration import LIBRARY, OPERATORS
+from e3kernels.triton.on_chip import TILE_LOGITS as TILE_LOGITS
 
 Kernel = Callable[..., Any]
 TRACED = ("entropy_kl", "topk_kl", "gated_residual")
 
 
-def _eager(kernel: Kernel) -> Kernel:
+def eager(kernel: Kernel) -> Kernel:
     """`kernel` launched directly, on its tensors' device."""
 
     def launch(*arguments: Any) -> Any:
@@ -59,7 +60,7 @@ def load(register: Callable[..., None], devices: tuple[str, ...], dtypes: tuple[
         module = importlib.import_module(f"e3kernels.triton.{operation}")
         names = operation, f"{operation}_backward"
         kernels = [getattr(module, name) for name in names]
-        register("triton", operation, *map(_eager, kernels), devices=devices, dtypes=dtypes)
+        register("triton", operation, *map(eager, kernels), devices=devices, dtypes=dtypes)
         if operation in TRACED and os.environ.get("TRITON_INTERPRET") != "1":
             for name, kernel in zip(names, kernels, strict=True):
                 _trace(f"e3::{name}.triton", kernel)

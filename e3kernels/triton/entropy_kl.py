@@ -1,6 +1,7 @@
 """entropy_kl as Triton kernels: statistics, tokens, loss, gradient.
 
     statistics (row, split)   one sweep over a part of the row: nine numbers, see statistics.py
+    join       (rows)         for a vocabulary that ranks share: a rank's splits as one, before all gather theirs
     mixture    (row, split)   JSD only: sums over the mixture need both normalisers, hence a second sweep
     tokens     (rows)         joins the splits: divergence, entropy, cross-entropy, weight, per-token loss
     loss       (1)            Σ w·l, Σ w and their quotient, in a fixed order
@@ -21,49 +22,79 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
+from e3kernels.reference.columns import WHOLE, Columns
 from e3kernels.triton.launch import contiguous, fills_device, split_of, sweep_of, warps
 from e3kernels.triton.reduction import SUM, reduced_loss
 from e3kernels.triton.scalars import (
-    GAMMA,
-    KD_RATIO,
     STUDENT_SOFTCAP,
     TEACHER_SOFTCAP,
     TEMPERATURE,
     cap_code,
     mixing,
+    number_on,
     on_device,
     scalar,
     student_transform,
     teacher_transform,
 )
-from e3kernels.triton.statistics import FORWARD, JSD, NO_MASS, PAIR_FIELDS, UNIT, merge_pair
-from e3kernels.triton.sweeps import (
-    label_logit,
+from e3kernels.triton.statistics import (
+    FORWARD,
+    JSD,
+    NO_MASS,
+    PAIR_FIELDS,
+    UNIT,
+    Row,
     load_pair,
+    merge_pair,
     store_pair,
+)
+from e3kernels.triton.sweeps import (
+    TERMS,
+    Terms,
+    label_logit,
+    load_terms,
+    store_terms,
     sweep_gradient,
     sweep_mixture,
     sweep_pair,
     sweep_zero,
 )
-from e3kernels.triton.tokens import ENTROPY, INVERSE, coefficients, is_valid, store_tokens, token_loss
+from e3kernels.triton.tokens import ENTROPY, INVERSE, is_valid, of_columns, store_tokens, weigh_tokens
 
 NONE = REDUCTIONS.index("none")
-ROW_FIELDS: tl.constexpr = tl.constexpr(8)  # my, log S_s, log C, mt, log S_t, term, kd, ce
+ROWS = 32  # tokens of one program of the join and tokens kernels
 
 
 @triton.jit
-def _closed_divergence(my, ss, mt, st, b, gap, inverse_temperature, DIVERGENCE: tl.constexpr):
+def _closed_divergence(pair, inverse_temperature, DIVERGENCE: tl.constexpr):
     """KL(p‖q) or KL(q‖p) from the joined statistics."""
-    log_ss = tl.log(ss)
-    log_st = tl.log(st)
+    log_s = tl.log(pair.student.total)
+    log_t = tl.log(pair.teacher.total)
     if DIVERGENCE == FORWARD:
-        unmatched = (gap - mt) * inverse_temperature - log_st
-        value = b / st / UNIT + (log_ss - log_st)
+        unmatched = (pair.gap - pair.teacher.top) * inverse_temperature - log_t
+        value = pair.b / pair.teacher.total / UNIT + (log_s - log_t)
     else:
-        unmatched = (gap - my) * inverse_temperature - log_ss
-        value = b / ss / UNIT + (log_st - log_ss)
+        unmatched = (pair.gap - pair.student.top) * inverse_temperature - log_s
+        value = pair.b / pair.student.total / UNIT + (log_t - log_s)
     return tl.where(unmatched > NO_MASS, float("inf"), value)
+
+
+@triton.jit
+def _token_terms(
+    stats_ptr, loss_ptr, row, N, valid, pair, y_label, divergence, term, log_support, temperature, scalars_ptr,
+    WEIGHTING: tl.constexpr, HAS_LABELS: tl.constexpr,
+):  # fmt: skip
+    """Store the statistics and losses of tokens with joined statistics; what their gradients need."""
+    student, teacher = pair.student, pair.teacher
+    log_t = tl.log(teacher.total)
+    log_1 = tl.log(student.total_1)
+    entropy = log_t - teacher.a / teacher.total
+    cross_entropy = (student.top - y_label) + log_1 if HAS_LABELS else tl.full(entropy.shape, 0.0, tl.float32)
+    kd, ce = weigh_tokens(
+        stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, tl.cast(log_support, tl.float32),
+        temperature, scalars_ptr, WEIGHTING, HAS_LABELS,
+    )  # fmt: skip
+    return Terms(student.top, tl.log(student.total), log_1, teacher.top, log_t, term, kd, ce)
 
 
 @triton.jit
@@ -77,107 +108,95 @@ def entropy_kl_statistics(
     split = tl.program_id(1)
     if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
         return
-    temperature = scalar(scalars_ptr, TEMPERATURE)
-    inverse_temperature = 1.0 / temperature
-    scale_s, softcap_s = student_transform(scalars_ptr)
-    scale_t, softcap_t = teacher_transform(scalars_ptr)
-    student_row = student_ptr + row * student_stride
-    teacher_row = teacher_ptr + row * teacher_stride
+    inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
+    student = Row(student_ptr + row * student_stride, student_transform(scalars_ptr, CAP_S))
+    teacher = Row(teacher_ptr + row * teacher_stride, teacher_transform(scalars_ptr, CAP_T))
     first = split * split_size
     last = tl.minimum(first + split_size, V)
-    my, ss, cs, mt, st, a, b, gap = sweep_pair(
-        student_row, teacher_row, first, last, V, inverse_temperature, scale_s, scale_t, softcap_s, softcap_t,
-        DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
-    )  # fmt: skip
+    pair = sweep_pair(student, teacher, first, last, V, inverse_temperature, DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL)
     y_label = 0.0
     if HAS_LABELS:
-        y_label = label_logit(student_row, tl.load(labels_ptr + row), first, last, scale_s, softcap_s, CAP_S)
-    out = partial_ptr + (row * tl.num_programs(1) + split) * PAIR_FIELDS
-    store_pair(out, None, my, ss, cs, y_label, mt, st, a, b, gap)
+        y_label = label_logit(student, tl.load(labels_ptr + row), first, last)
+    store_pair(partial_ptr + (row * tl.num_programs(1) + split) * PAIR_FIELDS, None, pair, y_label)
+
+
+@triton.jit
+def entropy_kl_join(
+    partial_ptr, scalars_ptr, joined_ptr, N, splits, DIVERGENCE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Join the splits of ROWS tokens to one."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    parts = tl.arange(0, SPLITS)[None, :]
+    present = (row < N)[:, None] & (parts < splits)
+    pair, y_label = load_pair(partial_ptr + (row[:, None] * splits + parts) * PAIR_FIELDS, present)
+    pair = merge_pair(pair, 1.0 / scalar(scalars_ptr, TEMPERATURE), DIVERGENCE, 1)
+    store_pair(joined_ptr + row * PAIR_FIELDS, row < N, pair, tl.sum(y_label, axis=1))
 
 
 @triton.jit
 def entropy_kl_mixture(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, partial_ptr, mixture_ptr,
-    student_stride, teacher_stride, V, split_size, ignore_index,
+    student_stride, teacher_stride, V, split_size, splits, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     SPLITS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
+    """`splits` is the number of parts that make up the row, which another rank may hold."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    splits = tl.num_programs(1)
     if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
         return
-    temperature = scalar(scalars_ptr, TEMPERATURE)
-    inverse_temperature = 1.0 / temperature
-    scale_s, softcap_s = student_transform(scalars_ptr)
-    scale_t, softcap_t = teacher_transform(scalars_ptr)
+    inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
+    student = Row(student_ptr + row * student_stride, student_transform(scalars_ptr, CAP_S))
+    teacher = Row(teacher_ptr + row * teacher_stride, teacher_transform(scalars_ptr, CAP_T))
     parts = tl.arange(0, SPLITS)
-    my, ss, cs, _, mt, st, a, b, gap = load_pair(partial_ptr, row * splits + parts, parts < splits)
-    my, ss, cs, mt, st, a, b, gap = merge_pair(my, ss, cs, mt, st, a, b, gap, inverse_temperature, JSD, 0)
+    pair, _ = load_pair(partial_ptr + (row * splits + parts) * PAIR_FIELDS, parts < splits)
+    pair = merge_pair(pair, inverse_temperature, JSD, 0)
     first = split * split_size
-    beta, rest = mixing(scalars_ptr)
     from_student, from_teacher = sweep_mixture(
-        student_ptr + row * student_stride, teacher_ptr + row * teacher_stride,
-        first, tl.minimum(first + split_size, V), V,
-        my, tl.log(ss), mt, tl.log(st), inverse_temperature, beta, rest, scale_s, scale_t, softcap_s, softcap_t,
-        CAP_S, CAP_T, LANES, VEC, UNROLL,
+        student, teacher, first, tl.minimum(first + split_size, V), V,
+        pair.student.top, tl.log(pair.student.total), pair.teacher.top, tl.log(pair.teacher.total),
+        inverse_temperature, mixing(scalars_ptr), LANES, VEC, UNROLL,
     )  # fmt: skip
-    out = mixture_ptr + (row * splits + split) * 2
+    out = mixture_ptr + (row * tl.num_programs(1) + split) * 2
     tl.store(out, from_student)
     tl.store(out + 1, from_teacher)
 
 
 @triton.jit
 def entropy_kl_tokens(
-    partial_ptr, mixture_ptr, labels_ptr, mask_ptr, scalars_ptr, stats_ptr, loss_ptr, rows_ptr,
+    partial_ptr, mixture_ptr, labels_ptr, mask_ptr, scalars_ptr, stats_ptr, loss_ptr, terms_ptr,
     N, splits, log_support, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr, WEIGHTING: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of ROWS tokens: statistics, losses, and the numbers of each row that its gradient needs."""
+    """Join the splits of ROWS tokens: statistics, losses, and the terms of each row's gradient."""
     temperature = scalar(scalars_ptr, TEMPERATURE)
     inverse_temperature = 1.0 / temperature
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < N
-    valid = is_valid(row, inside, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK)
+    valid = is_valid(row, row < N, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK)
     parts = tl.arange(0, SPLITS)[None, :]
     present = valid[:, None] & (parts < splits)
     index = row[:, None] * splits + parts
-    my, ss, cs, y_label, mt, st, a, b, gap = load_pair(partial_ptr, index, present)
-    my, ss, cs, mt, st, a, b, gap = merge_pair(my, ss, cs, mt, st, a, b, gap, inverse_temperature, DIVERGENCE, 1)
+    pair, y_label = load_pair(partial_ptr + index * PAIR_FIELDS, present)
+    pair = merge_pair(pair, inverse_temperature, DIVERGENCE, 1)
     if DIVERGENCE == JSD:
         term = tl.sum(tl.load(mixture_ptr + index * 2, mask=present, other=0.0), axis=1)
         from_teacher = tl.sum(tl.load(mixture_ptr + index * 2 + 1, mask=present, other=0.0), axis=1)
-        beta, rest = mixing(scalars_ptr)
-        divergence = beta * from_teacher + rest * term
+        mix = mixing(scalars_ptr)
+        divergence = mix.beta * from_teacher + mix.rest * term
     else:
-        term = _closed_divergence(my, ss, mt, st, b, gap, inverse_temperature, DIVERGENCE)
+        term = _closed_divergence(pair, inverse_temperature, DIVERGENCE)
         divergence = term
-    log_st = tl.log(st)
-    log_cs = tl.log(cs)
-    entropy = log_st - a / st
-    cross_entropy = (my - tl.sum(y_label, axis=1)) + log_cs if HAS_LABELS else tl.zeros_like(entropy)
-    weight, kd, ce = coefficients(
-        entropy, tl.cast(log_support, tl.float32), temperature,
-        scalar(scalars_ptr, GAMMA), scalar(scalars_ptr, KD_RATIO), WEIGHTING,
+    terms = _token_terms(
+        stats_ptr, loss_ptr, row, N, valid, pair, tl.sum(y_label, axis=1), divergence, term, log_support, temperature,
+        scalars_ptr, WEIGHTING, HAS_LABELS,
     )  # fmt: skip
-    loss = token_loss(divergence, cross_entropy, kd, ce, HAS_LABELS)
-    store_tokens(stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, weight, loss)
-    out = rows_ptr + row * ROW_FIELDS
-    tl.store(out, my, mask=valid)
-    tl.store(out + 1, tl.log(ss), mask=valid)
-    tl.store(out + 2, log_cs, mask=valid)
-    tl.store(out + 3, mt, mask=valid)
-    tl.store(out + 4, log_st, mask=valid)
-    tl.store(out + 5, term, mask=valid)
-    tl.store(out + 6, kd, mask=valid)
-    tl.store(out + 7, ce, mask=valid)
+    store_terms(terms_ptr + row * TERMS, valid, terms)
 
 
 @triton.jit
 def entropy_kl_gradient(
-    student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, rows_ptr, incoming_ptr, grad_ptr,
+    student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, terms_ptr, incoming_ptr, grad_ptr,
     student_stride, teacher_stride, grad_stride, incoming_stride, V, split_size, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
@@ -190,18 +209,13 @@ def entropy_kl_gradient(
     if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
         sweep_zero(grad_row, first, last, V, LANES, VEC)
         return
-    scale_s, softcap_s = student_transform(scalars_ptr)
-    scale_t, softcap_t = teacher_transform(scalars_ptr)
-    fields = rows_ptr + row * ROW_FIELDS
+    student = Row(student_ptr + row * student_stride, student_transform(scalars_ptr, CAP_S))
+    teacher = Row(teacher_ptr + row * teacher_stride, teacher_transform(scalars_ptr, CAP_T))
     incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
-    beta, rest = mixing(scalars_ptr)
     sweep_gradient(
-        student_ptr + row * student_stride, teacher_ptr + row * teacher_stride, grad_row, first, last, V,
-        tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4),
-        tl.load(fields + 5), tl.load(fields + 6), tl.load(fields + 7), incoming, label,
-        1.0 / scalar(scalars_ptr, TEMPERATURE), beta, rest, scale_s, scale_t, softcap_s, softcap_t,
-        DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
+        student, teacher, grad_row, first, last, V, load_terms(terms_ptr + row * TERMS), incoming, label,
+        1.0 / scalar(scalars_ptr, TEMPERATURE), mixing(scalars_ptr), DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL,
     )  # fmt: skip
 
 
@@ -222,49 +236,35 @@ def entropy_kl_row(
         return
     temperature = scalar(scalars_ptr, TEMPERATURE)
     inverse_temperature = 1.0 / temperature
-    beta, rest = mixing(scalars_ptr)
-    scale_s, softcap_s = student_transform(scalars_ptr)
-    scale_t, softcap_t = teacher_transform(scalars_ptr)
-    student_row = student_ptr + row * student_stride
-    teacher_row = teacher_ptr + row * teacher_stride
-    my, ss, cs, mt, st, a, b, gap = sweep_pair(
-        student_row, teacher_row, 0, V, V, inverse_temperature, scale_s, scale_t, softcap_s, softcap_t,
-        DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
-    )  # fmt: skip
-    log_ss = tl.log(ss)
-    log_st = tl.log(st)
-    log_cs = tl.log(cs)
+    mix = mixing(scalars_ptr)
+    student = Row(student_ptr + row * student_stride, student_transform(scalars_ptr, CAP_S))
+    teacher = Row(teacher_ptr + row * teacher_stride, teacher_transform(scalars_ptr, CAP_T))
+    pair = sweep_pair(student, teacher, 0, V, V, inverse_temperature, DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL)
     if DIVERGENCE == JSD:
         term, from_teacher = sweep_mixture(
-            student_row, teacher_row, 0, V, V, my, log_ss, mt, log_st, inverse_temperature, beta, rest, scale_s,
-            scale_t, softcap_s, softcap_t, CAP_S, CAP_T, LANES, VEC, UNROLL,
+            student, teacher, 0, V, V, pair.student.top, tl.log(pair.student.total), pair.teacher.top,
+            tl.log(pair.teacher.total), inverse_temperature, mix, LANES, VEC, UNROLL,
         )  # fmt: skip
-        divergence = beta * from_teacher + rest * term
+        divergence = mix.beta * from_teacher + mix.rest * term
     else:
-        term = _closed_divergence(my, ss, mt, st, b, gap, inverse_temperature, DIVERGENCE)
+        term = _closed_divergence(pair, inverse_temperature, DIVERGENCE)
         divergence = term
-    entropy = log_st - a / st
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
-    cross_entropy = 0.0
-    if HAS_LABELS:
-        cross_entropy = (my - label_logit(student_row, label, 0, V, scale_s, softcap_s, CAP_S)) + log_cs
-    weight, kd, ce = coefficients(
-        entropy, tl.cast(log_support, tl.float32), temperature,
-        scalar(scalars_ptr, GAMMA), scalar(scalars_ptr, KD_RATIO), WEIGHTING,
+    y_label = label_logit(student, label, 0, V) if HAS_LABELS else 0.0
+    terms = _token_terms(
+        stats_ptr, loss_ptr, row, N, valid, pair, y_label, divergence, term, log_support, temperature, scalars_ptr,
+        WEIGHTING, HAS_LABELS,
     )  # fmt: skip
-    loss = token_loss(divergence, cross_entropy, kd, ce, HAS_LABELS)
-    store_tokens(stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, weight, loss)
     incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
     tl.debug_barrier()  # the gradient may overwrite the logits: the label's must have been read
     sweep_gradient(
-        student_row, teacher_row, grad_row, 0, V, V, my, log_ss, log_cs, mt, log_st, term, kd, ce, incoming, label,
-        inverse_temperature, beta, rest, scale_s, scale_t, softcap_s, softcap_t,
-        DIVERGENCE, HAS_LABELS, CAP_S, CAP_T, LANES, VEC, UNROLL,
+        student, teacher, grad_row, 0, V, V, terms, incoming, label, inverse_temperature, mix,
+        DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL,
     )  # fmt: skip
 
 
-class Dense(NamedTuple):
-    """A call's tensors and codes; `scalars` on the device, caps as `scaled_logits` has them."""
+class DenseCall(NamedTuple):
+    """A call's tensors and codes; `scalars` on the device, caps as a `Transform` has them."""
 
     student: Tensor
     teacher: Tensor
@@ -288,30 +288,29 @@ class Dense(NamedTuple):
         }
 
 
-class Tokens(NamedTuple):
-    """Per-token results: stats (4, N), weighted losses (N,), and the rows' fields for the gradient."""
+class DenseTokens(NamedTuple):
+    """Per-token results: stats (4, N), weighted losses (N,), and the terms of the rows' gradients (N, 8)."""
 
     stats: Tensor
     losses: Tensor
-    rows: Tensor
+    terms: Tensor
 
 
 def prepared(
     student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, scalars: Tensor, weighting: int,
-    divergence: int, ignore_index: int,
-) -> Dense:  # fmt: skip
-    """The call as kernels take it; the arguments are those of the operator."""
+    divergence: int, ignore_index: int, columns: Columns = WHOLE,
+) -> DenseCall:  # fmt: skip
+    """The call as kernels take it; the arguments are those of the operator, the logits some `columns`."""
     caps = cap_code(scalars, STUDENT_SOFTCAP.value), cap_code(scalars, TEACHER_SOFTCAP.value)
-    labels, mask = contiguous(labels), contiguous(mask)
+    labels, mask, ignore_index = of_columns(columns, contiguous(labels), contiguous(mask), ignore_index)
     scalars = on_device(scalars, student.device)
-    return Dense(student, teacher, labels, mask, scalars, weighting, divergence, ignore_index, *caps)
+    return DenseCall(student, teacher, labels, mask, scalars, weighting, divergence, ignore_index, *caps)
 
 
-def partial_statistics(d: Dense) -> Tensor:
-    """(N, splits, 9): the statistics of each part of each row. Those of vocabulary-parallel ranks, concatenated along
-    the second dimension, are joined by `token_statistics` as the parts of one row are."""
+def partial_statistics(d: DenseCall) -> Tensor:
+    """(N, splits, 9): the statistics of each part of each row."""
     (N, V), device = d.student.shape, d.student.device
-    sweep = sweep_of("statistics", device, d.student.element_size(), V)
+    sweep = sweep_of("entropy_kl_statistics", device, d.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, PAIR_FIELDS.value, dtype=torch.float32, device=device)
     wrap_triton(entropy_kl_statistics)[(N, splits)](
@@ -322,75 +321,89 @@ def partial_statistics(d: Dense) -> Tensor:
     return partial
 
 
-def mixture_sums(d: Dense, partial: Tensor) -> Tensor:
-    """(N, splits, 2): Σ q(log q − log r) and Σ p(log p − log r) of each part of each row."""
-    (N, V), device = d.student.shape, d.student.device
-    sweep = sweep_of("statistics", device, d.student.element_size(), V)
+def _joined(d: DenseCall, partial: Tensor) -> Tensor:
+    """(N, 9): the parts of each row as one."""
+    N, splits = partial.shape[:2]
+    joined = partial.new_empty(N, PAIR_FIELDS.value)
+    wrap_triton(entropy_kl_join)[(triton.cdiv(N, ROWS),)](
+        partial, d.scalars, joined, N, splits,
+        DIVERGENCE=d.divergence, SPLITS=triton.next_power_of_2(int(splits)), ROWS=ROWS, **warps(1),
+    )  # fmt: skip
+    return joined
+
+
+def mixture_sums(d: DenseCall, partial: Tensor) -> Tensor:
+    """(N, splits, 2): Σ q(log q − log r) and Σ p(log p − log r) of each part of each row; `partial` (N, parts, 9) are
+    the statistics of all."""
+    (N, V), device, parts = d.student.shape, d.student.device, partial.shape[1]
+    sweep = sweep_of("entropy_kl_mixture", device, d.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
     sums = torch.empty(N, splits, 2, dtype=torch.float32, device=device)
     flags = d.flags()
     del flags["DIVERGENCE"]
     wrap_triton(entropy_kl_mixture)[(N, splits)](
         d.student, d.teacher, d.labels, d.mask, d.scalars, partial, sums,
-        d.student.stride(0), d.teacher.stride(0), V, size, d.ignore_index,
-        SPLITS=triton.next_power_of_2(splits), **flags, **sweep.options(),
+        d.student.stride(0), d.teacher.stride(0), V, size, parts, d.ignore_index,
+        SPLITS=triton.next_power_of_2(int(parts)), **flags, **sweep.options(),
     )  # fmt: skip
     return sums
 
 
-def token_statistics(d: Dense, partial: Tensor, mixture: Tensor | None, vocabulary: int) -> Tokens:
+def token_statistics(d: DenseCall, partial: Tensor, mixture: Tensor | None, vocabulary: int) -> DenseTokens:
     """Join the parts of each row; `vocabulary` is the size S of the teacher's support."""
     N, splits = partial.shape[:2]
     new = partial.new_empty
-    out = Tokens(new(4, N), new(N), new(N, ROW_FIELDS.value))
-    rows = 32
-    wrap_triton(entropy_kl_tokens)[(triton.cdiv(N, rows),)](
+    out = DenseTokens(new(4, N), new(N), new(N, TERMS.value))
+    wrap_triton(entropy_kl_tokens)[(triton.cdiv(N, ROWS),)](
         partial, mixture, d.labels, d.mask, d.scalars, *out, N, splits, math.log(vocabulary), d.ignore_index,
         HAS_LABELS=d.labels is not None, HAS_MASK=d.mask is not None, DIVERGENCE=d.divergence, WEIGHTING=d.weighting,
-        SPLITS=triton.next_power_of_2(int(splits)), ROWS=rows, **warps(1),
+        SPLITS=triton.next_power_of_2(int(splits)), ROWS=ROWS, **warps(1),
     )  # fmt: skip
     return out
 
 
-def logits_gradient(d: Dense, rows: Tensor, incoming: Tensor) -> Tensor:
-    """∂/∂student of Σ incoming·loss, `incoming` one number a token or one for all, in the student's dtype."""
+def logits_gradient(d: DenseCall, terms: Tensor, incoming: Tensor) -> Tensor:
+    """∂/∂student of Σ incoming·loss, `incoming` one number per token or one for all, in the student's dtype."""
     (N, V), device = d.student.shape, d.student.device
-    sweep = sweep_of("gradient", device, d.student.element_size(), V)
+    sweep = sweep_of("entropy_kl_gradient", device, d.student.element_size(), V)
     grad = torch.empty(N, V, dtype=d.student.dtype, device=device)
     wrap_triton(entropy_kl_gradient)[(N, triton.cdiv(V, sweep.step))](
-        d.student, d.teacher, d.labels, d.mask, d.scalars, rows, incoming, grad,
+        d.student, d.teacher, d.labels, d.mask, d.scalars, terms, incoming, grad,
         d.student.stride(0), d.teacher.stride(0), V, int(incoming.dim() > 0), V, sweep.step, d.ignore_index,
         **d.flags(), **sweep.options(),
     )  # fmt: skip
     return grad
 
 
-def rows_at_once(d: Dense, incoming: Tensor, grad: Tensor) -> Tokens:
-    """Statistics and gradient of whole rows in one kernel; `grad` (N, V) is written and may be the student itself."""
+def rows_at_once(d: DenseCall, incoming: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """(stats, losses) of whole rows and their gradient in one kernel; `grad` (N, V) is written and may be the student
+    itself."""
     (N, V), device = d.student.shape, d.student.device
-    sweep = sweep_of("row", device, d.student.element_size(), V)
+    sweep = sweep_of("entropy_kl_row", device, d.student.element_size(), V)
     stats, losses = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((4, N), (N,)))
     wrap_triton(entropy_kl_row)[(N,)](
         d.student, d.teacher, d.labels, d.mask, d.scalars, stats, losses, incoming, grad,
         d.student.stride(0), d.teacher.stride(0), grad.stride(0), int(incoming.dim() > 0), N, V, math.log(V),
         d.ignore_index, WEIGHTING=d.weighting, **d.flags(), **sweep.options(),
     )  # fmt: skip
-    return Tokens(stats, losses, stats)
+    return stats, losses
 
 
-def _split_rows(d: Dense) -> Tokens:
-    partial = partial_statistics(d)
-    mixture = mixture_sums(d, partial) if d.divergence == JSD.value else None
-    return token_statistics(d, partial, mixture, d.student.shape[1])
+def _split_rows(d: DenseCall, columns: Columns) -> DenseTokens:
+    partial = columns.parts(partial_statistics(d), lambda own: _joined(d, own))
+    mixture = None
+    if d.divergence == JSD.value:
+        mixture = columns.parts(mixture_sums(d, partial), lambda own: own.sum(1))
+    return token_statistics(d, partial, mixture, columns.count(d.student))
 
 
-def _known_denominator(d: Dense, reduction: int, num_items: Tensor | None) -> Tensor | None:
+def _known_denominator(d: DenseCall, reduction: int, num_items: Tensor | None) -> Tensor | None:
     """1/denominator where it is known before the statistics are, else None."""
     device = d.student.device
     if reduction == SUM:
         return torch.ones((), device=device)
     if num_items is not None:
-        return num_items.to(device, torch.float32).reciprocal()
+        return number_on(num_items, device).to(torch.float32).reciprocal()
     if d.weighting in (ENTROPY.value, INVERSE.value):
         return None
     valid = torch.ones(d.student.shape[0], dtype=torch.bool, device=device) if d.mask is None else d.mask
@@ -401,31 +414,32 @@ def _known_denominator(d: Dense, reduction: int, num_items: Tensor | None) -> Te
 def entropy_kl(
     student: Tensor, teacher: Tensor, labels: Tensor | None, token_mask: Tensor | None, scalars: Tensor,
     weighting: int, divergence: int, ignore_index: int, reduction: int, num_items: Tensor | None, need_student: bool,
+    columns: Columns = WHOLE,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator's kernel: (loss, stats, ∂loss/∂student or an empty tensor)."""
-    d = prepared(student, teacher, labels, token_mask, scalars, weighting, divergence, ignore_index)
-    empty = student.new_empty(0)
+    d = prepared(student, teacher, labels, token_mask, scalars, weighting, divergence, ignore_index, columns)
     want = need_student and reduction != NONE
-    inverse = _known_denominator(d, reduction, num_items) if want and fills_device(student) else None
+    at_once = want and columns is WHOLE and fills_device(student)
+    inverse = _known_denominator(d, reduction, num_items) if at_once else None
     if inverse is not None:
         grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-        tokens = rows_at_once(d, inverse, grad)
-        return reduced_loss(tokens.losses, tokens.stats, reduction, num_items)[0], tokens.stats, grad
-    tokens = _split_rows(d)
+        stats, losses = rows_at_once(d, inverse, grad)
+        return reduced_loss(losses, stats, reduction, num_items)[0], stats, grad
+    tokens = _split_rows(d, columns)
     if reduction == NONE:
-        return tokens.losses, tokens.stats, empty
+        return tokens.losses, tokens.stats, student.new_empty(0)
     loss, inverse = reduced_loss(tokens.losses, tokens.stats, reduction, num_items)
-    return loss, tokens.stats, logits_gradient(d, tokens.rows, inverse) if want else empty
+    return loss, tokens.stats, logits_gradient(d, tokens.terms, inverse) if want else student.new_empty(0)
 
 
 def entropy_kl_backward(
     grad_loss: Tensor, student: Tensor, teacher: Tensor, labels: Tensor | None, token_mask: Tensor | None,
-    scalars: Tensor, weighting: int, divergence: int, ignore_index: int,
+    scalars: Tensor, weighting: int, divergence: int, ignore_index: int, columns: Columns = WHOLE,
 ) -> Tensor:  # fmt: skip
-    """∂/∂student of Σ grad_loss·loss, one incoming gradient a token."""
-    d = prepared(student, teacher, labels, token_mask, scalars, weighting, divergence, ignore_index)
-    if fills_device(student):
+    """∂/∂student of Σ grad_loss·loss, one incoming gradient per token."""
+    d = prepared(student, teacher, labels, token_mask, scalars, weighting, divergence, ignore_index, columns)
+    if columns is WHOLE and fills_device(student):
         grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         rows_at_once(d, grad_loss.contiguous(), grad)
         return grad
-    return logits_gradient(d, _split_rows(d).rows, grad_loss.contiguous())
+    return logits_gradient(d, _split_rows(d, columns).terms, grad_loss.contiguous())

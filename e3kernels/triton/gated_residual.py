@@ -1,7 +1,7 @@
 """gated_residual as Triton kernels: out = h + m·(f − h), dh = (1−m)·g, df = m·g, dm = Σ g·(f − h), 0·∞ = 0·NaN = 0.
 
-A gate that is constant on runs of the flattened tensors is read once a program; any other is expanded and read beside
-them. m stays on the device. dm is summed in two stages: a number a program, then the programs of each gate in order.
+A gate that is constant on runs of the flattened tensors is read once per program; any other is expanded and read beside
+them. m stays on the device. dm is summed in two stages: a number per program, then the programs of each gate in order.
 """
 
 import math

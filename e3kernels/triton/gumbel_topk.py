@@ -1,4 +1,4 @@
-"""gumbel_topk as Triton kernels: one program a row, everything in fp64, the reference's bits in noise and mask.
+"""gumbel_topk as Triton kernels: one program per row, everything in fp64, the reference's bits in noise and mask.
 
 Scores s = θ + κ·g. The k-th largest is found by building its bits from the highest down, each by one count of the
 scores not below; ties go to the lower index. `threshold` solves Σσ(x − d) = k by Newton steps kept inside a bracket.

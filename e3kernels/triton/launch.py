@@ -1,6 +1,6 @@
-"""Launch configurations: by kernel and shape from one JSON file a device family, else by a heuristic.
+"""Launch configurations: by kernel and shape from one JSON file per device family, else by a heuristic.
 
-A file `configs/<family>.json` maps a kernel class to a list of {"columns", "itemsize", "warps", "vec", "unroll"}; the
+A file `configs/<family>.json` maps a kernel to a list of {"columns", "itemsize", "warps", "vec", "unroll"}; the
 first entry of the input's item size with columns ≥ V (null: any V) is taken. `source` says where the figures are from.
 """
 
@@ -28,7 +28,7 @@ class Device(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """The tile of one program: LANES lanes of VEC columns, UNROLL times a step."""
+    """The tile of one program: LANES lanes of VEC columns, UNROLL times per step."""
 
     lanes: int
     vec: int
@@ -83,7 +83,7 @@ def table_of(family: str) -> dict[str, list[dict[str, Any]]]:
 @functools.cache
 def configured_sweep(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
     """The tile that the family's file names, else the heuristic's: 128-bit accesses, at most eight warps, and two
-    rounds a step where that does not cost a wide wavefront its registers."""
+    rounds per step where that does not cost a wide wavefront its registers."""
     family, warp, _ = device_of(device.type, device.index)
     for entry in table_of(family).get(kernel, ()):
         limit = entry["columns"]
@@ -111,7 +111,7 @@ def split_of(sweep: Sweep, device: torch.device, rows: int, columns: int) -> tup
 
 
 def fills_device(rows: Tensor) -> bool:
-    """Whether one program a row keeps every multiprocessor busy."""
+    """Whether one program per row keeps every multiprocessor busy."""
     return rows.shape[0] >= 2 * device_of(rows.device.type, rows.device.index).processors
 
 

@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from e3kernels.contract import DIVERGENCES, REDUCTIONS
+from e3kernels.contract import REDUCTIONS
 from e3kernels.tiled.linear import TileKernel, kernels
-from e3kernels.tiled.linear_entropy_kl import problem
+from e3kernels.tiled.linear_entropy_kl import linear_loss
 from e3kernels.triton.entropy_kl import (
-    Tokens,
+    DenseTokens,
     entropy_kl,
     entropy_kl_backward,
     prepared,
@@ -26,10 +26,9 @@ from e3kernels.triton.entropy_kl import (
 )
 from e3kernels.triton.launch import contiguous
 from e3kernels.triton.on_chip import TILE_LOGITS, projected_tile, suits_chip, tiling
-from e3kernels.triton.reduction import reduced_loss
+from e3kernels.triton.reduction import without_gradients
 from e3kernels.triton.scalars import TEMPERATURE, scalar, student_transform, teacher_transform
-from e3kernels.triton.statistics import LOWEST, PAIR_FIELDS, fold_pair
-from e3kernels.triton.sweeps import store_pair
+from e3kernels.triton.statistics import JSD, PAIR_FIELDS, fold_pair, no_pair, store_pair
 
 NONE = REDUCTIONS.index("none")
 
@@ -47,55 +46,45 @@ def linear_entropy_kl_statistics(
     split = tl.program_id(1)
     inside = rows < N
     inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
-    scale_s, softcap_s = student_transform(scalars_ptr)
-    scale_t, softcap_t = teacher_transform(scalars_ptr)
+    transform_s = student_transform(scalars_ptr, CAP_S)
+    transform_t = teacher_transform(scalars_ptr, CAP_T)
     label = tl.load(labels_ptr + rows, mask=inside, other=-1) if HAS_LABELS else tl.full([BM], -1, tl.int64)
     y_label = tl.zeros([BM], tl.float32)
-    my = tl.full([BM], LOWEST, tl.float32)
-    mt = tl.full([BM], LOWEST, tl.float32)
-    gap = tl.full([BM], float("-inf"), tl.float32)
-    ss = tl.zeros([BM], tl.float32)
-    cs = tl.zeros([BM], tl.float32)
-    st = tl.zeros([BM], tl.float32)
-    a = tl.zeros([BM], tl.float32)
-    b = tl.zeros([BM], tl.float32)
+    pair = no_pair(BM)
     first = split * split_size
     for start in range(first, tl.minimum(first + split_size, V), BN):
         columns = start + tl.arange(0, BN)
         yt = projected_tile(
             teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, rows, columns, N, V, teacher_width,
-            teacher_stride, teacher_weight_stride, scale_t, softcap_t, HAS_BIAS_T, CAP_T, BM, BN, BK, UPCAST,
+            teacher_stride, teacher_weight_stride, transform_t, HAS_BIAS_T, BM, BN, BK, UPCAST,
         )  # fmt: skip
         y = projected_tile(
             student_ptr, student_weight_ptr, student_bias_ptr, rows, columns, N, V, student_width,
-            student_stride, student_weight_stride, scale_s, softcap_s, HAS_BIAS_S, CAP_S, BM, BN, BK, UPCAST,
+            student_stride, student_weight_stride, transform_s, HAS_BIAS_S, BM, BN, BK, UPCAST,
         )  # fmt: skip
         if HAS_LABELS:
             y_label += tl.sum(tl.where(columns[None, :] == label[:, None], y, 0.0), axis=1)
-        my, ss, cs, mt, st, a, b, gap = fold_pair(
-            my, ss, cs, mt, st, a, b, gap, y, yt, inverse_temperature, DIVERGENCE, HAS_LABELS,
-        )  # fmt: skip
-    out = partial_ptr + (rows * tl.num_programs(1) + split) * PAIR_FIELDS
-    store_pair(out, inside, my, ss, cs, y_label, mt, st, a, b, gap)
+        pair = fold_pair(pair, y, yt, inverse_temperature, DIVERGENCE, HAS_LABELS)
+    store_pair(partial_ptr + (rows * tl.num_programs(1) + split) * PAIR_FIELDS, inside, pair, y_label)
 
 
 def entropy_kl_tile(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """entropy_kl's kernel for a tile of logits that nobody else needs: their gradient takes their place."""
-    student, *_, need_student = arguments
+    *inputs, _, _, need_student = arguments
     if not need_student:
         return entropy_kl(*arguments)
-    d = prepared(*arguments[:8])
-    tokens = rows_at_once(d, student.new_ones((), dtype=torch.float32), student)
-    return tokens.losses.sum(), tokens.stats, student
+    call = prepared(*inputs)
+    stats, losses = rows_at_once(call, call.student.new_ones((), dtype=torch.float32), call.student)
+    return losses.sum(), stats, call.student
 
 
-_tiled, linear_entropy_kl_backward = kernels(problem, TileKernel(entropy_kl_tile, entropy_kl_backward, TILE_LOGITS))
+_tiled, linear_entropy_kl_backward = kernels(linear_loss, TileKernel(entropy_kl_tile, entropy_kl_backward, TILE_LOGITS))
 
 
 def on_chip_tokens(
     student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher_hidden: Tensor,
     teacher_weight: Tensor, teacher_bias: Tensor | None, labels: Tensor | None, mask: Tensor | None, *codes: Any,
-) -> Tokens:  # fmt: skip
+) -> DenseTokens:  # fmt: skip
     """Per-token results with no logit in memory; forward and reverse divergence, one dtype."""
     d = prepared(student_hidden, teacher_hidden, labels, mask, *codes)
     (N, width), V, device = student_hidden.shape, student_weight.shape[0], student_hidden.device
@@ -114,16 +103,18 @@ def on_chip_tokens(
     return token_statistics(d, partial, None, V)
 
 
-def linear_entropy_kl(*arguments: Any) -> tuple[Tensor, ...]:
+def linear_entropy_kl(
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher_hidden: Tensor,
+    teacher_weight: Tensor, teacher_bias: Tensor | None, labels: Tensor | None, token_mask: Tensor | None,
+    scalars: Tensor, weighting: int, divergence: int, ignore_index: int, compute_dtype: torch.dtype | None,
+    reduction: int, num_items: Tensor | None, *needs: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The operator's kernel: (loss, stats, gradients or empty tensors of hidden, weight, bias)."""
-    *inputs, compute_dtype, reduction, num_items, need_hidden, need_weight, need_bias = arguments
-    student, weight, _, teacher, teacher_weight = inputs[:5]
-    gradient = (need_hidden or need_weight or need_bias) and reduction != NONE
-    matrices = student, weight, teacher, teacher_weight
-    if gradient or DIVERGENCES[inputs[10]] == "jsd" or not suits_chip(compute_dtype or student.dtype, *matrices):
-        return _tiled(*arguments)
-    tokens = on_chip_tokens(*inputs)
-    empty = [student.new_empty(0, dtype=kind) for kind in (student.dtype, torch.float32, torch.float32)]
-    if reduction == NONE:
-        return tokens.losses, tokens.stats, *empty
-    return reduced_loss(tokens.losses, tokens.stats, reduction, num_items)[0], tokens.stats, *empty
+    student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+    codes = (scalars, weighting, divergence, ignore_index)
+    matrices = student_hidden, student_weight, teacher_hidden, teacher_weight
+    gradient = any(needs) and reduction != NONE
+    if gradient or divergence == JSD.value or not suits_chip(compute_dtype or student_hidden.dtype, *matrices):
+        return _tiled(*student, *teacher, labels, token_mask, *codes, compute_dtype, reduction, num_items, *needs)
+    tokens = on_chip_tokens(*student, *teacher, labels, token_mask, *codes)
+    return without_gradients(student_hidden, tokens.losses, tokens.stats, reduction, num_items)

@@ -10,16 +10,16 @@ from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
 from e3kernels.tiled.linear import TileKernel, kernels
-from e3kernels.tiled.linear_topk_kl import problem
+from e3kernels.tiled.linear_topk_kl import linear_loss
 from e3kernels.triton.launch import contiguous
 from e3kernels.triton.on_chip import TILE_LOGITS, projected_tile, suits_chip, tiling
-from e3kernels.triton.reduction import reduced_loss
+from e3kernels.triton.reduction import without_gradients
 from e3kernels.triton.scalars import TEMPERATURE, scalar, student_transform
-from e3kernels.triton.statistics import LOWEST, STUDENT_FIELDS, fold_student
-from e3kernels.triton.topk_kl import Tokens, prepared, token_statistics, topk_kl, topk_kl_backward
+from e3kernels.triton.statistics import STUDENT_FIELDS, fold_student, no_student, store_student
+from e3kernels.triton.topk_kl import SparseTokens, prepared, token_statistics, topk_kl, topk_kl_backward
 
 NONE = REDUCTIONS.index("none")
-_tiled, linear_topk_kl_backward = kernels(problem, TileKernel(topk_kl, topk_kl_backward, TILE_LOGITS))
+_tiled, linear_topk_kl_backward = kernels(linear_loss, TileKernel(topk_kl, topk_kl_backward, TILE_LOGITS))
 
 
 @triton.jit
@@ -34,18 +34,16 @@ def linear_topk_kl_statistics(
     split = tl.program_id(1)
     inside = rows < N
     inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
-    scale, softcap = student_transform(scalars_ptr)
+    transform = student_transform(scalars_ptr, CAP)
     label = tl.load(labels_ptr + rows, mask=inside, other=-1) if HAS_LABELS else tl.full([BM], -1, tl.int64)
     y_label = tl.zeros([BM], tl.float32)
-    my = tl.full([BM], LOWEST, tl.float32)
-    ss = tl.zeros([BM], tl.float32)
-    cs = tl.zeros([BM], tl.float32)
+    statistics = no_student(BM)
     first = split * split_size
     for start in range(first, tl.minimum(first + split_size, V), BN):
         columns = start + tl.arange(0, BN)
         y = projected_tile(
             hidden_ptr, weight_ptr, bias_ptr, rows, columns, N, V, width, hidden_stride, weight_stride,
-            scale, softcap, HAS_BIAS, CAP, BM, BN, BK, UPCAST,
+            transform, HAS_BIAS, BM, BN, BK, UPCAST,
         )  # fmt: skip
         if HAS_LABELS:
             y_label += tl.sum(tl.where(columns[None, :] == label[:, None], y, 0.0), axis=1)
@@ -58,17 +56,13 @@ def linear_topk_kl_statistics(
             here = (ids >= start) & (ids < start + BN)
             tl.store(gathered_ptr + rows * k + i, tl.sum(tl.where(hit, y, 0.0), axis=1), mask=here)
             rest = tl.where(hit, float("-inf"), rest)
-        my, ss, cs = fold_student(my, ss, cs, rest, inverse_temperature, HAS_LABELS)
-    out = partial_ptr + (rows * tl.num_programs(1) + split) * STUDENT_FIELDS
-    tl.store(out, my, mask=inside)
-    tl.store(out + 1, ss, mask=inside)
-    tl.store(out + 2, cs, mask=inside)
-    tl.store(out + 3, y_label, mask=inside)
+        statistics = fold_student(statistics, rest, inverse_temperature, HAS_LABELS)
+    store_student(partial_ptr + (rows * tl.num_programs(1) + split) * STUDENT_FIELDS, inside, statistics, y_label)
 
 
 def on_chip_tokens(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_logprobs: Tensor, teacher_ids: Tensor, *rest: Any
-) -> Tokens:
+) -> SparseTokens:
     """Per-token results with no logit but the stored ids' in memory; `rest` are the operator's arguments from there."""
     s = prepared(hidden, teacher_logprobs, teacher_ids, *rest)
     (N, width), V, k, device = hidden.shape, weight.shape[0], teacher_ids.shape[1], hidden.device
@@ -86,12 +80,9 @@ def on_chip_tokens(
 def linear_topk_kl(*arguments: Any) -> tuple[Tensor, ...]:
     """The operator's kernel: (loss, stats, gradients or empty tensors of hidden, weight, bias)."""
     *inputs, compute_dtype, reduction, num_items, need_hidden, need_weight, need_bias = arguments
-    hidden, weight = inputs[:2]
+    hidden, weight, *_ = inputs
     gradient = (need_hidden or need_weight or need_bias) and reduction != NONE
     if gradient or not suits_chip(compute_dtype or hidden.dtype, hidden, weight):
         return _tiled(*arguments)
     tokens = on_chip_tokens(*inputs)
-    empty = [hidden.new_empty(0, dtype=kind) for kind in (hidden.dtype, torch.float32, torch.float32)]
-    if reduction == NONE:
-        return tokens.losses, tokens.stats, *empty
-    return reduced_loss(tokens.losses, tokens.stats, reduction, num_items)[0], tokens.stats, *empty
+    return without_gradients(hidden, tokens.losses, tokens.stats, reduction, num_items)

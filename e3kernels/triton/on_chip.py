@@ -1,7 +1,7 @@
 """Logits on chip: a tile of the product hidden · weightᵀ that never leaves its program's registers.
 
-It saves the logits' way through memory, 4 bytes a logit each way, and pays for it with a matrix product slower than the
-vendor's: worth it for narrow heads and where no gradient is asked for.
+It saves the logits' way through memory, 4 bytes per logit each way, and pays for it with a matrix product slower than
+the vendor's: worth it for narrow heads and where no gradient is asked for.
 """
 
 from typing import Any, NamedTuple
@@ -84,9 +84,8 @@ def _dot(
 
 @triton.jit
 def projected_tile(
-    hidden_ptr, weight_ptr, bias_ptr, rows, columns, N, V, H, hidden_stride, weight_stride, scale, softcap,
-    HAS_BIAS: tl.constexpr, CAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    UPCAST: tl.constexpr,
+    hidden_ptr, weight_ptr, bias_ptr, rows, columns, N, V, H, hidden_stride, weight_stride, transform,
+    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of logits at T = 1, in fp32; −∞ beyond the vocabulary."""
     acc = tl.zeros([BM, BN], tl.float32)
@@ -94,5 +93,5 @@ def projected_tile(
         acc = _dot(hidden_ptr, weight_ptr, acc, rows, columns, k, N, V, H, hidden_stride, weight_stride, BK, UPCAST)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-    y, _ = scaled_logits(acc, scale, softcap, CAP)
+    y, _ = scaled_logits(acc, transform)
     return tl.where(columns[None, :] < V, y, float("-inf"))

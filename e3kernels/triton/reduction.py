@@ -8,7 +8,9 @@ from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
 from e3kernels.triton.launch import warps
+from e3kernels.triton.scalars import number_on
 
+NONE = REDUCTIONS.index("none")
 MEAN = REDUCTIONS.index("mean")
 SUM = REDUCTIONS.index("sum")
 
@@ -40,9 +42,19 @@ def reduce_tokens(
 def reduced_loss(losses: Tensor, stats: Tensor, reduction: int, num_items: Tensor | None) -> tuple[Tensor, Tensor]:
     """(loss, 1/denominator), both 0-dim, of the mean or the sum of token losses with weights stats[3]."""
     out = torch.empty(2, dtype=torch.float32, device=losses.device)
-    items = None if num_items is None else num_items.to(losses.device)
+    items = None if num_items is None else number_on(num_items, losses.device)
     wrap_triton(reduce_tokens)[(1,)](
         losses, stats[3], items, out, losses.shape[0],
         MEAN=reduction == MEAN, HAS_ITEMS=items is not None, BLOCK=1024, **warps(8),
     )  # fmt: skip
     return out[0], out[1]
+
+
+def without_gradients(
+    hidden: Tensor, losses: Tensor, stats: Tensor, reduction: int, num_items: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The results of a linear loss whose gradients of hidden, weight and bias nobody asked for."""
+    empty = [hidden.new_empty(0, dtype=kind) for kind in (hidden.dtype, torch.float32, torch.float32)]
+    if reduction == NONE:
+        return losses, stats, *empty
+    return reduced_loss(losses, stats, reduction, num_items)[0], stats, *empty

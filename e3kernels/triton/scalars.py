@@ -1,5 +1,7 @@
 """The losses' scalars as kernels see them: a device vector of float64, so that no change of value compiles anything."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,28 +17,43 @@ TEACHER_SOFTCAP: tl.constexpr = tl.constexpr(6)
 TEACHER_SCALE: tl.constexpr = tl.constexpr(7)
 
 
+class Transform(NamedTuple):
+    """What a model does to its inputs x: cap·tanh(scale·x / cap), or scale·x without a soft cap.
+
+    CAP: 0 no soft cap, 1 a soft cap, 2 decided by softcap > 0 at run time.
+    """
+
+    scale: tl.tensor
+    softcap: tl.tensor
+    CAP: tl.constexpr
+
+
+class Mixing(NamedTuple):
+    """(β, 1 − β) of the mixture of the Jensen-Shannon divergence, each rounded once and neither 0."""
+
+    beta: tl.tensor
+    rest: tl.tensor
+
+
 @triton.jit
 def scalar(scalars_ptr, INDEX: tl.constexpr):
     return tl.load(scalars_ptr + INDEX).to(tl.float32)
 
 
 @triton.jit
-def student_transform(scalars_ptr):
-    """(scale, soft cap) of the student's logits."""
-    return scalar(scalars_ptr, STUDENT_SCALE), scalar(scalars_ptr, STUDENT_SOFTCAP)
+def student_transform(scalars_ptr, CAP: tl.constexpr):
+    return Transform(scalar(scalars_ptr, STUDENT_SCALE), scalar(scalars_ptr, STUDENT_SOFTCAP), CAP)
 
 
 @triton.jit
-def teacher_transform(scalars_ptr):
-    """(scale, soft cap) of the teacher's logits."""
-    return scalar(scalars_ptr, TEACHER_SCALE), scalar(scalars_ptr, TEACHER_SOFTCAP)
+def teacher_transform(scalars_ptr, CAP: tl.constexpr):
+    return Transform(scalar(scalars_ptr, TEACHER_SCALE), scalar(scalars_ptr, TEACHER_SOFTCAP), CAP)
 
 
 @triton.jit
 def mixing(scalars_ptr):
-    """(β, 1 − β), each rounded once and neither 0."""
     beta = tl.load(scalars_ptr + BETA)
-    return tl.maximum(beta, 1e-37).to(tl.float32), (1.0 - beta).to(tl.float32)
+    return Mixing(tl.maximum(beta, 1e-37).to(tl.float32), (1.0 - beta).to(tl.float32))
 
 
 @triton.jit
@@ -66,8 +83,15 @@ def on_device(scalars: Tensor, device: torch.device) -> Tensor:
     return out
 
 
+def number_on(number: Tensor, device: torch.device) -> Tensor:
+    """A 0-dim tensor on `device`; from host memory by a kernel's argument, as `on_device` has it."""
+    if number.device == device or type(number) is not Tensor:
+        return number.to(device, non_blocking=True)
+    return torch.full((), number.item(), dtype=torch.float64, device=device)
+
+
 def cap_code(scalars: Tensor, index: int) -> int:
-    """Whether a soft cap applies: 0 no, 1 yes, 2 only the kernel will know, for a graph traced for any value."""
+    """The CAP of a `Transform`; 2 for a graph that is traced for any value."""
     if type(scalars) is not Tensor or scalars.device.type != "cpu":
         return 2
     return int(scalars[index].item() > 0)

@@ -19,8 +19,12 @@ B is counted in units of 2^24 nats, in which no sum of finite differences overfl
 maximum and zero sums, which no rescaling turns into a NaN.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+from e3kernels.triton.scalars import Transform
 
 FORWARD: tl.constexpr = tl.constexpr(0)
 REVERSE: tl.constexpr = tl.constexpr(1)
@@ -32,6 +36,38 @@ STUDENT_FIELDS: tl.constexpr = tl.constexpr(4)  # ms, S_s, C, label logit
 PAIR_FIELDS: tl.constexpr = tl.constexpr(9)  # the student's, then mt, S_t, A, B, gap
 
 
+class Student(NamedTuple):
+    """ms, S_s and C of the student's logits."""
+
+    top: tl.tensor
+    total: tl.tensor
+    total_1: tl.tensor
+
+
+class Teacher(NamedTuple):
+    """mt, S_t and A of the teacher's logits."""
+
+    top: tl.tensor
+    total: tl.tensor
+    a: tl.tensor
+
+
+class Pair(NamedTuple):
+    """The statistics of both models, B and `gap`."""
+
+    student: Student
+    teacher: Teacher
+    b: tl.tensor
+    gap: tl.tensor
+
+
+class Row(NamedTuple):
+    """Where a row of a model's inputs lies, and what makes them logits."""
+
+    ptr: tl.tensor
+    transform: Transform
+
+
 @triton.jit
 def _capped(y, softcap):
     """(cap·tanh(y/cap), its derivative)."""
@@ -41,22 +77,22 @@ def _capped(y, softcap):
 
 
 @triton.jit
-def scaled_logits(x, scale, softcap, CAP: tl.constexpr):
-    """The logits at T = 1 and ∂/∂x of them. CAP: 0 no soft cap, 1 a soft cap, 2 decided by softcap > 0 at run time."""
-    y = x.to(tl.float32) * scale
+def scaled_logits(x, transform):
+    """The logits at T = 1 and ∂/∂x of them."""
+    y = x.to(tl.float32) * transform.scale
     slope = tl.full(y.shape, 1.0, tl.float32)
-    if CAP == 1:
-        y, slope = _capped(y, softcap)
-    elif CAP == 2:
-        if softcap > 0:
-            y, slope = _capped(y, softcap)
-    return y, slope * scale
+    if transform.CAP == 1:
+        y, slope = _capped(y, transform.softcap)
+    elif transform.CAP == 2:
+        if transform.softcap > 0:
+            y, slope = _capped(y, transform.softcap)
+    return y, slope * transform.scale
 
 
 @triton.jit
-def logits_tile(row_ptr, columns, mask, scale, softcap, CAP: tl.constexpr):
+def logits_tile(row, columns, mask):
     """The logits at T = 1 of one tile of a row; −∞ outside the mask."""
-    y, _ = scaled_logits(tl.load(row_ptr + columns, mask=mask, other=0.0), scale, softcap, CAP)
+    y, _ = scaled_logits(tl.load(row.ptr + columns, mask=mask, other=0.0), row.transform)
     return tl.where(mask, y, float("-inf"))
 
 
@@ -67,67 +103,124 @@ def below(m, top, inverse_temperature):
 
 
 @triton.jit
-def fold_student(my, ss, cs, ys, inverse_temperature, HAS_LABELS: tl.constexpr):
-    """Take one tile (lanes, columns) of logits at T = 1 into the student's running statistics."""
-    my_new = tl.maximum(my, tl.max(ys, axis=1))
-    rs = tl.exp(below(my, my_new, inverse_temperature))
-    ss = ss * rs + tl.sum(tl.exp((ys - my_new[:, None]) * inverse_temperature), axis=1)
-    if HAS_LABELS:
-        cs = cs * tl.exp(my - my_new) + tl.sum(tl.exp(ys - my_new[:, None]), axis=1)
-    return my_new, ss, cs
+def no_student(LANES: tl.constexpr):
+    """What a lane that has seen nothing holds."""
+    return Student(tl.full([LANES], LOWEST, tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32))
 
 
 @triton.jit
-def fold_pair(
-    my, ss, cs, mt, st, a, b, gap, ys, yt, inverse_temperature, DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr
-):
+def no_pair(LANES: tl.constexpr):
+    """What a lane that has seen nothing holds."""
+    lowest = tl.full([LANES], LOWEST, tl.float32)
+    zero = tl.zeros([LANES], tl.float32)
+    return Pair(no_student(LANES), Teacher(lowest, zero, zero), zero, tl.full([LANES], float("-inf"), tl.float32))
+
+
+@triton.jit
+def fold_student(s, ys, inverse_temperature, HAS_LABELS: tl.constexpr):
+    """Take one tile (lanes, columns) of logits at T = 1 into the student's running statistics."""
+    top = tl.maximum(s.top, tl.max(ys, axis=1))
+    rescaled = s.total * tl.exp(below(s.top, top, inverse_temperature))
+    total = rescaled + tl.sum(tl.exp((ys - top[:, None]) * inverse_temperature), axis=1)
+    total_1 = s.total_1
+    if HAS_LABELS:
+        total_1 = total_1 * tl.exp(s.top - top) + tl.sum(tl.exp(ys - top[:, None]), axis=1)
+    return Student(top, total, total_1)
+
+
+@triton.jit
+def fold_pair(p, ys, yt, inverse_temperature, DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr):
     """Take one tile (lanes, columns) of both models' logits at T = 1 into the running statistics."""
-    my_new = tl.maximum(my, tl.max(ys, axis=1))
-    mt_new = tl.maximum(mt, tl.max(yt, axis=1))
-    ds = below(my, my_new, inverse_temperature)
-    dt = below(mt, mt_new, inverse_temperature)
+    s, t = p.student, p.teacher
+    top_s = tl.maximum(s.top, tl.max(ys, axis=1))
+    top_t = tl.maximum(t.top, tl.max(yt, axis=1))
+    ds = below(s.top, top_s, inverse_temperature)
+    dt = below(t.top, top_t, inverse_temperature)
     rs = tl.exp(ds)
     rt = tl.exp(dt)
-    us = (ys - my_new[:, None]) * inverse_temperature
-    ut = (yt - mt_new[:, None]) * inverse_temperature
+    us = (ys - top_s[:, None]) * inverse_temperature
+    ut = (yt - top_t[:, None]) * inverse_temperature
     es = tl.exp(us)  # of NaN still NaN, which the maxima below are not
     et = tl.exp(ut)
     us = tl.maximum(us, LOWEST)
     ut = tl.maximum(ut, LOWEST)
+    b, gap = p.b, p.gap
     if DIVERGENCE == FORWARD:
         gap = tl.maximum(gap, tl.max(tl.where(ys == float("-inf"), yt, float("-inf")), axis=1))
-        b = rt * (b + st * (dt * UNIT - ds * UNIT)) + tl.sum(et * (ut * UNIT - us * UNIT), axis=1)
+        b = rt * (b + t.total * (dt * UNIT - ds * UNIT)) + tl.sum(et * (ut * UNIT - us * UNIT), axis=1)
     elif DIVERGENCE == REVERSE:
         gap = tl.maximum(gap, tl.max(tl.where(yt == float("-inf"), ys, float("-inf")), axis=1))
-        b = rs * (b + ss * (ds * UNIT - dt * UNIT)) + tl.sum(es * (us * UNIT - ut * UNIT), axis=1)
-    a = rt * (a + st * tl.maximum(dt, NO_MASS)) + tl.sum(et * ut, axis=1)
-    st = st * rt + tl.sum(et, axis=1)
-    ss = ss * rs + tl.sum(es, axis=1)
+        b = rs * (b + s.total * (ds * UNIT - dt * UNIT)) + tl.sum(es * (us * UNIT - ut * UNIT), axis=1)
+    a = rt * (t.a + t.total * tl.maximum(dt, NO_MASS)) + tl.sum(et * ut, axis=1)
+    total_t = t.total * rt + tl.sum(et, axis=1)
+    total_s = s.total * rs + tl.sum(es, axis=1)
+    total_1 = s.total_1
     if HAS_LABELS:
-        cs = cs * tl.exp(my - my_new) + tl.sum(tl.exp(ys - my_new[:, None]), axis=1)
-    return my_new, ss, cs, mt_new, st, a, b, gap
+        total_1 = total_1 * tl.exp(s.top - top_s) + tl.sum(tl.exp(ys - top_s[:, None]), axis=1)
+    return Pair(Student(top_s, total_s, total_1), Teacher(top_t, total_t, a), b, gap)
 
 
 @triton.jit
-def merge_student(my, ss, cs, inverse_temperature, AXIS: tl.constexpr):
+def merge_student(s, inverse_temperature, AXIS: tl.constexpr):
     """Join the student's statistics along AXIS."""
-    m = tl.max(my, axis=AXIS)
-    ds = below(my, tl.expand_dims(m, AXIS), inverse_temperature)
-    c = tl.sum(cs * tl.exp(my - tl.expand_dims(m, AXIS)), axis=AXIS)
-    return m, tl.sum(ss * tl.exp(ds), axis=AXIS), c
+    top = tl.max(s.top, axis=AXIS)
+    ds = below(s.top, tl.expand_dims(top, AXIS), inverse_temperature)
+    total_1 = tl.sum(s.total_1 * tl.exp(s.top - tl.expand_dims(top, AXIS)), axis=AXIS)
+    return Student(top, tl.sum(s.total * tl.exp(ds), axis=AXIS), total_1)
 
 
 @triton.jit
-def merge_pair(my, ss, cs, mt, st, a, b, gap, inverse_temperature, DIVERGENCE: tl.constexpr, AXIS: tl.constexpr):
+def merge_pair(p, inverse_temperature, DIVERGENCE: tl.constexpr, AXIS: tl.constexpr):
     """Join the statistics of both models along AXIS."""
-    m, s, c = merge_student(my, ss, cs, inverse_temperature, AXIS)
-    mt_new = tl.max(mt, axis=AXIS)
-    ds = below(my, tl.expand_dims(m, AXIS), inverse_temperature)
-    dt = below(mt, tl.expand_dims(mt_new, AXIS), inverse_temperature)
+    s, t = p.student, p.teacher
+    student = merge_student(s, inverse_temperature, AXIS)
+    top_t = tl.max(t.top, axis=AXIS)
+    ds = below(s.top, tl.expand_dims(student.top, AXIS), inverse_temperature)
+    dt = below(t.top, tl.expand_dims(top_t, AXIS), inverse_temperature)
     rt = tl.exp(dt)
     if DIVERGENCE == REVERSE:
-        b = tl.exp(ds) * (b + ss * (ds * UNIT - dt * UNIT))
+        b = tl.exp(ds) * (p.b + s.total * (ds * UNIT - dt * UNIT))
     else:
-        b = rt * (b + st * (dt * UNIT - ds * UNIT))
-    a = tl.sum(rt * (a + st * tl.maximum(dt, NO_MASS)), axis=AXIS)
-    return m, s, c, mt_new, tl.sum(st * rt, axis=AXIS), a, tl.sum(b, axis=AXIS), tl.max(gap, axis=AXIS)
+        b = rt * (p.b + t.total * (dt * UNIT - ds * UNIT))
+    a = tl.sum(rt * (t.a + t.total * tl.maximum(dt, NO_MASS)), axis=AXIS)
+    teacher = Teacher(top_t, tl.sum(t.total * rt, axis=AXIS), a)
+    return Pair(student, teacher, tl.sum(b, axis=AXIS), tl.max(p.gap, axis=AXIS))
+
+
+@triton.jit
+def load_student(p, mask):
+    """(statistics, the label's logit) at `p`; where the mask is false, those of nothing."""
+    top = tl.load(p, mask=mask, other=LOWEST)
+    total = tl.load(p + 1, mask=mask, other=0.0)
+    total_1 = tl.load(p + 2, mask=mask, other=0.0)
+    return Student(top, total, total_1), tl.load(p + 3, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_student(p, mask, s, y_label):
+    tl.store(p, s.top, mask=mask)
+    tl.store(p + 1, s.total, mask=mask)
+    tl.store(p + 2, s.total_1, mask=mask)
+    tl.store(p + 3, y_label, mask=mask)
+
+
+@triton.jit
+def load_pair(p, mask):
+    """(statistics, the label's logit) at `p`; where the mask is false, those of nothing."""
+    student, y_label = load_student(p, mask)
+    top = tl.load(p + 4, mask=mask, other=LOWEST)
+    total = tl.load(p + 5, mask=mask, other=0.0)
+    a = tl.load(p + 6, mask=mask, other=0.0)
+    b = tl.load(p + 7, mask=mask, other=0.0)
+    gap = tl.load(p + 8, mask=mask, other=float("-inf"))
+    return Pair(student, Teacher(top, total, a), b, gap), y_label
+
+
+@triton.jit
+def store_pair(p, mask, pair, y_label):
+    store_student(p, mask, pair.student, y_label)
+    tl.store(p + 4, pair.teacher.top, mask=mask)
+    tl.store(p + 5, pair.teacher.total, mask=mask)
+    tl.store(p + 6, pair.teacher.a, mask=mask)
+    tl.store(p + 7, pair.b, mask=mask)
+    tl.store(p + 8, pair.gap, mask=mask)

@@ -2,10 +2,25 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from e3kernels.reference.columns import WHOLE, Columns
+from e3kernels.triton.scalars import GAMMA, KD_RATIO, scalar
 
 ENTROPY: tl.constexpr = tl.constexpr(1)
 INVERSE: tl.constexpr = tl.constexpr(2)
 MIX: tl.constexpr = tl.constexpr(3)
+NEVER = -(1 << 62)  # an `ignore_index` that no label has
+
+
+def of_columns(
+    columns: Columns, labels: Tensor | None, mask: Tensor | None, ignore_index: int
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """(labels counted from the first column held, mask of the tokens that count, `ignore_index`)."""
+    if columns is WHOLE or labels is None:
+        return labels, mask, ignore_index
+    valid = labels != ignore_index
+    return labels - columns.start, valid if mask is None else valid & mask, NEVER
 
 
 @triton.jit
@@ -20,7 +35,7 @@ def is_valid(row, inside, labels_ptr, mask_ptr, ignore_index, HAS_LABELS: tl.con
 
 
 @triton.jit
-def coefficients(entropy, log_support, temperature, gamma, kd_ratio, WEIGHTING: tl.constexpr):
+def _coefficients(entropy, log_support, temperature, gamma, kd_ratio, WEIGHTING: tl.constexpr):
     """(w, kd, ce) with the token's loss kd·divergence + ce·CE and its weight w; method.md defines them."""
     share = tl.where(log_support > 0, entropy / log_support, 0.0)
     share = tl.where(share < 0.0, 0.0, tl.where(share > 1.0, 1.0, share))  # which keeps NaN
@@ -36,7 +51,7 @@ def coefficients(entropy, log_support, temperature, gamma, kd_ratio, WEIGHTING: 
 
 
 @triton.jit
-def token_loss(divergence, cross_entropy, kd, ce, HAS_LABELS: tl.constexpr):
+def _token_loss(divergence, cross_entropy, kd, ce, HAS_LABELS: tl.constexpr):
     """kd·divergence + ce·CE; a zero coefficient removes its term, even an infinite one."""
     loss = tl.where(kd == 0, 0.0, kd * divergence)
     if HAS_LABELS:
@@ -54,3 +69,16 @@ def store_tokens(stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_
     tl.store(stats + 2 * N, tl.where(valid, cross_entropy, 0.0), mask=inside)
     tl.store(stats + 3 * N, tl.where(valid, weight, 0.0), mask=inside)
     tl.store(loss_ptr + row, tl.where(valid, loss, 0.0), mask=inside)
+
+
+@triton.jit
+def weigh_tokens(
+    stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, log_support, temperature, scalars_ptr,
+    WEIGHTING: tl.constexpr, HAS_LABELS: tl.constexpr,
+):  # fmt: skip
+    """Store the tokens' statistics and losses; (kd, ce), the factors of divergence and cross-entropy in them."""
+    gamma, kd_ratio = scalar(scalars_ptr, GAMMA), scalar(scalars_ptr, KD_RATIO)
+    weight, kd, ce = _coefficients(entropy, log_support, temperature, gamma, kd_ratio, WEIGHTING)
+    loss = _token_loss(divergence, cross_entropy, kd, ce, HAS_LABELS)
+    store_tokens(stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, weight, loss)
+    return kd, ce

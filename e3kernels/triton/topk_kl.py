@@ -1,6 +1,7 @@
 """topk_kl as Triton kernels: statistics of the ids not stored, tokens, dense gradient, stored gradient.
 
     statistics (row, split)   Σ e^u over the ids that are not stored (a difference of sums would cancel) and their C
+    join       (rows)         for a vocabulary that ranks share: a rank's splits as one, before all gather theirs
     tokens     (rows)         the k + 1 (or k) events in fp64: divergence, entropy, loss, what the gradient needs
     gradient   (row, block)   ∂loss/∂x as if no id were stored: softmax(rest)·G, and the cross-entropy
     stored     (rows)         overwrites the gradient of the stored ids
@@ -20,12 +21,13 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
+from e3kernels.reference.columns import WHOLE, Columns
+from e3kernels.reference.token_loss import model_logits
 from e3kernels.triton.launch import contiguous, split_of, sweep_of, warps
 from e3kernels.triton.reduction import reduced_loss
 from e3kernels.triton.scalars import (
     BETA,
-    GAMMA,
-    KD_RATIO,
+    STUDENT_SCALE,
     STUDENT_SOFTCAP,
     TEMPERATURE,
     cap_code,
@@ -33,15 +35,58 @@ from e3kernels.triton.scalars import (
     scalar,
     student_transform,
 )
-from e3kernels.triton.statistics import FORWARD, LOWEST, REVERSE, STUDENT_FIELDS, merge_student, scaled_logits
+from e3kernels.triton.statistics import (
+    FORWARD,
+    LOWEST,
+    REVERSE,
+    STUDENT_FIELDS,
+    Row,
+    load_student,
+    merge_student,
+    scaled_logits,
+    store_student,
+)
 from e3kernels.triton.sweeps import label_logit, lane_columns, sweep_unstored, sweep_zero
-from e3kernels.triton.tokens import coefficients, is_valid, store_tokens, token_loss
+from e3kernels.triton.tokens import is_valid, of_columns, weigh_tokens
 
 BUCKET: tl.constexpr = tl.constexpr(0)
 RENORM: tl.constexpr = tl.constexpr(1)
 NONE = REDUCTIONS.index("none")
-ROW_FIELDS: tl.constexpr = tl.constexpr(7)  # my and log S_s of the rest, maximum and log-sum of all at T = 1, G, kd, ce
 ROWS = 1  # tokens of one program of the tokens and stored kernels: k² comparisons in fp64 fill its registers
+JOINED = 32  # of the join kernel
+
+
+class SparseTerms(NamedTuple):
+    """What the gradient of one token's loss needs beside its logits and its stored ids' terms.
+
+    Maximum and log S_s of the ids not stored, maximum and log-sum of all at T = 1, G, and the factors of the divergence
+    and of the cross-entropy in the loss.
+    """
+
+    rest_top: tl.tensor
+    rest_log: tl.tensor
+    top: tl.tensor
+    log_1: tl.tensor
+    dense: tl.tensor
+    kd: tl.tensor
+    ce: tl.tensor
+
+
+SPARSE_TERMS: tl.constexpr = tl.constexpr(len(SparseTerms._fields))
+
+
+@triton.jit
+def _load_terms(p, mask):
+    return SparseTerms(
+        tl.load(p, mask=mask), tl.load(p + 1, mask=mask), tl.load(p + 2, mask=mask), tl.load(p + 3, mask=mask),
+        tl.load(p + 4, mask=mask), tl.load(p + 5, mask=mask), tl.load(p + 6, mask=mask),
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_terms(p, mask, terms):
+    for i in tl.static_range(SPARSE_TERMS):
+        tl.store(p + i, terms[i], mask=mask)
 
 
 @triton.jit
@@ -66,27 +111,29 @@ def topk_kl_statistics(
     split = tl.program_id(1)
     if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
         return
-    scale, softcap = student_transform(scalars_ptr)
-    student_row = student_ptr + row * student_stride
+    student = Row(student_ptr + row * student_stride, student_transform(scalars_ptr, CAP))
     first = split * split_size
     last = tl.minimum(first + split_size, V)
     columns = tl.arange(0, K)
     log_p = tl.load(teacher_ptr + row * k + columns, mask=columns < k, other=float("-inf"))
     ids = tl.load(ids_ptr + row * k + columns, mask=columns < k, other=0)
     ids = tl.where((log_p != float("-inf")) & (ids >= first), ids, V)
-    my, ss, cs = sweep_unstored(
-        student_row, ids, first, last, V, 1.0 / scalar(scalars_ptr, TEMPERATURE), scale, softcap,
-        HAS_LABELS, CAP, LANES, VEC, UNROLL,
-    )  # fmt: skip
-    p = partial_ptr + (row * tl.num_programs(1) + split) * STUDENT_FIELDS
-    if HAS_LABELS:
-        label = tl.load(labels_ptr + row)
-        tl.store(p + 3, label_logit(student_row, label, first, last, scale, softcap, CAP))
-    else:
-        tl.store(p + 3, 0.0)
-    tl.store(p, my)
-    tl.store(p + 1, ss)
-    tl.store(p + 2, cs)
+    rest = sweep_unstored(
+        student, ids, first, last, V, 1.0 / scalar(scalars_ptr, TEMPERATURE), HAS_LABELS, LANES, VEC, UNROLL
+    )
+    y_label = label_logit(student, tl.load(labels_ptr + row), first, last) if HAS_LABELS else 0.0
+    store_student(partial_ptr + (row * tl.num_programs(1) + split) * STUDENT_FIELDS, None, rest, y_label)
+
+
+@triton.jit
+def topk_kl_join(partial_ptr, scalars_ptr, joined_ptr, N, splits, SPLITS: tl.constexpr, ROWS: tl.constexpr):
+    """Join the splits of ROWS tokens to one."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    parts = tl.arange(0, SPLITS)[None, :]
+    present = (row < N)[:, None] & (parts < splits)
+    rest, y_label = load_student(partial_ptr + (row[:, None] * splits + parts) * STUDENT_FIELDS, present)
+    rest = merge_student(rest, 1.0 / scalar(scalars_ptr, TEMPERATURE), 1)
+    store_student(joined_ptr + row * STUDENT_FIELDS, row < N, rest, tl.sum(y_label, axis=1))
 
 
 @triton.jit
@@ -137,22 +184,21 @@ def _event_terms(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
 @triton.jit
 def _stored_logits(student_ptr, row, stride, ids, kept, scalars_ptr, CAP: tl.constexpr):
     """(logit at T = 1, ∂/∂x of it) of the stored ids; −∞ where none is kept."""
-    scale, softcap = student_transform(scalars_ptr)
     x = tl.load(student_ptr + row[:, None] * stride + ids, mask=kept, other=0.0)
-    y, slope = scaled_logits(x, scale, softcap, CAP)
+    y, slope = scaled_logits(x, student_transform(scalars_ptr, CAP))
     return tl.where(kept, y, float("-inf")), slope
 
 
 @triton.jit
 def topk_kl_tokens(
     student_ptr, teacher_ptr, ids_ptr, labels_ptr, mask_ptr, scalars_ptr, partial_ptr,
-    stats_ptr, loss_ptr, rows_ptr, terms_ptr,
+    stats_ptr, loss_ptr, terms_ptr, stored_ptr,
     N, student_stride, splits, k, V, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr, WEIGHTING: tl.constexpr,
     TAIL: tl.constexpr, CAP: tl.constexpr, GATHERED: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of ROWS tokens with their stored ids; terms[row, i] is ∂D/∂u of stored id i.
+    """Join the splits of ROWS tokens with their stored ids; stored[row, i] is ∂D/∂u of stored id i.
 
     GATHERED: student_ptr holds the stored ids' logits at T = 1, (N, k), not rows of inputs.
     """
@@ -164,12 +210,9 @@ def topk_kl_tokens(
     valid = is_valid(row, inside, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK)
     parts = tl.arange(0, SPLITS)[None, :]
     present = valid[:, None] & (parts < splits)
-    p = partial_ptr + (row[:, None] * splits + parts) * STUDENT_FIELDS
-    my = tl.load(p, mask=present, other=LOWEST)
-    ss = tl.load(p + 1, mask=present, other=0.0)
-    cs = tl.load(p + 2, mask=present, other=0.0)
-    y_label = tl.sum(tl.load(p + 3, mask=present, other=0.0), axis=1)
-    my, ss, cs = merge_student(my, ss, cs, inverse_temperature, 1)
+    rest, y_label = load_student(partial_ptr + (row[:, None] * splits + parts) * STUDENT_FIELDS, present)
+    y_label = tl.sum(y_label, axis=1)
+    rest = merge_student(rest, inverse_temperature, 1)
 
     log_p, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, V, K)
     if GATHERED:
@@ -183,12 +226,12 @@ def topk_kl_tokens(
     log_p = tl.where(first, log_p.to(tl.float64), float("-inf"))
     y = tl.where(first, y, float("-inf"))
     # Everything relative to the largest logit of the row, at T and at T = 1.
-    top = tl.maximum(tl.where(ss == 0.0, LOWEST, my), tl.max(y, axis=1))
-    above = (my - top).to(tl.float64)
+    top = tl.maximum(tl.where(rest.total == 0.0, LOWEST, rest.top), tl.max(y, axis=1))
+    above = (rest.top - top).to(tl.float64)
     y_stored = (y - top[:, None]).to(tl.float64)
-    log_rest = (above * inverse_temperature + tl.log(ss.to(tl.float64)))[:, None]
+    log_rest = (above * inverse_temperature + tl.log(rest.total.to(tl.float64)))[:, None]
     log_z = _log_add(log_rest, _log_sum(y_stored * inverse_temperature, 1))
-    log_sum1 = tl.log(cs.to(tl.float64) * tl.exp(above) + tl.sum(tl.exp(y_stored), axis=1)).to(tl.float32)
+    log_1 = tl.log(rest.total_1.to(tl.float64) * tl.exp(above) + tl.sum(tl.exp(y_stored), axis=1)).to(tl.float32)
 
     log_total = _log_sum(log_p, 1)
     renormalised = tl.where(first, log_p - log_total, float("-inf"))
@@ -212,31 +255,23 @@ def topk_kl_tokens(
     if TAIL != RENORM:
         dense -= tl.sum(tl.exp(log_rest - log_z), axis=1) * total
     slopes = tl.where(first, g - tl.exp(log_q) * total[:, None], 0.0)
-    terms = tl.sum(tl.where(same, slopes[:, None, :], 0.0), axis=2)  # which all places of an id write
+    stored = tl.sum(tl.where(same, slopes[:, None, :], 0.0), axis=2)  # which all places of an id write
     entropy = entropy.to(tl.float32)
     divergence = divergence.to(tl.float32)
-    cross_entropy = (top - y_label) + log_sum1 if HAS_LABELS else tl.zeros_like(entropy)
-    weight, kd, ce = coefficients(
-        entropy, tl.log(support.to(tl.float32)), temperature,
-        scalar(scalars_ptr, GAMMA), scalar(scalars_ptr, KD_RATIO), WEIGHTING,
+    cross_entropy = (top - y_label) + log_1 if HAS_LABELS else tl.zeros_like(entropy)
+    kd, ce = weigh_tokens(
+        stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, tl.log(support.to(tl.float32)),
+        temperature, scalars_ptr, WEIGHTING, HAS_LABELS,
     )  # fmt: skip
-    loss = token_loss(divergence, cross_entropy, kd, ce, HAS_LABELS)
-    store_tokens(stats_ptr, loss_ptr, row, N, valid, divergence, entropy, cross_entropy, weight, loss)
-    out = rows_ptr + row * ROW_FIELDS
-    tl.store(out, my, mask=valid)
-    tl.store(out + 1, tl.log(ss), mask=valid)
-    tl.store(out + 2, top, mask=valid)
-    tl.store(out + 3, log_sum1, mask=valid)
-    tl.store(out + 4, dense.to(tl.float32), mask=valid)
-    tl.store(out + 5, kd, mask=valid)
-    tl.store(out + 6, ce, mask=valid)
+    terms = SparseTerms(rest.top, tl.log(rest.total), top, log_1, dense.to(tl.float32), kd, ce)
+    _store_terms(terms_ptr + row * SPARSE_TERMS, valid, terms)
     columns = tl.arange(0, K)[None, :]
-    tl.store(terms_ptr + row[:, None] * k + columns, terms.to(tl.float32), mask=valid[:, None] & (columns < k))
+    tl.store(stored_ptr + row[:, None] * k + columns, stored.to(tl.float32), mask=valid[:, None] & (columns < k))
 
 
 @triton.jit
 def topk_kl_gradient(
-    student_ptr, labels_ptr, mask_ptr, scalars_ptr, rows_ptr, incoming_ptr, grad_ptr,
+    student_ptr, labels_ptr, mask_ptr, scalars_ptr, terms_ptr, incoming_ptr, grad_ptr,
     student_stride, incoming_stride, V, split_size, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, TAIL: tl.constexpr, CAP: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
@@ -248,16 +283,10 @@ def topk_kl_gradient(
         sweep_zero(grad_ptr + row * V, first, last, V, LANES, VEC)
         return
     inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
-    scale, softcap = student_transform(scalars_ptr)
-    fields = rows_ptr + row * ROW_FIELDS
-    my = tl.load(fields)
-    log_ss = tl.load(fields + 1)
-    top = tl.load(fields + 2)
-    log_sum1 = tl.load(fields + 3)
-    dense = tl.load(fields + 4)
+    transform = student_transform(scalars_ptr, CAP)
+    terms = _load_terms(terms_ptr + row * SPARSE_TERMS, None)
     incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
-    kd, ce = tl.load(fields + 5), tl.load(fields + 6)
-    divergence_slope, hard_slope = kd * incoming * inverse_temperature, ce * incoming
+    divergence_slope, hard_slope = terms.kd * incoming * inverse_temperature, terms.ce * incoming
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
     grad_row = grad_ptr + row * V
     for start in range(first, last, LANES * VEC * UNROLL):
@@ -265,20 +294,21 @@ def topk_kl_gradient(
             columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
             mask = columns < V
             x = tl.load(student_ptr + row * student_stride + columns, mask=mask, other=0.0)
-            y, slope = scaled_logits(x, scale, softcap, CAP)
+            y, slope = scaled_logits(x, transform)
             g = tl.zeros_like(y)
             if TAIL != RENORM:
-                g = dense * tl.exp(tl.minimum((y - my) * inverse_temperature - log_ss, 0.0))
-                g = tl.where(kd == 0.0, 0.0, g * divergence_slope)
+                log_q = (y - terms.rest_top) * inverse_temperature - terms.rest_log
+                g = terms.dense * tl.exp(tl.minimum(log_q, 0.0))
+                g = tl.where(terms.kd == 0.0, 0.0, g * divergence_slope)
             if HAS_LABELS:
-                hard = tl.exp((y - top) - log_sum1) - tl.where(columns == label, 1.0, 0.0)
-                g += tl.where(ce == 0.0, 0.0, hard_slope * hard)
+                hard = tl.exp((y - terms.top) - terms.log_1) - tl.where(columns == label, 1.0, 0.0)
+                g += tl.where(terms.ce == 0.0, 0.0, hard_slope * hard)
             tl.store(grad_row + columns, (g * slope).to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def topk_kl_stored(
-    student_ptr, teacher_ptr, ids_ptr, labels_ptr, mask_ptr, scalars_ptr, rows_ptr, terms_ptr, incoming_ptr, grad_ptr,
+    student_ptr, teacher_ptr, ids_ptr, labels_ptr, mask_ptr, scalars_ptr, terms_ptr, stored_ptr, incoming_ptr, grad_ptr,
     N, student_stride, incoming_stride, V, k, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, CAP: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -289,22 +319,18 @@ def topk_kl_stored(
     valid = is_valid(row, inside, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK)
     _, ids, kept = stored_ids(teacher_ptr, ids_ptr, row, valid, k, V, K)
     y, slope = _stored_logits(student_ptr, row, student_stride, ids, kept, scalars_ptr, CAP)
-    fields = rows_ptr + row * ROW_FIELDS
-    top = tl.load(fields + 2, mask=valid, other=0.0)[:, None]
-    log_sum1 = tl.load(fields + 3, mask=valid, other=0.0)[:, None]
+    terms = _load_terms((terms_ptr + row * SPARSE_TERMS)[:, None], valid[:, None])
     incoming = tl.load(incoming_ptr + row * incoming_stride, mask=inside, other=0.0).to(tl.float32)[:, None]
-    kd = tl.load(fields + 5, mask=valid, other=0.0)[:, None]
-    ce = tl.load(fields + 6, mask=valid, other=0.0)[:, None]
-    g = tl.load(terms_ptr + row[:, None] * k + tl.arange(0, K)[None, :], mask=kept, other=0.0)
-    g = tl.where(kd == 0.0, 0.0, kd * incoming / temperature * g)
+    g = tl.load(stored_ptr + row[:, None] * k + tl.arange(0, K)[None, :], mask=kept, other=0.0)
+    g = tl.where(terms.kd == 0.0, 0.0, terms.kd * incoming / temperature * g)
     if HAS_LABELS:
         label = tl.load(labels_ptr + row, mask=valid, other=0)[:, None]
-        hard = tl.exp((y - top) - log_sum1) - tl.where(ids == label, 1.0, 0.0)
-        g += tl.where(ce == 0.0, 0.0, ce * incoming * hard)
+        hard = tl.exp((y - terms.top) - terms.log_1) - tl.where(ids == label, 1.0, 0.0)
+        g += tl.where(terms.ce == 0.0, 0.0, terms.ce * incoming * hard)
     tl.store(grad_ptr + row[:, None] * V + ids, (g * slope).to(grad_ptr.dtype.element_ty), mask=kept)
 
 
-class Sparse(NamedTuple):
+class SparseCall(NamedTuple):
     """A call's tensors and codes; `scalars` on the device."""
 
     student: Tensor
@@ -326,34 +352,36 @@ class Sparse(NamedTuple):
     @property
     def padded(self) -> int:
         """k rounded up to the power of two that a tile needs."""
-        return triton.next_power_of_2(int(self.teacher_ids.shape[1]))
+        return int(triton.next_power_of_2(int(self.teacher_ids.shape[1])))
 
 
-class Tokens(NamedTuple):
-    """Per-token results: stats (4, N), weighted losses (N,), the rows' fields and the stored ids' terms."""
+class SparseTokens(NamedTuple):
+    """Per-token results: stats (4, N), weighted losses (N,), and the terms of the gradients of rows and stored ids."""
 
     stats: Tensor
     losses: Tensor
-    rows: Tensor
     terms: Tensor
+    stored: Tensor
 
 
 def prepared(
     student: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, labels: Tensor | None, mask: Tensor | None,
-    scalars: Tensor, *codes: int,
-) -> Sparse:  # fmt: skip
+    scalars: Tensor, weighting: int, divergence: int, ignore_index: int, tail: int, columns: Columns = WHOLE,
+) -> SparseCall:  # fmt: skip
+    """The call as kernels take it; the arguments are those of the operator, the logits some `columns`."""
     cap = cap_code(scalars, STUDENT_SOFTCAP.value)
-    scalars = on_device(scalars, student.device)
-    teacher_logprobs = teacher_logprobs.contiguous()
-    labels, mask = contiguous(labels), contiguous(mask)
-    tensors = (student, teacher_logprobs, teacher_ids.contiguous(), labels, mask, scalars)
-    return Sparse._make((*tensors, *codes, cap))
+    labels, mask, ignore_index = of_columns(columns, contiguous(labels), contiguous(mask), ignore_index)
+    ids = teacher_ids.contiguous() if columns is WHOLE else teacher_ids - columns.start
+    return SparseCall(
+        student, teacher_logprobs.contiguous(), ids, labels, mask, on_device(scalars, student.device),
+        weighting, divergence, ignore_index, tail, cap,
+    )  # fmt: skip
 
 
-def _partial_statistics(s: Sparse) -> Tensor:
+def partial_statistics(s: SparseCall) -> Tensor:
     """(N, splits, 4): the statistics of the ids not stored in each part of each row."""
     (N, V), device = s.student.shape, s.student.device
-    sweep = sweep_of("statistics", device, s.student.element_size(), V)
+    sweep = sweep_of("topk_kl_statistics", device, s.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)
     wrap_triton(topk_kl_statistics)[(N, splits)](
@@ -364,12 +392,23 @@ def _partial_statistics(s: Sparse) -> Tensor:
     return partial
 
 
-def token_statistics(s: Sparse, partial: Tensor, gathered: Tensor | None, vocabulary: int) -> Tokens:
-    """Join the parts of each row; `gathered` (N, k) are the stored ids' logits at T = 1 where `s.student` is none."""
+def _joined(s: SparseCall, partial: Tensor) -> Tensor:
+    """(N, 4): the parts of each row as one."""
+    N, splits = partial.shape[:2]
+    joined = partial.new_empty(N, STUDENT_FIELDS.value)
+    wrap_triton(topk_kl_join)[(triton.cdiv(N, JOINED),)](
+        partial, s.scalars, joined, N, splits, SPLITS=triton.next_power_of_2(int(splits)), ROWS=JOINED, **warps(1)
+    )
+    return joined
+
+
+def token_statistics(s: SparseCall, partial: Tensor, gathered: Tensor | None, vocabulary: int) -> SparseTokens:
+    """Join the parts of each row; `gathered` (N, k) are the stored ids' logits at T = 1 where `s.student` has not all
+    of them."""
     (N, splits, _), k = partial.shape, s.teacher_ids.shape[1]
     student = s.student if gathered is None else gathered
     new = partial.new_empty
-    out = Tokens(new(4, N), new(N), new(N, ROW_FIELDS.value), new(N, k))
+    out = SparseTokens(new(4, N), new(N), new(N, SPARSE_TERMS.value), new(N, k))
     wrap_triton(topk_kl_tokens)[(triton.cdiv(N, ROWS),)](
         student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial, *out,
         N, student.stride(0), splits, k, vocabulary, s.ignore_index,
@@ -379,39 +418,57 @@ def token_statistics(s: Sparse, partial: Tensor, gathered: Tensor | None, vocabu
     return out
 
 
-def _gradient(s: Sparse, tokens: Tokens, incoming: Tensor) -> Tensor:
-    """∂/∂student of Σ incoming·loss, `incoming` one number a token or one for all, in the student's dtype."""
+def logits_gradient(s: SparseCall, tokens: SparseTokens, incoming: Tensor) -> Tensor:
+    """∂/∂student of Σ incoming·loss, `incoming` one number per token or one for all, in the student's dtype."""
     (N, V), k, device = s.student.shape, s.teacher_ids.shape[1], s.student.device
-    sweep = sweep_of("gradient", device, s.student.element_size(), V)
+    sweep = sweep_of("topk_kl_gradient", device, s.student.element_size(), V)
     grad = torch.empty(N, V, dtype=s.student.dtype, device=device)
     stride = int(incoming.dim() > 0)
     wrap_triton(topk_kl_gradient)[(N, triton.cdiv(V, sweep.step))](
-        s.student, s.labels, s.mask, s.scalars, tokens.rows, incoming, grad,
+        s.student, s.labels, s.mask, s.scalars, tokens.terms, incoming, grad,
         s.student.stride(0), stride, V, sweep.step, s.ignore_index,
         TAIL=s.tail, **s.flags(), **sweep.options(),
     )  # fmt: skip
     wrap_triton(topk_kl_stored)[(triton.cdiv(N, ROWS),)](
-        s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, tokens.rows, tokens.terms,
+        s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, tokens.terms, tokens.stored,
         incoming, grad, N, s.student.stride(0), stride, V, k, s.ignore_index,
         K=s.padded, ROWS=ROWS, **s.flags(), **warps(2),
     )  # fmt: skip
     return grad
 
 
-def topk_kl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _stored_logits_of_all(s: SparseCall, columns: Columns, scalars: Tensor) -> Tensor:
+    """(N, k): the stored ids' logits at T = 1, whoever holds them; an id of none gets any number."""
+    index, held = columns.locate(s.student, s.teacher_ids + columns.start)
+    inputs = columns.total(torch.where(held, s.student.gather(-1, index).float(), 0.0))
+    return model_logits(inputs, scalars[STUDENT_SCALE.value].item(), scalars[STUDENT_SOFTCAP.value].item())[0]
+
+
+def _tokens(
+    columns: Columns, student: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, labels: Tensor | None,
+    mask: Tensor | None, scalars: Tensor, weighting: int, divergence: int, ignore_index: int, tail: int,
+) -> tuple[SparseCall, SparseTokens]:  # fmt: skip
+    codes = weighting, divergence, ignore_index, tail
+    s = prepared(student, teacher_logprobs, teacher_ids, labels, mask, scalars, *codes, columns)
+    partial = columns.parts(partial_statistics(s), lambda own: _joined(s, own))
+    if columns is WHOLE:
+        return s, token_statistics(s, partial, None, student.shape[1])
+    gathered = _stored_logits_of_all(s, columns, scalars)
+    return s, token_statistics(s._replace(teacher_ids=teacher_ids), partial, gathered, columns.count(student))
+
+
+def topk_kl(*arguments: Any, columns: Columns = WHOLE) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's kernel: (loss, stats, ∂loss/∂student or an empty tensor)."""
     *inputs, reduction, num_items, need_student = arguments
-    s = prepared(*inputs)
-    tokens = token_statistics(s, _partial_statistics(s), None, s.student.shape[1])
+    s, tokens = _tokens(columns, *inputs)
     empty = s.student.new_empty(0)
     if reduction == NONE:
         return tokens.losses, tokens.stats, empty
     loss, inverse = reduced_loss(tokens.losses, tokens.stats, reduction, num_items)
-    return loss, tokens.stats, _gradient(s, tokens, inverse) if need_student else empty
+    return loss, tokens.stats, logits_gradient(s, tokens, inverse) if need_student else empty
 
 
-def topk_kl_backward(grad_loss: Tensor, *inputs: Any) -> Tensor:
-    """∂/∂student of Σ grad_loss·loss, one incoming gradient a token."""
-    s = prepared(*inputs)
-    tokens = token_statistics(s, _partial_statistics(s), None, s.student.shape[1])
-    return _gradient(s, tokens, grad_loss.contiguous())
+def topk_kl_backward(grad_loss: Tensor, *inputs: Any, columns: Columns = WHOLE) -> Tensor:
+    """∂/∂student of Σ grad_loss·loss, one incoming gradient per token."""
+    s, tokens = _tokens(columns, *inputs)
+    return logits_gradient(s, tokens, grad_loss.contiguous())

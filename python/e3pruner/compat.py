@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import LoadStateDictConfig, convert_and_load_state_dict_in_model
-from transformers.quantizers.auto import get_hf_quantizer
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers.auto import AutoQuantizationConfig, get_hf_quantizer
 from transformers.utils import logging
 
 _OLD = "past_key_values"
@@ -33,8 +38,12 @@ CACHE_NAMES = ("cache", _OLD)
 def quantizer_of(config: PreTrainedConfig) -> Any:
     """What reads the quantised weights that `config` describes, on the CPU; None where none are quantised.
 
-    Raises what transformers raises where it cannot: ImportError for a missing package, RuntimeError without a GPU.
+    A format that can be dequantised as it is read will be: its kernels want a GPU. `config` says so afterwards. Raises
+    what transformers raises where it cannot: ImportError for a missing package, RuntimeError without a GPU.
     """
+    settings = getattr(config, "quantization_config", None)
+    if settings and hasattr(AutoQuantizationConfig.from_dict(settings), "dequantize"):
+        config.quantization_config = settings | {"dequantize": True}
     return get_hf_quantizer(config, None, {"": "cpu"}, True, {})[0]
 
 

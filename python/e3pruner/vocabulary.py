@@ -15,6 +15,24 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def check_integer(name: str, value: int, least: int) -> None:
+    """Raises `ValueError` unless `value` is an integer from `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer from {least}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises `ValueError` unless `value` is finite and above 0."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}={value!r} must be finite and above 0")
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises `ValueError` unless `value` is one of `known`."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}{did_you_mean(value, known)}")
+
+
 def check_options(what: str, options: Mapping[str, Any], function: Callable[..., Any]) -> None:
     """Checks keyword arguments against the keyword-only parameters of `function`, before it is called.
 

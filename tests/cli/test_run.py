@@ -89,8 +89,8 @@ def test_auto_compensation_is_judged_on_another_text(tmp_path: Path, settings: d
     [
         ({"drop": 6}, "drop=6"),
         ({"rounds": 4}, "--rounds 4 must not exceed --drop 3"),
-        ({"method": "magic"}, "--method magic must be one of"),
-        ({"compensate": "magic"}, "--compensate magic must be one of"),
+        ({"method": "magic"}, "method='magic' must be one of"),
+        ({"compensate": "magic"}, "compensate='magic' must be one of"),
         ({"compensate": "auto"}, "--compensate auto needs --judge, text of another kind"),
         ({"recover": {"weighting": "magic"}}, "weighting='magic' must be one of"),
         ({"sequences": 9999}, "--sequences 9999"),

@@ -93,7 +93,7 @@ def test_two_targets_are_refused(model_folder: Path, text_file: Path, tmp_path: 
     arguments = ("--model", model_folder, "--text", text_file, *SMALL, "--out", tmp_path / "out")
     result = e3("search", *arguments, "--drop", 2, "--fraction", 0.5)
     assert result.exit_code == 2
-    assert "--drop 2 is one target" in " ".join(result.stderr.split())
+    assert "drop=2 is one target" in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import e3kernels as e3k
+from e3kernels import backends
 
+_triton = backends.services.get(("triton", "entropy_kl"))
+needs_interpreter = pytest.mark.skipif(
+    _triton is None or "cpu" not in (_triton.devices or ()), reason="needs Triton's interpreter"
+)
+BACKENDS = ["reference", pytest.param("triton", marks=needs_interpreter)]
 TOKENS, WIDTH, VOCABULARY = 14, 6, 37
 CUTS = {"uneven": [0, 20, 37], "one column": [0, 1, 37]}
 OPTIONS = [
@@ -27,6 +33,12 @@ OTHERS = [
     {"reduction": "none", "kd_ratio": 0.3, "weighting": "inverse"},
     {"divergence": "jsd", "beta": 0.2},
 ]
+
+
+def some(options, backend):
+    """All of `options`, or those that Triton's interpreter has the time for."""
+    options = list(options)
+    return options if backend == "reference" else options[::9] + options[-2:]
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -110,45 +122,62 @@ def own_columns(cuts):
     return slice(cuts[rank], cuts[rank + 1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cuts", CUTS)
-def test_dense_equals_the_whole(cuts, tmp_path):
+def test_dense_equals_the_whole(cuts, backend, tmp_path):
     def compare():
         own = own_columns(CUTS[cuts])
-        for options in OPTIONS + OTHERS:
+        for options in some(OPTIONS + OTHERS, backend):
             value, stats, (grad, _) = run(dense, dense_inputs(), options)
             shards = [tensor[..., own] for tensor in dense_inputs()]
-            actual = run(dense, shards, options, group=dist.group.WORLD)
+            with e3k.use_backend(backend):
+                actual = run(dense, shards, options, group=dist.group.WORLD)
             assert_near(actual[:2], (value, stats))
             assert_near(actual[2][0], grad[..., own])
 
     on_ranks(2, compare, tmp_path)
 
 
-@pytest.mark.parametrize("cuts", CUTS)
-@pytest.mark.parametrize("k", [1, 5, VOCABULARY])
-def test_stored_predictions_equal_the_whole(cuts, k, tmp_path):
+@pytest.mark.parametrize(
+    ("backend", "cuts", "k"),
+    [
+        *product(BACKENDS[:1], CUTS, [1, 5, VOCABULARY]),
+        pytest.param("triton", "uneven", 5, marks=needs_interpreter),
+        pytest.param("triton", "one column", VOCABULARY, marks=needs_interpreter),
+    ],
+)
+def test_stored_predictions_equal_the_whole(backend, cuts, k, tmp_path):
     def compare():
         own = own_columns(CUTS[cuts])
-        for options in sparse_options():
+        for options in some(sparse_options(), backend):
             options |= {"k": k}
             value, stats, (grad,) = run(sparse, dense_inputs()[:1], options)
-            actual = run(sparse, [dense_inputs()[0][..., own]], options, group=dist.group.WORLD)
+            with e3k.use_backend(backend):
+                actual = run(sparse, [dense_inputs()[0][..., own]], options, group=dist.group.WORLD)
             assert_near(actual[:2], (value, stats))
             assert_near(actual[2][0], grad[..., own])
 
     on_ranks(2, compare, tmp_path)
 
 
-def test_linear_stored_predictions_equal_the_whole(tmp_path, monkeypatch):
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles, cut alike on both ranks although they hold different numbers of columns."""
     monkeypatch.setattr("e3kernels.distributed.losses.REFERENCE_LOGITS", 4 * VOCABULARY)
+    if _triton is not None:
+        monkeypatch.setattr("e3kernels.triton.TILE_LOGITS", 4 * VOCABULARY)
 
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_stored_predictions_equal_the_whole(backend, tmp_path, small_tiles):
     def compare():
         own, mesh = own_columns(CUTS["uneven"]), init_device_mesh("cpu", (2,))
-        for options in sparse_options():
+        for options in some(sparse_options(), backend):
             inputs = linear_inputs()[:3]
             value, stats, expected = run(linear_sparse, inputs, options)
             parts = [inputs[0], *(x[own] for x in inputs[1:])]
-            actual = run(linear_sparse, parts, options, group=dist.group.WORLD)
+            with e3k.use_backend(backend):
+                actual = run(linear_sparse, parts, options, group=dist.group.WORLD)
             assert_near(actual[:2], (value, stats))
             assert_near(actual[2], [expected[0], expected[1][own], expected[2][own]])
         for loss, of_mesh in ((linear_sparse, inputs), (sparse, dense_inputs()[:1])):
@@ -162,17 +191,16 @@ def test_linear_stored_predictions_equal_the_whole(tmp_path, monkeypatch):
     on_ranks(2, compare, tmp_path)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cuts", CUTS)
-def test_linear_equals_the_whole(cuts, tmp_path, monkeypatch):
-    # Several tiles, cut alike on both ranks although they hold different numbers of columns.
-    monkeypatch.setattr("e3kernels.distributed.losses.REFERENCE_LOGITS", 4 * VOCABULARY)
-
+def test_linear_equals_the_whole(cuts, backend, tmp_path, small_tiles):
     def compare():
         own = own_columns(CUTS[cuts])
-        for options in OPTIONS + OTHERS:
+        for options in some(OPTIONS + OTHERS, backend):
             value, stats, expected = run(linear, linear_inputs(), options)
             inputs = [x if x.dim() == 3 else x[own] for x in linear_inputs()]
-            actual = run(linear, inputs, options, group=dist.group.WORLD)
+            with e3k.use_backend(backend):
+                actual = run(linear, inputs, options, group=dist.group.WORLD)
             assert_near(actual[:2], (value, stats))
             hidden, weight, bias = actual[2][:3]
             assert_near((hidden, weight, bias), (expected[0], expected[1][own], expected[2][own]))
@@ -194,7 +222,8 @@ def test_a_shared_head_of_one_rank_s_rows(tmp_path):
     on_ranks(2, compare, tmp_path)
 
 
-def test_three_ranks_and_the_edges(tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_ranks_and_the_edges(backend, tmp_path):
     """Minus infinity in a whole shard of the teacher or the student, masked tokens, none at all, bf16."""
 
     def compare():
@@ -212,10 +241,11 @@ def test_three_ranks_and_the_edges(tmp_path):
             results = []
             for columns, group in ((slice(None), None), (own, dist.group.WORLD)):
                 part = student[..., columns].to(dtype).requires_grad_()
-                value, stats = e3k.entropy_kl(
-                    part, teacher[..., columns].to(dtype), ids, token_mask=token_mask, kd_ratio=0.7, group=group,
-                    reduction="none", return_stats=True,
-                )  # fmt: skip
+                with e3k.use_backend(backend if group else "reference"):
+                    value, stats = e3k.entropy_kl(
+                        part, teacher[..., columns].to(dtype), ids, token_mask=token_mask, kd_ratio=0.7, group=group,
+                        reduction="none", return_stats=True,
+                    )  # fmt: skip
                 value[value.isfinite()].sum().backward()
                 results.append((value, *stats, part.grad))
             *expected, grad = results[0]
@@ -224,7 +254,8 @@ def test_three_ranks_and_the_edges(tmp_path):
     on_ranks(3, compare, tmp_path)
 
 
-def test_stored_predictions_where_the_student_has_none(tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stored_predictions_where_the_student_has_none(backend, tmp_path):
     """A rank whose columns are all minus infinity, and ids among them; a token whose stored entries are all padding."""
 
     def compare():
@@ -235,9 +266,10 @@ def test_stored_predictions_where_the_student_has_none(tmp_path):
             results = []
             for columns, group in ((slice(None), None), (own_columns(CUTS["uneven"]), dist.group.WORLD)):
                 part = student[..., columns].clone().requires_grad_()
-                value, stats = e3k.topk_kl(
-                    part, logprobs, ids, tail=tail, reduction="none", return_stats=True, group=group
-                )
+                with e3k.use_backend(backend if group else "reference"):
+                    value, stats = e3k.topk_kl(
+                        part, logprobs, ids, tail=tail, reduction="none", return_stats=True, group=group
+                    )
                 value[value.isfinite()].sum().backward()
                 results.append((value, stats.kl, stats.teacher_entropy, stats.weight, part.grad))
             *expected, grad = results[0]

@@ -30,7 +30,7 @@ def naive(model, teacher):
 @pytest.mark.parametrize("tile_values", [VOCAB_SIZE, 7 * VOCAB_SIZE, 2**23])
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere2", "granite", "gptj"])
 def test_figures_equal_those_of_materialised_logits(model_type, tile_values, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("e3pruner.evaluation.evaluate"), "_TILE_VALUES", tile_values)
+    monkeypatch.setattr(importlib.import_module("e3pruner.models.head"), "_TILE_LOGITS", tile_values)
     teacher = tiny_model(model_type)
     student = tiny_model(model_type)
     with torch.no_grad():

@@ -62,3 +62,21 @@ def test_the_time_of_a_token_is_measured_until_it_is_short_enough(monkeypatch):
 def test_targets_that_cannot_be_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         layers_to_drop(tiny_model("llama"), **given)
+
+
+def test_of_sub_layers_a_fraction_counts_twice_as_many():
+    model = tiny_model("llama")
+    assert layers_to_drop(model, fraction=0.25, sublayers=True) == 3
+    with pytest.raises(ValueError, match=r"fraction=0.9 needs more than the 8 sub-layers that may go"):
+        layers_to_drop(model, fraction=0.9, protect=[0, 1], sublayers=True)
+    with pytest.raises(ValueError, match=r"parameters=1000 counts whole layers; for sub-layers give drop or fraction"):
+        layers_to_drop(model, parameters=1e3, sublayers=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [({}, 8), ({"quota": {"mlp": 2, "attention": 1}}, 3), ({"drop": 5}, 5), ({"fraction": 0.5}, 3)],
+    ids=str,
+)
+def test_without_a_target_eight_or_the_quota_go(given, number):
+    assert target.number_to_drop(tiny_model("llama"), **given) == number

@@ -18,8 +18,7 @@ import torch
 torch.set_num_threads(1)
 from tiny_models import tiny_model, tiny_tokens
 import e3pruner
-from e3pruner.mask_search import checkpoint
-from e3pruner.mask_search.problem import SearchProblem
+from e3pruner.mask_search import measurements
 from pathlib import Path
 
 def counted(function, clock):
@@ -31,10 +30,11 @@ def counted(function, clock):
     return ticking
 
 def live(folder, method, options, ticks):
-    checkpoint._SECONDS = 0.0  # after every measurement
+    measurements._SECONDS = 0.0  # after every measurement
     if ticks:
         clock = [ticks]
-        SearchProblem._keep = counted(SearchProblem._keep, clock)
+        known = measurements.Measurements
+        known.add = counted(known.add, clock)
         Path.replace = counted(Path.replace, clock)
     batches = [tiny_tokens(seed=seed) for seed in range(2)]
     plan = e3pruner.search(

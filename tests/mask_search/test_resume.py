@@ -7,7 +7,7 @@ from tiny_models import tiny_model, tiny_tokens
 
 import e3pruner
 from e3pruner.mask_search import METHODS
-from e3pruner.mask_search.problem import SearchProblem
+from e3pruner.mask_search.measurements import Measurements
 from e3pruner.storage import write_checked
 
 BATCHES = [tiny_tokens(seed=seed) for seed in range(2)]
@@ -20,15 +20,15 @@ def search(checkpoint=None, **arguments):
 
 def interrupt_at(monkeypatch, count):
     """The measurement with this number, from 0, is made and lost. Returns the list of those that are kept."""
-    keep, kept = SearchProblem._keep, []
+    keep, kept = Measurements.add, []
 
-    def interrupting(problem, found, seconds):
+    def interrupting(known, found, seconds):
         if len(kept) == count:
             raise KeyboardInterrupt
         kept.append(found)
-        keep(problem, found, seconds)
+        keep(known, found, seconds)
 
-    monkeypatch.setattr(SearchProblem, "_keep", interrupting)
+    monkeypatch.setattr(Measurements, "add", interrupting)
     return kept
 
 

@@ -8,6 +8,7 @@ from mask_search.conftest import QUICK
 from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
 
 import e3pruner
+from e3pruner.mask_search.calibration import Calibration
 from e3pruner.mask_search.gradient import gate_gradient
 from e3pruner.mask_search.methods.clp import concave_gates
 from e3pruner.mask_search.methods.straight_through import removed_layers
@@ -98,11 +99,11 @@ def test_the_gradient_by_the_gates_is_that_of_the_plain_divergence(model_type):
     with gated(model, m):
         divergence = (teacher.exp() * (teacher - log_probabilities(model, BATCHES[1]))).sum(-1).mean()
     (expected,) = torch.autograd.grad(divergence, m)
-    with SearchProblem(model, BATCHES, units=units_of(model, 2)) as problem:
+    with SearchProblem(model, Calibration(BATCHES, model.device), units=units_of(model, 2)) as problem:
         loss, slopes = gate_gradient(problem, gates, 1)
     assert loss == pytest.approx(divergence.item(), rel=1e-4)
     torch.testing.assert_close(torch.tensor(slopes), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-    dense, head = sum(problem._unit_costs), problem._head_cost
+    dense, head = problem.costs.stack, problem.costs.head
     assert problem.account.cost == pytest.approx(BATCHES[1].numel() * (3 * dense + 2 * head))
 
 

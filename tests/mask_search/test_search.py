@@ -12,8 +12,9 @@ from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
 
 import e3pruner
 from e3pruner.mask_search import METHODS
+from e3pruner.mask_search.account import PassCosts
 from e3pruner.mask_search.methods.policy_gradient import plackett_luce_gradient
-from e3pruner.models import skipped
+from e3pruner.models import output_head, skipped
 
 BATCHES = [tiny_tokens(seed=seed) for seed in range(2)]
 
@@ -213,3 +214,25 @@ def test_the_progress_bar_ends_full(method, capsys):
     done, total = re.findall(r"(\d+)/(\d+)", capsys.readouterr().err)[-1]
     assert int(done) > 0
     assert done == total
+
+
+@pytest.mark.parametrize("method", ["gumbel-topk", "greedy", "evolution"])
+def test_a_search_runs_no_more_than_it_pays_for(method, monkeypatch):
+    """Tokens through layers, the few of the proof apart: no dense pass is made twice."""
+    monkeypatch.setattr(PassCosts, "of", lambda layers, *_: PassCosts([1 / len(layers)] * len(layers), 0.0, 1))
+    model, tokens = tiny_model("llama"), []
+    for layer in e3pruner.find_layers(model):
+        layer.mlp.register_forward_hook(lambda _, args, output: tokens.append(output[..., 0].numel()))
+    output_head(model)  # checks the model's head with passes of its own, once
+    tokens.clear()
+    plan = run(method, model)
+    paid, proof = plan.metrics["cost"] * NUM_LAYERS, 10 * NUM_LAYERS * 8
+    assert paid <= sum(tokens) + 1e-6 <= paid + proof
+
+
+def test_a_fraction_is_a_number_of_layers():
+    assert run("bi", drop=None, fraction=0.5, protect=[1]) == run("bi", drop=3, protect=[1])
+    plan = run("random", drop=None, fraction=0.25, granularity="sublayer")
+    assert 2 * len(plan.removed) + sum(map(len, plan.sublayers.values())) == 3
+    with pytest.raises(ValueError, match=r"drop=2 is one target, fraction=0\.5 another"):
+        run("bi", fraction=0.5)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny_models import NUM_LAYERS, TINY_CONFIGS, of_one, tiny_model, tiny_tokens
 
 from e3pruner.models import find_layers, last_hidden, skipped
+from e3pruner.models.layer_calls import Way, route_of
 from e3pruner.models.skipping_forward import SkippingForward, shared_prefixes
 
 MASKS = [
@@ -187,3 +188,52 @@ def test_layers_get_their_own_forward_back():
             list(SkippingForward(model).last_hiddens([{"input_ids": ids}], MASKS))
         assert "forward" not in vars(first)
         assert vars(second)["forward"] is own
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("count", [1, 7])
+@torch.no_grad()
+def test_a_route_is_learnt_and_proven_on_a_few_tokens(count, padded):
+    model, inputs = tiny_model("llama"), {"input_ids": tiny_tokens(4, 64)}
+    if padded:
+        inputs["attention_mask"] = torch.ones(4, 64, dtype=torch.long)
+        inputs["attention_mask"][0, :40] = 0
+    runs, tokens = recorded_runs(model), []
+    for layer in find_layers(model):
+        layer.mlp.register_forward_hook(lambda _, args, output: tokens.append(output[..., 0].numel()))
+    work = []
+    for _ in range(2):
+        tokens.clear()
+        of_one(SkippingForward(model), inputs, lone_cuts()[:count])
+        work.append(sum(tokens))
+    assert 0 < work[0] - work[1] <= 5 * NUM_LAYERS * 8
+    assert runs
+
+
+@torch.no_grad()
+def test_the_first_recorded_pass_teaches_the_route():
+    model, inputs = tiny_model("llama"), {"input_ids": tiny_tokens()}
+    forward = SkippingForward(model)
+    forward.states(inputs)
+    runs = recorded_runs(model)
+    route_of(model, inputs)
+    assert not runs
+    route_of(model, inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
+    assert [layer for layer, _ in runs] == list(range(NUM_LAYERS))
+
+
+def test_a_more_general_way_covers_what_it_does_more_of():
+    assert Way(2, True, True).covers(Way(2, False, True))
+    assert not Way(2, True, False).covers(Way(2, False, True))
+    assert not Way(2, True, True).covers(Way(1, False, False))
+
+
+@pytest.mark.parametrize("model_type", sorted({*TINY_CONFIGS} - {"gpt2", "opt"}))  # which do more than norm at the end
+@torch.no_grad()
+def test_the_model_around_its_layers_runs_once_for_all_masks(model_type):
+    model, inputs, runs = tiny_model(model_type), {"input_ids": tiny_tokens()}, []
+    masks = lone_cuts()
+    of_one(SkippingForward(model), inputs, masks)
+    model.get_input_embeddings().register_forward_hook(lambda *_: runs.append(1))
+    of_one(SkippingForward(model), inputs, masks)
+    assert len(runs) == 1

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 
-import naive as textbook
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 import e3kernels as e3k
-from e3kernels import backends
+from e3kernels import backends, textbook
 
 # It runs the kernels on CPU tensors, which only Triton's interpreter offers.
 _service = backends.services.get(("triton", "entropy_kl"))

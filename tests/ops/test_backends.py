@@ -149,3 +149,22 @@ def test_overloads_exist_for_what_is_served():
         assert backend in BACKENDS
         assert hasattr(getattr(torch.ops.e3, operation), backend)
         assert hasattr(getattr(torch.ops.e3, f"{operation}_backward"), backend)
+
+
+def test_a_traced_loss_has_its_scalars_on_the_device_of_its_logits():
+    """A CPU tensor in a graph keeps it from becoming a CUDA graph; the meta device stands for the GPU."""
+    graphs = []
+
+    def record(graph, _):
+        graphs.append(graph.graph)
+        return lambda *_: (torch.empty((), device="meta"),)
+
+    def loss(z, temperature):
+        return e3k.entropy_kl(z, z, temperature=temperature, num_items=3)
+
+    for temperature in (1.0, 1.5):
+        torch.compile(loss, backend=record, fullgraph=True)(torch.empty(4, 9, device="meta"), temperature)
+    computed = [node for graph in graphs for node in graph.nodes if node.op != "placeholder"]  # a float is a CPU input
+    values = [node.meta.get("example_value") for node in computed]
+    devices = {value.device.type for value in values if isinstance(value, torch.Tensor)}
+    assert devices == {"meta"}

@@ -278,3 +278,28 @@ def test_gradcheck_of_every_input(operation, options):
     """In fp64, which the reference serves."""
     call = small_call(operation, torch.float64, **options)
     assert torch.autograd.gradcheck(call.total, call.leaves())
+
+
+@pytest.mark.parametrize("weight_too", [False, True])
+def test_a_gradient_that_nobody_needs_again_is_scaled_where_it_lies(any_backend, weight_too):
+    """(c·loss).backward() of a loss accumulated over micro-batches: no second tensor of N·V."""
+    generator = torch.Generator().manual_seed(8)
+    student, teacher = (torch.randn(5, 24, generator=generator) for _ in range(2))
+    weight = torch.randn(40, 24, generator=generator)
+    leaves = [student.requires_grad_(), *([weight.requires_grad_()] if weight_too else [])]
+
+    def loss():
+        if weight_too:
+            return e3k.linear_entropy_kl(student, weight, teacher, weight.detach())
+        return e3k.entropy_kl(student, teacher)
+
+    expected = [0.25 * grad for grad in torch.autograd.grad(loss(), leaves)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
+        value = loss()
+    again = torch.autograd.grad(0.25 * value, leaves, retain_graph=True)
+    assert all(grad.data_ptr() not in saved for grad in again)
+    grads = torch.autograd.grad(0.25 * value, leaves)
+    assert all(grad.data_ptr() in saved for grad in grads)
+    torch.testing.assert_close(grads, tuple(expected))
+    assert all(map(torch.equal, grads, again))

@@ -6,7 +6,7 @@ from e3kernels.reference import linear_entropy_kl as definition
 from e3kernels.reference.entropy_kl import entropy_kl, entropy_kl_backward
 from e3kernels.tiled import linear
 from e3kernels.tiled.linear import TileKernel
-from e3kernels.tiled.linear_entropy_kl import problem
+from e3kernels.tiled.linear_entropy_kl import linear_loss
 
 SCALARS = torch.tensor([1.5, 1.0, 0.7, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
 
@@ -21,7 +21,7 @@ def arguments(dtype, compute_dtype, width):
 
 
 def run(kernel, dtype, compute_dtype, reduction, needs=(True, True, True), width=6):
-    forward, backward = linear.kernels(problem, kernel)
+    forward, backward = linear.kernels(linear_loss, kernel)
     inputs = arguments(dtype, compute_dtype, width)
     code = REDUCTIONS.index(reduction)
     loss, stats, *gradients = forward(*inputs, code, None, *needs)
@@ -129,6 +129,6 @@ def test_a_shared_head_is_multiplied_once(monkeypatch):
     )
     inputs = list(arguments(torch.float32, None, 6))
     inputs[3:6] = [torch.randn(11, 6), inputs[1], inputs[2]]
-    forward, _ = linear.kernels(problem, TileKernel(entropy_kl, entropy_kl_backward, 1 << 20))
+    forward, _ = linear.kernels(linear_loss, TileKernel(entropy_kl, entropy_kl_backward, 1 << 20))
     forward(*inputs, 1, None, False, False, False)
     assert products == [(22, 6)]

@@ -1,7 +1,10 @@
+import inspect
+
 import pytest
 import torch
 
 import e3kernels as e3k
+from e3kernels.ops.common import keywords
 
 OPTIONS = {"temperature": 2.0, "weighting": "inverse", "kd_ratio": 0.5, "reduction": "sum", "student_softcap": 5.0}
 
@@ -29,3 +32,18 @@ def test_modules_show_their_options_and_reject_unknown_ones():
     assert "tail='renorm'" in repr(e3k.nn.LinearTopkKLLoss(tail="renorm"))
     with pytest.raises(TypeError, match="heat"):
         e3k.nn.EntropyKLLoss(heat=1)
+
+
+@pytest.mark.parametrize(
+    ("function", "typed"),
+    [
+        (e3k.entropy_kl, keywords.EntropyKLKeywords),
+        (e3k.topk_kl, keywords.TopkKLKeywords),
+        (e3k.linear_entropy_kl, keywords.LinearEntropyKLKeywords),
+        (e3k.linear_topk_kl, keywords.LinearTopkKLKeywords),
+    ],
+)
+def test_the_typed_keywords_are_those_of_the_functions(function, typed):
+    parameters = inspect.signature(function).parameters.values()
+    taken = {parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY}
+    assert taken == {*typed.__annotations__, "return_stats"}

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
-import naive
 import operations
 import pytest
 import torch
@@ -20,7 +19,7 @@ from operations import LOSSES, OPERATIONS
 from torch import Tensor
 
 import e3kernels as e3k
-from e3kernels import backends
+from e3kernels import backends, textbook
 
 INF, NAN = math.inf, math.nan
 
@@ -176,7 +175,7 @@ def _textbook(operation: str) -> Callable[..., Any]:
             if parts[0] is not None:
                 arguments[f"{model}_logits"] = F.linear(*parts)
         arguments = {name.removesuffix("_logits"): value for name, value in arguments.items()}
-        return (getattr(naive, operation.removeprefix("linear_"))(**arguments),)
+        return (getattr(textbook, operation.removeprefix("linear_"))(**arguments),)
 
     return call
 
@@ -195,16 +194,16 @@ def test_equals_the_reference_in_fp64(operation, backend, dtype, layout, edge):
         exact = _results(_ours(operation), operation, _cast(call, torch.float64, torch.clone), dtype)
         same_dtype = _results(_ours(operation), operation, plain, dtype)
     # Of gumbel_topk and of the statistics there is no textbook.
-    textbook = [] if operation == "gumbel_topk" else _results(_textbook(operation), operation, plain, dtype)
+    formula = [] if operation == "gumbel_topk" else _results(_textbook(operation), operation, plain, dtype)
     roundings = 2 if operation.startswith("linear") else 1  # of the logits and of what follows
-    for mine, truth, peer, other in zip_longest(ours, exact, same_dtype, textbook):
+    for mine, truth, peer, other in zip_longest(ours, exact, same_dtype, formula):
         assert mine.shape == truth.shape
         assert torch.equal(mine.isnan(), truth.isnan())
         infinite = truth.isinf()
         assert torch.equal(mine[infinite].double(), truth[infinite])
         finite = truth.isfinite()
         peer = peer if other is None or not other[finite].isfinite().all() else other
-        allowed = _largest((peer.double() - truth)[finite]) + roundings * naive.TOLERANCE[dtype] * (
+        allowed = _largest((peer.double() - truth)[finite]) + roundings * textbook.TOLERANCE[dtype] * (
             _largest(truth) + 1e-3
         )
         assert _largest((mine.double() - truth)[finite]) <= allowed

@@ -47,6 +47,36 @@ def test_a_kernel_that_is_not_the_recorded_one_is_compiled_and_compared():
     assert "gated_residual_forward sm_90: 6.0 bytes an element, recorded 5" in run("-c", CHANGED, str(RECORDED))
 
 
+COPIES = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from bench.static.capture import launches
+from bench.static.variants import _scalars
+from e3kernels.triton import entropy_kl
+
+class Copies(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        result = operator(*arguments, **(keywords or {}))
+        given, made = (getattr(x, "device", None) for x in (arguments[0] if arguments else None, result))
+        if given == torch.device("cpu") and made == torch.device("meta"):
+            print(operator)
+        return result
+
+def step():
+    student = torch.empty(512, 4096)
+    for items in (torch.tensor(7.0, dtype=torch.float64, device="cpu"), torch.tensor(7, device="cpu")):
+        entropy_kl.entropy_kl(student, student, None, None, _scalars(), 1, 0, -100, 1, items, True)
+
+with Copies():
+    launches("sm_90", step, None)
+"""
+
+
+def test_numbers_reach_the_device_without_a_copy_from_host_memory():
+    """Such a copy waits for the device, and no CUDA graph can capture it; the meta device stands for it."""
+    assert run("-c", COPIES) == ""
+
+
 @pytest.fixture
 def cuda_guard(tmp_path) -> list[str]:
     """The built cuda_guard.cpp where PyTorch has no CUDA of its own."""
@@ -76,6 +106,9 @@ def test_a_training_step_is_one_graph_that_holds_the_launches():
 @pytest.mark.slow
 def test_the_launches_of_a_step_on_cuda_tensors_are_one_graph(cuda_guard):
     """The same for fake CUDA tensors, the backward operators called by name."""
-    graphs, nodes = run(str(ROOT / "tests" / "ops" / "traced_step.py"), "cuda", *cuda_guard).splitlines()[-2:]
+    output = run(str(ROOT / "tests" / "ops" / "traced_step.py"), "cuda", *cuda_guard).splitlines()
+    graphs, nodes, on_cpu = output[-3:]
     assert int(graphs) == 2
+    # No CPU tensor, which would keep the graph from capture, but the conversion of each float that is an input.
+    assert all(name.startswith("convert_element_type") for name in on_cpu.removeprefix("CPU tensors:").split())
     assert all(name in nodes for name in (*FORWARD, "gated_residual_gradient"))

@@ -13,12 +13,10 @@ import triton.language as tl
 
 import e3kernels as e3k
 from e3kernels import backends
-from e3kernels.contract import DIVERGENCES, REDUCTIONS
 from e3kernels.reference.gumbel_topk import scores
 from e3kernels.tiled.linear import TileKernel, kernels
-from e3kernels.triton import entropy_kl, launch, linear_entropy_kl, linear_topk_kl, tune
+from e3kernels.triton import launch, linear_entropy_kl, linear_topk_kl, tune
 from e3kernels.triton.gumbel_topk import gumbel_noise
-from e3kernels.triton.reduction import reduced_loss
 
 INF = math.inf
 
@@ -123,27 +121,6 @@ def test_missing_mass_is_infinite_wherever_it_lies():
     with e3k.use_backend("triton"):
         loss = e3k.entropy_kl(student, teacher, reduction="none")
     assert loss.isinf().tolist() == [True, True, False]
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse"])
-def test_vocabulary_parallel_shards_join_like_the_parts_of_a_row(with_gradients, divergence):
-    """Each shard with its own columns of both models and the labels counted from its first column."""
-    student, teacher, labels, mask = logits(3, 300)
-    labels[0] = 200
-    scalars = torch.tensor([1.3, 1.0, 0.6, 0.5, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
-    code, valid = DIVERGENCES.index(divergence), mask & (labels != -100)
-    shards = [
-        entropy_kl.prepared(student[:, a:b], teacher[:, a:b], labels - a, valid, scalars, 1, code, -(2**62))
-        for a, b in ((0, 170), (170, 300))
-    ]
-    gathered = torch.cat([entropy_kl.partial_statistics(shard) for shard in shards], 1)
-    tokens = entropy_kl.token_statistics(shards[0], gathered, None, 300)
-    value, inverse = reduced_loss(tokens.losses, tokens.stats, REDUCTIONS.index("mean"), None)
-    grad = torch.cat([entropy_kl.logits_gradient(shard, tokens.rows, inverse) for shard in shards], 1)
-    loss = partial(e3k.entropy_kl, labels=labels, token_mask=mask, temperature=1.3, kd_ratio=0.6, divergence=divergence)
-    with e3k.use_backend("reference"):
-        exact = with_gradients(lambda z: loss(z, teacher.double()), [student.double()], 1)
-    assert_close([value, grad], exact)
 
 
 SPARSE = [
@@ -293,7 +270,7 @@ def test_linear_losses_in_tiles_of_two_rows(monkeypatch, with_gradients):
         linear_topk_kl: (linear_topk_kl.topk_kl, linear_topk_kl.topk_kl_backward),
     }
     for module, loss in losses.items():
-        forward, _ = kernels(module.problem, TileKernel(*kernel[module], logits=2 * 70))
+        forward, _ = kernels(module.linear_loss, TileKernel(*kernel[module], logits=2 * 70))
         monkeypatch.setattr(module, "_tiled", forward)
         assert_close(*both(loss, [hidden, weight], with_gradients))
 
@@ -311,38 +288,64 @@ def test_a_row_stride_beyond_the_vocabulary(with_gradients):
 
 def test_configurations_come_from_the_family_file_or_the_heuristic():
     cpu, elsewhere = torch.device("cpu"), torch.device("meta")
-    entry = launch.table_of("interpreter")["gradient"][0]
-    assert launch.sweep_of("gradient", cpu, 2, 99).warps == entry["warps"]
+    entry = launch.table_of("interpreter")["entropy_kl_gradient"][0]
+    assert launch.sweep_of("entropy_kl_gradient", cpu, 2, 99).warps == entry["warps"]
     for itemsize, columns in ((2, 128256), (4, 49152), (2, 64)):
-        sweep = launch.sweep_of("statistics", elsewhere, itemsize, columns)
+        sweep = launch.sweep_of("entropy_kl_statistics", elsewhere, itemsize, columns)
         assert sweep.vec * itemsize == 16
         assert sweep.lanes == 32 * sweep.warps
-    splits, size = launch.split_of(launch.sweep_of("statistics", elsewhere, 2, 128256), elsewhere, 4, 128256)
+    splits, size = launch.split_of(launch.sweep_of("entropy_kl_statistics", elsewhere, 2, 128256), elsewhere, 4, 128256)
     assert 1 < splits <= 32
     assert (splits - 1) * size < 128256 <= splits * size
 
 
-def test_tuning_records_the_fastest_tile(monkeypatch):
+SWEEPING = (
+    *("entropy_kl_statistics", "entropy_kl_mixture", "entropy_kl_gradient", "entropy_kl_row"),
+    *("topk_kl_statistics", "topk_kl_gradient"),
+)
+TILES = (launch.Sweep(4, 4, 1, 1), launch.Sweep(16, 4, 1, 4), launch.Sweep(8, 4, 1, 2))
+
+
+@pytest.fixture
+def few_tiles(monkeypatch):
     monkeypatch.setattr(tune, "VOCABULARIES", (40, 90))
     monkeypatch.setattr(tune, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(
-        tune, "candidates", lambda warp, itemsize: iter((launch.Sweep(4, 4, 1, 1), launch.Sweep(8, 4, 1, 2)))
-    )
+    monkeypatch.setattr(tune, "candidates", lambda warp, itemsize: iter(TILES))
 
+
+def test_tuning_writes_the_fastest_tile_that_fits_for_the_next_launch(tmp_path, monkeypatch, few_tiles):
+    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
     called = set()
 
     def time(call):
         ((kernel, sweep),) = launch.forced.items()
+        if sweep.lanes == 16:
+            raise triton.OutOfResources(1 << 20, 1 << 16, "registers")
         if kernel not in called:
             called.add(kernel)
             call()
         return -sweep.lanes
 
-    table = tune.measure(torch.device("cpu"), time)
+    cpu = torch.device("cpu")
+    table = tune.measure(cpu, time)
     best = {"itemsize": 4, "warps": 2, "vec": 4, "unroll": 1}
-    assert table == {
-        name: [{"columns": 40, **best}, {"columns": None, **best}] for name in ("statistics", "gradient", "row")
-    }
-    assert not launch.forced
+    assert table == {name: [{"columns": 40, **best}, {"columns": None, **best}] for name in SWEEPING}
+    assert called == set(SWEEPING)
+    try:
+        assert tune.record(table, cpu, "a test", tmp_path) == tmp_path / "interpreter.json"
+        assert all(launch.sweep_of(name, cpu, 4, 77) == TILES[2] for name in SWEEPING)
+    finally:
+        launch.table_of.cache_clear()
+        launch.configured_sweep.cache_clear()
+
+
+def test_tuning_refuses_a_device_without_a_clock_or_a_tile(tmp_path, few_tiles):
+    def too_large(_):
+        raise triton.OutOfResources(1 << 20, 1 << 16, "shared memory")
+
     with pytest.raises(ValueError, match="device is cpu"):
-        tune.tune(torch.device("cpu"))
+        tune.tune(torch.device("cpu"), tmp_path)
+    with pytest.raises(RuntimeError, match="no candidate tile of entropy_kl_statistics fits"):
+        tune.measure(torch.device("cpu"), too_large)
+    assert not launch.forced
+    assert not list(tmp_path.iterdir())

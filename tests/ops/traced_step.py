@@ -3,7 +3,7 @@
 PyTorch without CUDA has no autograd engine for CUDA tensors, not even fake ones, so the step with its gradient is
 traced for CPU tensors (nothing is launched), and for CUDA tensors the operators that it calls, backward ones included.
 Arguments: cpu or cuda, and for the latter the built cuda_guard.cpp where PyTorch has no CUDA.
-Prints a line each: number of graphs, forward nodes, and with the gradient, backward nodes.
+Prints a line each: number of graphs, forward nodes, and with the gradient, backward nodes, else the CPU's tensors.
 """
 
 import sys
@@ -31,7 +31,7 @@ def step(student, teacher, labels, theta, hidden, branch, temperature, tau):
 
 def launches(student, teacher, labels, theta, hidden, branch, temperature, tau):
     loss = step(student, teacher, labels, theta, hidden, branch, temperature, tau)
-    scalars = scalar_tensor((temperature, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0, 1.0))
+    scalars = scalar_tensor((temperature, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0, 1.0), student.device)
     grad = torch.ops.e3.entropy_kl_backward.triton(labels.float(), student, teacher, labels, None, scalars, 1, 0, -100)
     return loss, grad, torch.ops.e3.gated_residual_backward.triton(hidden, hidden, branch, theta[0])
 
@@ -46,6 +46,12 @@ def kernels(graph: torch.fx.GraphModule) -> list[str]:
         elif str(node.target).startswith("e3."):
             names.append(str(node.target))
     return names
+
+
+def on_cpu(graph: torch.fx.GraphModule) -> list[str]:
+    """The computed nodes whose value is a tensor on the CPU."""
+    computed = [node for node in graph.graph.nodes if node.op != "placeholder"]
+    return [node.name for node in computed if getattr(node.meta.get("val"), "device", None) == torch.device("cpu")]
 
 
 def trace(function, device: str, gradient: bool) -> AotEagerAndRecordGraphs:
@@ -72,6 +78,8 @@ def main() -> None:
     record = trace(step, "cpu", gradient=True) if device == "cpu" else trace(launches, "cuda", gradient=False)
     print(len(record.graphs))
     print(*kernels(record.fw_graphs[-1]))
+    if device == "cuda":
+        print("CPU tensors:", *on_cpu(record.fw_graphs[-1]))
     if device == "cpu":
         print(*kernels(record.bw_graphs[-1]))
 

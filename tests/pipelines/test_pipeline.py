@@ -54,7 +54,7 @@ def test_the_command_has_every_option_of_the_pipeline_and_its_default() -> None:
         ({"drop": 2.5}, "drop=2.5 is no integer or null"),
         ({"drop": True}, "drop=True is no integer"),
         ({"drop": 0}, "drop=0 must be an integer from 1"),
-        ({"drop": 2, "fraction": 0.5}, "--drop 2 is one target, --fraction 0.5 another"),
+        ({"drop": 2, "fraction": 0.5}, "drop=2 is one target, fraction=0.5 another"),
         ({"fraction": float("nan")}, "fraction=nan must be between 0 and 1"),
         ({"method": "gredy"}, "did you mean 'greedy'"),
         ({"search": {"step": 3}, "method": "gumbel-topk"}, "did you mean 'steps'"),

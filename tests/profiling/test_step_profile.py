@@ -1,5 +1,7 @@
 """The profile of a search step and of a recovery step."""
 
+import importlib
+
 import pytest
 from tiny_models import EXTRA_CONFIGS, TINY_CONFIGS, tiny_model, tiny_tokens
 
@@ -34,6 +36,16 @@ def profiled(tmp_path_factory):
 
 def test_steps_have_their_phases(profiled):
     check_profiles(profiled[0])
+
+
+def test_a_step_is_that_of_a_search_with_the_same_target():
+    """No mask lacks a protected layer, and the student keeps it."""
+    model, cut = tiny_model("llama"), []
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("e3pruner.profiling.step.profile")
+        patch.setattr(module, "prune", lambda model, kept, **rest: cut.append(kept) or prune(model, kept, **rest))
+        profile_steps(model, tiny_tokens(8, 12), fraction=0.5, protect=[2, 3], batch=2, rounds=1)
+    assert {tuple(kept) for kept in cut} == {(2, 3, 5)}
 
 
 # transformers 5.23 cannot run a gemma4_text that shares keys and values without per-layer inputs.

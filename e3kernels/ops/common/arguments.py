@@ -80,11 +80,12 @@ def check_range(name: str, values: Tensor, relevant: Tensor, size: int) -> None:
         raise ValueError(f"{name} holds {outside[0].item()}; values must be at least 0 and less than {size}")
 
 
-def scalar_tensor(values: tuple[float, ...]) -> Tensor:
-    """The operators' `scalars`. While tracing it is computed inside the graph from the floats, so that a changed float
-    is a changed input and not a new graph."""
+def scalar_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The operators' `scalars`, on the CPU. While tracing it is computed inside the graph from the floats, so that a
+    changed float is a changed input and not a new graph, and on `device`: a graph with a CPU tensor in it cannot become
+    a CUDA graph."""
     if torch.compiler.is_compiling():
-        one = torch.ones((), dtype=torch.float64)
+        one = torch.ones((), dtype=torch.float64, device=device)
         return torch.stack([one * value for value in values])
     return torch.tensor(values, dtype=torch.float64)
 

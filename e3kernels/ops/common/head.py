@@ -25,7 +25,7 @@ def check_head(
     vocabulary = weight.shape[0] if weight.dim() else 0
     check_shape(f"{model}_weight", weight, (vocabulary, width), f"V times the width of {model}_hidden")
     if bias is not None:
-        check_shape(f"{model}_bias", bias, (vocabulary,), f"one value a row of {model}_weight")
+        check_shape(f"{model}_bias", bias, (vocabulary,), f"one value per row of {model}_weight")
 
 
 def head_dtypes(hidden: Tensor, compute_dtype: torch.dtype | None) -> tuple[torch.dtype, ...]:

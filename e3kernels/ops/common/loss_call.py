@@ -96,7 +96,7 @@ class LossOptions(NamedTuple):
             return None
         if not isinstance(items, Tensor):
             check_number("num_items", items, 0)
-            return scalar_tensor((items,))[0]
+            return scalar_tensor((items,), device)[0]
         if items.dim():
             raise ValueError(f"num_items has shape {tuple(items.shape)}; it must be an int or 0-dim tensor")
         check_dtype("num_items", items, (*INTEGER_DTYPES, *FLOAT_DTYPES))
@@ -138,11 +138,11 @@ def make_tokens(
     shape = tuple(like.shape[:-1])
     check_device(like.device, labels=labels, token_mask=token_mask)
     if token_mask is not None:
-        check_shape("token_mask", token_mask, shape, "one value a token")
+        check_shape("token_mask", token_mask, shape, "one value per token")
         check_dtype("token_mask", token_mask, (torch.bool, *INTEGER_DTYPES))
         token_mask = token_mask.reshape(-1) != 0
     if labels is not None:
-        check_shape("labels", labels, shape, "one id a token")
+        check_shape("labels", labels, shape, "one id per token")
         check_dtype("labels", labels, INTEGER_DTYPES)
         labels = labels.reshape(-1).to(torch.int64)
     tokens = Tokens(shape, labels, token_mask)
@@ -172,7 +172,7 @@ def call_loss(
         *inputs,
         tokens.labels,
         tokens.mask,
-        scalar_tensor((*options.scalars, *teacher_scalars)),
+        scalar_tensor((*options.scalars, *teacher_scalars), first.device),
         *options.codes,
         *codes,
         code("reduction", options.reduction, REDUCTIONS),

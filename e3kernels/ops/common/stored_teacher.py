@@ -1,4 +1,4 @@
-"""Checks of a teacher of whom k log-probabilities and ids a token are stored."""
+"""Checks of a teacher of whom k log-probabilities and ids per token are stored."""
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def stored_teacher(
     width = logprobs.shape[-1] if logprobs.dim() else 0
     if not 1 <= width <= vocabulary:
         raise ValueError(f"teacher_logprobs has k = {width}; k must be at least 1 and at most V = {vocabulary}")
-    check_shape("teacher_logprobs", logprobs, (*tokens.shape, width), "k entries a token")
+    check_shape("teacher_logprobs", logprobs, (*tokens.shape, width), "k entries per token")
     check_shape("teacher_ids", ids, logprobs.shape, "the shape of teacher_logprobs")
     check_device(student.device, teacher_logprobs=logprobs, teacher_ids=ids)
     rows = logprobs.detach().reshape(-1, width).to(accumulate_dtype(student.dtype))

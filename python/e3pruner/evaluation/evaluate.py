@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import e3kernels as e3k
+from e3pruner.evaluation.figures import Figures
 from e3pruner.models import OutputHead, find_layers, last_hidden, output_head
 from e3pruner.models.stack import evaluating
 from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
@@ -23,17 +21,6 @@ from e3pruner.text.given import Given, batches_of, is_whole
 from e3pruner.text.sequences import Sequences
 
 _PASS_TOKENS = 4096  # of one forward pass, where one batch is all there is
-_TILE_VALUES = 2**23  # logits that exist at a time: 32 MiB in fp32, of student and teacher each
-
-
-@dataclass
-class _Sums:
-    """Sums over the predicted tokens seen so far."""
-
-    tokens: int = 0
-    cross_entropy: float = 0.0
-    kl: float = 0.0
-    agreements: int = 0
 
 
 @torch.no_grad()
@@ -77,7 +64,7 @@ def evaluate(
     if is_whole(token_batches):
         batches = list(batches[0].split(max(1, _PASS_TOKENS // batches[0].shape[1])))
     dtype = autocast_dtype(precision, model.device)
-    sums = _Sums()
+    figures = Figures()
     with ExitStack() as stack:
         for each in models:
             stack.enter_context(evaluating(each))
@@ -85,38 +72,20 @@ def evaluate(
         for number, batch in enumerate(
             track(batches, "evaluate", console=Console(stderr=True), disable=not progress, transient=True)
         ):
-            _add_batch(sums, models, heads, batch)
-            if math.isnan(sums.cross_entropy + sums.kl):
+            _add_batch(figures, models, heads, batch)
+            if math.isnan(figures.cross_entropy + figures.kl):
                 raise FloatingPointError(f"token_batches[{number}]: the loss is NaN")
-    result = {
-        "perplexity": torch.tensor(sums.cross_entropy / sums.tokens, dtype=torch.float64).exp().item(),
-        "tokens": sums.tokens,
+    return figures.means() | {
+        "tokens": figures.tokens,
         "layers": len(find_layers(model)),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    if teacher is not None:
-        result |= {"kl": sums.kl / sums.tokens, "top1_agreement": sums.agreements / sums.tokens}
-    return result
 
 
-def _add_batch(sums: _Sums, models: list[PreTrainedModel], heads: list[OutputHead], batch: Sequences) -> None:
+def _add_batch(
+    figures: Figures, models: Sequence[PreTrainedModel], heads: Sequence[OutputHead], batch: Sequences
+) -> None:
     rows = batch.trimmed()
-    labels = rows.predicted
     hidden = [here.at_predicted(last_hidden(m, **here.inputs)) for m in models for here in [rows.to(m.device)]]
-    size = max(1, _TILE_VALUES // heads[0].weight.shape[0])
-    for start in range(0, len(labels), size):
-        tile = slice(start, start + size)
-        _add_tile(sums, [head.logits(h[tile]) for head, h in zip(heads, hidden, strict=True)], labels[tile])
-
-
-def _add_tile(sums: _Sums, logits: list[Tensor], labels: Tensor) -> None:
-    labels = labels.to(logits[0].device)
-    sums.tokens += len(labels)
-    if len(logits) == 1:
-        sums.cross_entropy += F.cross_entropy(logits[0].float(), labels, reduction="sum").item()
-        return
-    student, teacher = logits[0], logits[1].to(logits[0].device)
-    stats: Any = e3k.entropy_kl(student, teacher, labels, weighting="none", reduction="none", return_stats=True)[1]
-    sums.cross_entropy += stats.cross_entropy.double().sum().item()
-    sums.kl += stats.kl.double().sum().item()
-    sums.agreements += int((student.argmax(-1) == teacher.argmax(-1)).sum())
+    teacher = (heads[1], hidden[1]) if len(models) > 1 else None
+    figures.add(heads[0], hidden[0], rows.predicted, teacher)

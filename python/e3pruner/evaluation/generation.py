@@ -37,7 +37,8 @@ def continue_prompt(
             pad_token_id=tokenizer.eos_token_id,
             **options,
         )
-    return ids[0, inputs["input_ids"].shape[1] :].tolist()
+    new: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    return new
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 from transformers import PreTrainedModel
 
@@ -11,6 +12,57 @@ from e3pruner.evaluation.latency import latency
 from e3pruner.models import find_layers
 from e3pruner.models.stack import check_indices
 from e3pruner.surgery import prune
+from e3pruner.vocabulary import check_integer
+
+DEFAULT_DROP = 8
+
+
+def check_target(**targets: float | None) -> None:
+    """Raises `ValueError` where more than one target of a search is given, or one that cannot be met."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) > 1:
+        (name, value), *others = given.items()
+        raise ValueError(
+            f"{name}={value:g} is one target, {', '.join(f'{n}={v:g}' for n, v in others)} another; give one"
+        )
+    for name, value in given.items():
+        if name == "drop":
+            check_integer(name, cast(int, value), 1)
+        elif not 0 < value < (1 if name == "fraction" else math.inf):
+            legal = "between 0 and 1" if name == "fraction" else "finite and above 0"
+            raise ValueError(f"{name}={value} must be {legal}")
+
+
+def check_drop(drop: int, num_layers: int, num_protected: int = 0) -> None:
+    """Raises `TypeError` or `ValueError` unless `drop` of the layers can go, one stays, and the protected ones do."""
+    if isinstance(drop, bool) or not isinstance(drop, int):
+        raise TypeError(f"drop must be an integer, not {drop!r}")
+    if not 1 <= drop < num_layers:
+        raise ValueError(f"drop={drop} must be from 1 to {num_layers - 1}: the model has {num_layers} layers")
+    if drop > num_layers - num_protected:
+        raise ValueError(f"protect names {num_protected} layers, drop={drop} leaves only {num_layers - drop}")
+
+
+def number_to_drop(
+    model: PreTrainedModel,
+    protect: Sequence[int] = (),
+    *,
+    quota: Mapping[str, int] | None = None,
+    sublayers: bool = False,
+    **targets: float | None,
+) -> int:
+    """The number of layers that the one target given comes to: `drop`, or one of `layers_to_drop`; without any, all of
+    `quota`, or 8. With `sublayers` it counts attentions and MLPs one by one.
+
+    Raises what `check_target` and `layers_to_drop` raise.
+    """
+    given = {name: value for name, value in targets.items() if value is not None}
+    if list(given) == ["drop"]:
+        return cast(int, given["drop"])  # which `check_drop` checks, who knows how many layers there are
+    check_target(**given)
+    if given:
+        return layers_to_drop(model, protect=protect, sublayers=sublayers, **given)
+    return sum(quota.values()) if quota else DEFAULT_DROP
 
 
 def layers_to_drop(
@@ -20,30 +72,35 @@ def layers_to_drop(
     parameters: float | None = None,
     milliseconds: float | None = None,
     protect: Sequence[int] = (),
+    sublayers: bool = False,
 ) -> int:
     """The least number of layers of `model` to remove for exactly one target.
 
     fraction: of the layers, rounded to the nearest number, at least one. parameters: that the pruned model has at most,
     tied ones counted once, whichever unprotected layers go. milliseconds: that a decoded token takes at most, measured
     now on this machine by `latency`: a straight line through the dense model and one of half its layers gives a first
-    number, from which the least one that is measured to be fast enough is searched.
+    number, from which the least one that is measured to be fast enough is searched. sublayers: count attentions and
+    MLPs one by one; of them only a fraction is known beforehand.
 
     Raises `ValueError` unless one target is given, and for one that cannot be reached or needs no layer removed.
     """
     given = {"fraction": fraction, "parameters": parameters, "milliseconds": milliseconds}
     ((name, value),) = _only(given)
-    protected = check_indices("protect", protect, len(find_layers(model)))
-    most = min(len(find_layers(model)) - 1, len(find_layers(model)) - len(protected))
+    check_target(**{name: value})
+    layers, size = len(find_layers(model)), 1 + sublayers
+    protected = check_indices("protect", protect, layers)
+    most = min(size * layers - 1, size * (layers - len(protected)))
     if name == "fraction":
-        if not 0 < value < 1:
-            raise ValueError(f"fraction={value} must be between 0 and 1")
-        drop = max(1, round(value * len(find_layers(model))))
+        drop = max(1, round(value * size * layers))
+    elif sublayers:
+        raise ValueError(f"{name}={value:g} counts whole layers; for sub-layers give drop or fraction")
     elif name == "parameters":
         drop = _for_parameters(model, value, protected)
     else:
         drop = _for_milliseconds(model, value, most)
+    kind = "sub-layers" if sublayers else "layers"
     if drop > most:
-        raise ValueError(f"{name}={value:g} needs more than the {most} layers that may go")
+        raise ValueError(f"{name}={value:g} needs more than the {most} {kind} that may go")
     return drop
 
 
@@ -70,8 +127,6 @@ def _for_parameters(model: PreTrainedModel, most: float, protected: Sequence[int
 
 
 def _for_milliseconds(model: PreTrainedModel, most: float, limit: int) -> int:
-    if not 0 < most < math.inf:
-        raise ValueError(f"milliseconds={most} must be finite and above 0")
     count = len(find_layers(model))
     half = count // 2
     dense, halved = _milliseconds(model, 0), _milliseconds(model, count - half)

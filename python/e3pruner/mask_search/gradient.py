@@ -10,6 +10,7 @@ import torch
 import e3kernels as e3k
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.models import gated
+from e3pruner.models.stack import check_unquantised
 from e3pruner.storage import fingerprint
 
 
@@ -19,24 +20,20 @@ def gate_gradient(problem: SearchProblem, gates: Sequence[float], batch: int) ->
     It costs a forward and a backward pass through all layers and the output head.
     """
 
+    # Kernels of quantised weights need not have a backward pass: one of bitsandbytes gives wrong gradients on a CPU.
+    check_unquantised("model", problem.model, "a method that follows gradients of the gates needs others")
+
     def compute(number: int) -> list[float]:
-        rows, head = problem.rows(number), problem.head
+        rows, head = problem.rows(number), problem.head.detached()
         teacher = rows.at_counted(problem.teacher_of(number))
         m = torch.tensor(gates, dtype=torch.float32, device=teacher.device, requires_grad=True)
-        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         with torch.enable_grad(), gated(problem.model, m):
             loss: Any = e3k.linear_entropy_kl(
-                rows.at_counted(problem.forward.dense(rows.inputs).flatten(0, 1)),
-                weight,
-                teacher,
-                weight,
-                student_bias=bias,
-                teacher_bias=bias,
+                student_hidden=rows.at_counted(problem.forward.dense(rows.inputs).flatten(0, 1)),
+                teacher_hidden=teacher,
                 weighting="none",
-                student_softcap=head.softcap,
-                teacher_softcap=head.softcap,
-                student_scale=head.scale,
-                teacher_scale=head.scale,
+                **head.arguments("student"),
+                **head.arguments("teacher"),
             )
             (slopes,) = torch.autograd.grad(loss, m)
         return [loss.item(), *slopes.tolist()]

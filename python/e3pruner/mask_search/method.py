@@ -25,6 +25,16 @@ that lack it.
 """
 
 
+class Progress:
+    """Hears how far a search is; this one says it to nobody."""
+
+    def expect(self, passes: int) -> None:
+        """The search will make at most so many forward passes."""
+
+    def advance(self) -> None:
+        """One of them is made."""
+
+
 class Method:
     """A search by `name`: called as `method(problem, option=value, ...)`, it checks its options at once or in its first
     step, then searches.

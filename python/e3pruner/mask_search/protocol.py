@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -38,6 +38,22 @@ def leave_one_out_scores(problem: SearchProblem, batches: Sequence[int], measure
     """I_l: the mean KL without unit l alone, for every unit, over the batches with these numbers."""
     masks = [problem.mask([unit]) for unit in range(problem.units.count)]
     return problem.score(masks, batches, measure)
+
+
+def state_distances(problem: SearchProblem, span: int, measure: Callable[[Tensor], Tensor]) -> list[float]:
+    """Mean of `measure`(cos) over the calibration tokens, for each of the L − span + 1 runs of `span` layers.
+
+    cos, in fp32, is that of the angle between what enters the run and what leaves it.
+    """
+
+    def distances(batch: int) -> list[float]:
+        rows = problem.rows(batch)
+        states = [rows.at_counted(state.flatten(0, 1)).float() for state in problem.states(batch)]
+        cosines = [torch.cosine_similarity(a, b, dim=-1) for a, b in zip(states, states[span:], strict=False)]
+        return [measure(cosine).mean().item() for cosine in cosines]
+
+    numbers, name = range(len(problem.batches)), f"{measure.__name__} {span}"
+    return problem.calibration.mean([problem.measure(f"{name} {b}", b, distances) for b in numbers], numbers)
 
 
 def log_z_scores(problem: SearchProblem, importance: Sequence[float]) -> Tensor:

@@ -80,7 +80,8 @@ class QuadraticModel:
         known = torch.linalg.solve_triangular(self._factor, self._target(self._seen, masks), upper=False)
         covariance = self._target(masks, masks) - known.T @ known
         variance = covariance.diagonal()
-        return (variance[:-1] + variance[-1] - 2 * covariance[:-1, -1]).clamp(min=0).sqrt()
+        squares: Tensor = variance[:-1] + variance[-1] - 2 * covariance[:-1, -1]
+        return squares.clamp(min=0).sqrt()
 
     def marginal(self, removed: Tensor) -> Tensor:
         """∂/∂x_l of `predict` at one mask (F,): what removing layer l costs, given the others that are gone."""
@@ -111,7 +112,8 @@ class QuadraticModel:
         all_pairs, left, right = a @ likeness @ b.T, likeness @ b.T, a @ likeness
         same = a.square() @ left.square() + right.square() @ b.square().T
         both = a.square() @ likeness.square() @ b.square().T
-        return linear + (all_pairs.square() - same + both) / 2
+        pairs: Tensor = (all_pairs.square() - same + both) / 2
+        return linear + pairs
 
     def _of_batch(self, some: Tensor, others: Tensor) -> Tensor:
         """Covariance (N, M) of what one batch adds."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 from transformers import PreTrainedModel
 
-from e3pruner.mask_search.checkpoint import Checkpoint
-from e3pruner.mask_search.checks import check_integer
-from e3pruner.mask_search.method import METHODS, Method, Search
+from e3pruner.evaluation.target import number_to_drop
+from e3pruner.mask_search.calibration import Calibration
+from e3pruner.mask_search.measurements import Checkpoint, Measurements
+from e3pruner.mask_search.method import METHODS, Method, Progress, Search
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.ranks import Ranks
 from e3pruner.mask_search.units import units_of
@@ -24,17 +26,18 @@ from e3pruner.models.stack import check_indices
 from e3pruner.precision import autocast_dtype
 from e3pruner.surgery import PruningPlan
 from e3pruner.text.given import Given, batches_of
-from e3pruner.vocabulary import check_options, did_you_mean
+from e3pruner.vocabulary import check_integer, check_options, did_you_mean
 
 
 def search(
     model: PreTrainedModel,
     token_batches: Given,
-    drop: int = 8,
+    drop: int | None = None,
     method: str = "gumbel-topk",
     seed: int = 0,
     protect: Iterable[int] = (),
     *,
+    fraction: float | None = None,
     granularity: str = "layer",
     quota: Mapping[str, int] | None = None,
     precision: str = "auto",
@@ -44,16 +47,18 @@ def search(
     prefixes_per_call: int = 1,
     **options: Any,
 ) -> PruningPlan:
-    """Search `drop` decoder layers whose removal changes the predictions of `model` least.
+    """Search the decoder layers whose removal changes the predictions of `model` least.
 
     model: a Hugging Face causal language model; afterwards it is as it was, whatever happens.
     token_batches: calibration text: a list of batches, or one. A batch is token ids (B, T), a mapping with `input_ids`
         and where wanted `attention_mask`, `labels` and `position_ids`, a tuple (`input_ids`, `attention_mask`), or
         `e3pruner.text.Sequences`. Padding counts in nothing; of labelled text only what is to be predicted counts.
+    drop: how many layers go: 8, or all of `quota`, unless told. fraction: their share of all layers, instead of `drop`.
     method: one of `METHODS`; `options` are that method's keyword arguments.
     seed: of all randomness; (seed, tokens, model) decide the plan.
     protect: layers that stay whole.
-    granularity: "layer", or "sublayer": then attentions and MLPs go one by one, and `drop` counts them.
+    granularity: "layer", or "sublayer": then attentions and MLPs go one by one, and `drop` and
+        `fraction` count them.
     quota: how many go of each kind: of the configuration's `layer_types`, or of "attention" and "mlp"; they add up to
         `drop`.
     precision: "fp32" computes in the type of the weights, "bf16" with the weights rounded to bfloat16 meanwhile, "auto"
@@ -80,7 +85,9 @@ def search(
     """
     num_layers = len(find_layers(model))
     protected = check_indices("protect", protect, num_layers)
-    units = units_of(model, drop, protected, granularity, quota)
+    one_by_one = granularity == "sublayer"
+    count = number_to_drop(model, protected, quota=quota, sublayers=one_by_one, drop=drop, fraction=fraction)
+    units = units_of(model, count, protected, granularity, quota)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
     dtype = autocast_dtype(precision, model.device)
@@ -89,38 +96,35 @@ def search(
     if masks_at_once is not None:
         check_integer("masks_at_once", masks_at_once, 1)
     check_integer("prefixes_per_call", prefixes_per_call, 1)
-    columns = output_head(model).weight.shape[0]
-    batches = Ranks(model.device).together(
-        "token_batches", lambda: batches_of("token_batches", token_batches, columns, model=model)
-    )
+    calibration = _calibration(model, token_batches)
+    ranks = calibration.ranks
+    ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), prefixes_per_call, options])
+    known = Measurements()
+    if checkpoint is not None:
+        # What is measured depends on all of it: is rounded by dtype and prefixes_per_call.
+        of = {"dtype": str(dtype), "model": model_identity(model), "prefixes_per_call": prefixes_per_call}
+        known = _known(checkpoint, calibration, of)
+    bar = _Bar(method) if progress and ranks.first else None
     problem = SearchProblem(
         model,
-        batches,
+        calibration,
         units=units,
         seed=seed,
         dtype=dtype,
+        measurements=known,
+        progress=bar,
         masks_at_once=masks_at_once,
         prefixes_per_call=prefixes_per_call,
     )
-    ranks = problem.ranks
-    ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), prefixes_per_call, options])
-    store = None
-    if checkpoint is not None:
-        identity: dict[str, Any] = {"dtype": str(dtype), "tokens": _tokens_of(problem), "model": model_identity(model)}
-        identity["prefixes_per_call"] = prefixes_per_call  # what is measured is rounded by it
-        store = Checkpoint(checkpoint, identity)
-        problem.measured, problem.seconds = ranks.from_first((store.measured, store.seconds))
-        store.measured, store.seconds = problem.measured, problem.seconds
-        problem.committed = store.save_if_due if ranks.first else problem.committed
     try:
-        with problem, _progress(problem, method) if progress and ranks.first else nullcontext():
+        with problem, bar or nullcontext():
             history, removed = run_search(problem, run(problem, **options))
             cost = problem.account.cost
             (kl,) = problem.score([problem.mask(removed)])
     finally:
-        if store is not None and ranks.first:
-            store.save()
-    metrics = {"kl": kl, "tokens": problem.tokens, "cost": cost}
+        if isinstance(known, Checkpoint):
+            known.save()
+    metrics = {"kl": kl, "tokens": calibration.tokens, "cost": cost}
     layers, sublayers = units.removed(removed)
     return PruningPlan.of_removed(
         layers,
@@ -132,6 +136,21 @@ def search(
         history=history,
         metrics=metrics,
     )
+
+
+def _calibration(model: PreTrainedModel, token_batches: Given) -> Calibration:
+    columns = output_head(model).weight.shape[0]
+    batches = Ranks(model.device).together(
+        "token_batches", lambda: batches_of("token_batches", token_batches, columns, model=model)
+    )
+    return Calibration(batches, model.device)
+
+
+def _known(path: str | os.PathLike[str], calibration: Calibration, of: dict[str, Any]) -> Measurements:
+    """What the file of rank 0 knows of these tokens, on every rank; on the first it is kept in the file."""
+    store = Checkpoint(path, {"tokens": calibration.identity, **of})
+    known = calibration.ranks.from_first((store.measured, store.seconds))
+    return store if calibration.ranks.first else Measurements(*known)
 
 
 def run_search(problem: SearchProblem, running: Search) -> tuple[list[dict[str, Any]], list[int]]:
@@ -168,19 +187,25 @@ def _check_fit(method: Method, granularity: str, quota: Mapping[str, int] | None
         raise ValueError(f"quota: {method.name} takes no account of kinds; use one of {able}")
 
 
-def _tokens_of(problem: SearchProblem) -> list[str]:
-    """A hash of each batch, of all ranks."""
-    own = [int(batch.identity[:12], 16) for batch in problem.batches]  # 48 bits pass through fp64
-    return [f"{int(each):012x}" for rank in problem.ranks.gather(own) for each in rank]
-
-
-@contextmanager
-def _progress(problem: SearchProblem, method: str) -> Iterator[None]:
+class _Bar(Progress):
     """A bar over the passes that the method expects, which is at most; it ends full."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"search: {method}", total=None)
-        problem.expect = lambda passes: bar.update(task, total=passes)
-        problem.advance = lambda: bar.advance(task)
-        yield
-        bar.update(task, total=bar.tasks[task].completed)
+
+    def __init__(self, method: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = ProgressBar(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task(f"search: {method}", total=None)
+
+    def expect(self, passes: int) -> None:
+        self._bar.update(self._task, total=passes)
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is None:
+            self._bar.update(self._task, total=self._bar.tasks[self._task].completed)
+        self._bar.stop()

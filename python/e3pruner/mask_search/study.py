@@ -54,7 +54,7 @@ class Study:
 
     def best_known(self, count: int) -> Tensor:
         """The `count` masks with the lowest prediction among the whole ones measured so far."""
-        whole = self._masks[self._masks.sum(1) == self.problem.drop].unique(dim=0)
+        whole: Tensor = self._masks[self._masks.sum(1) == self.problem.drop].unique(dim=0)
         return whole[self.model.predict(whole).argsort(stable=True)[:count]]
 
     def race(self, masks: Tensor) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from e3pruner.mask_search.checks import check_choice, check_drop
+from e3pruner.evaluation.target import check_drop
 from e3pruner.models import find_layers
 from e3pruner.models.sublayers import KINDS, writer
+from e3pruner.vocabulary import check_choice
 
 GRANULARITIES = ("layer", "sublayer")
 

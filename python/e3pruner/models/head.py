@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -18,6 +18,7 @@ from e3pruner.models.stack import evaluating, returning_dicts, stack_name
 
 # Settings that multiply the logits (1) or divide them (-1).
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
+_TILE_LOGITS = 2**24
 _VERIFIED: WeakSet[PreTrainedModel] = WeakSet()
 
 
@@ -33,6 +34,14 @@ class OutputHead:
     softcap: float | None
     scale: float
 
+    def arguments(self, role: str) -> dict[str, Any]:
+        """What the linear losses of `e3kernels` are told of it as the "student" or the "teacher"."""
+        return {f"{role}_{each.name}": getattr(self, each.name) for each in fields(self)}
+
+    def detached(self) -> OutputHead:
+        """This head without a gradient."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def to(self, dtype: torch.dtype) -> OutputHead:
         """This head with weight and bias in `dtype`: those of the model where they have it."""
         return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
@@ -43,6 +52,11 @@ class OutputHead:
             return self
         bias = None if self.bias is None else self.bias[:vocabulary]
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
+
+    def tiles(self, rows: int) -> list[slice]:
+        """`rows` in parts whose logits may exist at a time: 64 MiB in fp32."""
+        size = max(1, _TILE_LOGITS // self.weight.shape[0])
+        return [slice(start, start + size) for start in range(0, rows, size)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., H), in the dtype of the weight."""
@@ -67,7 +81,8 @@ def last_hidden(
     inputs |= position_arguments(model, attention_mask, position_ids)
     with returning_dicts(model):
         output = decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
-    return output.last_hidden_state
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -117,6 +132,8 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     factors = [(getattr(config, name, None), exponent) for name, exponent in _FACTORS.items()]
     scale = math.prod(factor**exponent for factor, exponent in factors if isinstance(factor, int | float))
     linear = model.get_output_embeddings()
+    if not linear.weight.is_floating_point():
+        raise ValueError(f"model ({model.config.model_type}): its output head is quantised ({linear.weight.dtype})")
     softcap = getattr(config, "final_logit_softcapping", None)
     head = OutputHead(linear.weight, getattr(linear, "bias", None), softcap, float(scale))
     if model not in _VERIFIED:

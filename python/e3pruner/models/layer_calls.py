@@ -7,24 +7,39 @@ a mapping that an earlier layer wrote into. Nothing but a forward pass tells whe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from e3pruner.models.head import last_hidden
+from e3pruner.models.head import decoder_of, last_hidden
 from e3pruner.models.stack import evaluating, find_layers
 
 Place = int | str  # of an argument: its position or its name
 Arguments = dict[Place, Any]
 Inputs = Mapping[str, Any]  # of the module that holds the layers, by name: "input_ids", "attention_mask" and so on
 Forward = Callable[[int, Arguments, Callable[[Arguments], Any]], Any]
+_BRIEF = 8  # tokens, enough to see where a layer's arguments come from
+
+
+class Way(NamedTuple):
+    """A way of walking a model: how many prefixes share a call, and whether there are many masks and many batches."""
+
+    prefixes_per_call: int
+    many_masks: bool
+    many_batches: bool
+
+    def covers(self, other: Way) -> bool:
+        """Whether `other` does nothing that this way does not."""
+        return self.prefixes_per_call == other.prefixes_per_call and all(
+            mine or not others for mine, others in zip(self[1:], other[1:], strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,10 @@ class Route:
     for a bare hidden state, else for each further entry of the tuple the argument in which the next layer is given it,
     if any. links: for each call but the first, the arguments that are entries of what the call before returned, and
     which; None where the model changes the hidden state in between. shared: for each call but the first, the mappings
-    that the call before was given too. writers: layers that write into the hidden state that they are given. proven:
-    the ways of walking it, of one mask or many, one batch or many, that have been seen to give what the model gives.
+    that the call before was given too. tail: the child of the module that holds the layers that turns what the last
+    layer returned into the last hidden state; None where more happens there. writers: layers that write into the hidden
+    state that they are given. proven: the ways of walking it, of one mask or many, one batch or many, that have been
+    seen to give what the model gives.
     """
 
     kinds: list[type]
@@ -54,8 +71,9 @@ class Route:
     forms: dict[int, list[Place | None] | None]
     links: list[dict[Place, int] | None]
     shared: list[list[Place]]
+    tail: str | None
     writers: set[int]
-    proven: set[tuple[int, bool, bool]] = field(default_factory=set)
+    proven: set[Way] = field(default_factory=set)
 
     def handed_on(self, layer: int, arguments: Arguments) -> Any:
         """What `layer` returns if it is skipped: its hidden state, and the rest as it was given, in the layer's form.
@@ -72,23 +90,37 @@ _ROUTES: WeakKeyDictionary[nn.Module, dict[frozenset[str], Route]] = WeakKeyDict
 
 
 def route_of(model: PreTrainedModel, inputs: Inputs | None = None) -> Route:
-    """The route of hidden states through `model`, which is run on `inputs` for it, once for each set of their names.
-
-    Without `inputs`, on a few tokens.
+    """The route of hidden states through `model`, for each set of names of `inputs` as the first forward pass with them
+    took it that was `recorded`; where none was, it is run on a few of their tokens.
     """
-    layers = find_layers(model)
     if inputs is None:
-        inputs = {"input_ids": torch.arange(8, device=model.device)[None]}
-    known, names = _ROUTES.setdefault(layers, {}), frozenset(inputs)
-    if names not in known or known[names].kinds != [type(layer) for layer in layers]:
+        inputs = {"input_ids": torch.arange(_BRIEF, device=model.device)[None]}
+    if (route := _known(model, inputs)) is None:
         with torch.no_grad(), evaluating(model):
-            known[names] = _route(layers, recorded(model, inputs)[0])
-    return known[names]
+            recorded(model, brief(inputs))
+        route = _ROUTES[find_layers(model)][frozenset(inputs)]
+    return route
+
+
+def brief(inputs: Inputs) -> Inputs:
+    """A few tokens of the first row, one of padding before them where there is some; all of it where anything in
+    `inputs` is not (B, T)."""
+    shapes = {value.shape if isinstance(value, Tensor) else None for value in inputs.values()}
+    if len(shapes) > 1 or any(shape is None or len(shape) != 2 for shape in shapes):
+        return inputs
+    mask = inputs.get("attention_mask")
+    start = 0 if mask is None else max(0, int(mask[0].argmax()) - 1)
+    return {name: value[:1, start : start + _BRIEF] for name, value in inputs.items()}
 
 
 def recorded(model: PreTrainedModel, inputs: Inputs) -> tuple[list[Step], Tensor]:
-    """The calls of the layers in one forward pass of `model`, and the last hidden state (B, T, H)."""
+    """The calls of the layers in one forward pass of `model`, and the last hidden state (B, T, H). The route is learnt
+    from them."""
     steps: list[Step] = []
+    behind: list[tuple[str, Any, Any]] = []  # of the other children: name, what each was given first, what it returned
+
+    def see(name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        behind.append((name, args[0] if args else None, output))
 
     def record(layer: int, arguments: Arguments, own: Callable[[Arguments], Any]) -> Any:
         hidden = arguments[hidden_place(arguments)]
@@ -97,8 +129,17 @@ def recorded(model: PreTrainedModel, inputs: Inputs) -> tuple[list[Step], Tensor
         steps.append(Step(layer, arguments, output, version is None or hidden._version != version))
         return output
 
-    with replaced(dict(enumerate(find_layers(model))), record):
-        return steps, last_hidden(model, **inputs)
+    layers = find_layers(model)
+    with ExitStack() as stack:
+        stack.enter_context(replaced(dict(enumerate(layers)), record))
+        for name, child in decoder_of(model).named_children():
+            stack.callback(child.register_forward_hook(partial(see, name)).remove)
+        last = last_hidden(model, **inputs)
+    if _known(model, inputs) is None:
+        hidden = entries(steps[-1].output)[0]
+        tail = next((name for name, given, output in behind if given is hidden and output is last), None)
+        _ROUTES.setdefault(layers, {})[frozenset(inputs)] = _route(layers, steps, tail)
+    return steps, last
 
 
 @contextmanager
@@ -133,13 +174,19 @@ def entries(output: Any) -> tuple[Any, ...]:
     return output if isinstance(output, tuple) else (output,)
 
 
+def _known(model: PreTrainedModel, inputs: Inputs) -> Route | None:
+    layers = find_layers(model)
+    route = _ROUTES.get(layers, {}).get(frozenset(inputs))
+    return route if route is not None and route.kinds == [type(layer) for layer in layers] else None
+
+
 def _call(forward: Forward, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     arguments: Arguments = dict(enumerate(args))
     arguments.update(kwargs)
     return forward(index, arguments, partial(call, own))
 
 
-def _route(layers: nn.ModuleList, steps: list[Step]) -> Route:
+def _route(layers: nn.ModuleList, steps: list[Step], tail: str | None) -> Route:
     links = [_links(step, after) for step, after in pairwise(steps)]
     places = {entry: place for found in links for place, entry in found.items() if entry > 0}
     forms: dict[int, list[Place | None] | None] = {step.layer: None for step in steps}
@@ -152,6 +199,7 @@ def _route(layers: nn.ModuleList, steps: list[Step]) -> Route:
         forms=forms,
         links=[found if 0 in found.values() else None for found in links],
         shared=[_shared(step, after) for step, after in pairwise(steps)],
+        tail=tail,
         writers={step.layer for step in steps if step.wrote},
     )
 

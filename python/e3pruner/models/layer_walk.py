@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from e3pruner.models.head import last_hidden
+from e3pruner.models.head import decoder_of, last_hidden
 from e3pruner.models.layer_calls import Arguments, Inputs, Place, call, entries, hidden_place, replaced, route_of
 from e3pruner.models.stack import find_layers
 from e3pruner.models.sublayers import KINDS, silenced, writer
@@ -63,6 +63,9 @@ class LayerWalk:
         """The last hidden state (B, T, H) at the end of each path, from the states before the last layer."""
         last = len(self.route.layers) - 1
         returned = self._through(last, paths, states)
+        if self.route.tail is not None:
+            norm = decoder_of(self.model).get_submodule(self.route.tail)
+            return {path: norm(entries(returned.pop(path)[1])[0]) for path in paths}
         return {path: self._pass(self.inputs, last, *returned.pop(path))[1] for path in paths}
 
     def _through(self, depth: int, paths: Iterable[Path], states: Mapping[Path, Arguments]) -> dict[Path, Returned]:

@@ -76,6 +76,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": "auto" if streams else str(dtype)}
     options |= {"local_files_only": True, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # to say which, below
+    if quantised := bool(read_json(folder / "config.json").get("quantization_config")):
+        options["device_map"] = {"": str(where)}  # quantised weights are made where they stay
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except _FAILURES:
@@ -92,7 +94,12 @@ def load_model(
         _say_device(str(where))
     if streams:
         return stream(model.eval(), folder, where, None if dtype == Dtype.AUTO else getattr(torch, dtype))
-    return model.to(where).eval()
+    if not quantised:
+        resident: PreTrainedModel = model.to(where).eval()
+        return resident
+    with torch.no_grad():  # some formats are unpacked by the first call of the model, and by none of its parts
+        model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=where))
+    return model
 
 
 @cache

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
 from e3pruner.models.head import last_hidden
-from e3pruner.models.layer_calls import Inputs, entries, hidden_place, recorded, replaced
+from e3pruner.models.layer_calls import Inputs, Way, brief, entries, hidden_place, recorded, replaced, route_of
 from e3pruner.models.layer_walk import LayerWalk, silencing, walk
 from e3pruner.models.stack import find_layers
 
@@ -70,21 +70,18 @@ class SkippingForward:
         `shared_prefixes`. `masks` are distinct. All batches pass a layer before any enters the next.
 
         Raises `ValueError` if layers called one by one do not give what the model's own forward pass gives. That is
-        tried once for each model and set of names of `inputs`, of one mask and of many, of one batch and of many, on
-        the mask that skips most.
+        tried first, once for each model and set of names of inputs, of one mask and of many, of one batch and of many:
+        on a few tokens, with the mask that skips most.
         """
         given = [{name: value for name, value in batch.items() if value is not None} for batch in batches]
         walks = [LayerWalk(self.model, inputs, self._prefixes_per_call) for inputs in given]
         ordered = sorted(masks, reverse=True)
+        self._prove(given, ordered)
         size = self._masks_at_once or max(1, len(ordered))
         for start in range(0, len(ordered), size):
             paths = {mask: self._path(walks[0], mask) for mask in ordered[start : start + size]}
             with named_range("student forward"):
                 found = walk(walks, list(dict.fromkeys(paths.values())))
-            if (way := (self._prefixes_per_call, len(paths) > 1, len(walks) > 1)) not in walks[0].route.proven:
-                shortest = min(paths, key=sum)
-                self._prove(walks[0], shortest, found[0][paths[shortest]])
-                walks[0].route.proven.add(way)
             yield from ((mask, [hiddens[path] for hiddens in found]) for mask, path in paths.items())
             del found  # before the next group comes
 
@@ -94,25 +91,38 @@ class SkippingForward:
     def _units(self, mask: Mask, layer: int) -> Mask:
         return mask[self._size * layer : self._size * (layer + 1)]
 
-    def _prove(self, walk: LayerWalk, mask: Mask, found: Tensor) -> None:
-        """Raises `ValueError` unless `found` is what the model's own forward pass gives under `mask`."""
-        units = {layer: self._units(mask, index) for index, layer in enumerate(self.layers)}
-        removed = {index: layer for index, layer in enumerate(self.layers) if not any(units[layer])}
-        with ExitStack() as stack:
-            for layer in units:
-                if any(units[layer]):
-                    stack.enter_context(silencing(layer, units[layer]))
-            stack.enter_context(replaced(removed, lambda index, given, own: walk.route.handed_on(index, given)))
-            expected = last_hidden(self.model, **walk.inputs)
-        bound = (1e-2 if torch.finfo(expected.dtype).bits == 16 else 1e-4) * float(
-            expected.abs().nan_to_num(0, 0, 0).max()
-        )
+    def _prove(self, batches: Sequence[Inputs], masks: Sequence[Mask]) -> None:
+        """Raises `ValueError` unless a walk of few masks and tokens gives what the model's own forward pass gives."""
+        way = Way(self._prefixes_per_call, min(len(masks), self._masks_at_once or len(masks)) > 1, len(batches) > 1)
+        if not masks or any(known.covers(way) for known in route_of(self.model, batches[0]).proven):
+            return
+        walks = [LayerWalk(self.model, brief(inputs), self._prefixes_per_call) for inputs in batches[:2]]
+        shortest = min(masks, key=sum)
+        tried = sorted({masks[0], shortest, masks[-1]} if way.many_masks else {shortest}, reverse=True)
+        paths = {mask: self._path(walks[0], mask) for mask in tried}
+        found = walk(walks, list(dict.fromkeys(paths.values())))[0][paths[shortest]]
+        expected = self._in_one_pass(walks[0].inputs, shortest)
+        share = 1e-2 if torch.finfo(expected.dtype).bits == 16 else 1e-4
+        bound = share * float(expected.abs().nan_to_num(0, 0, 0).max())
         if not torch.allclose(found, expected, rtol=0, atol=bound, equal_nan=True):
             error, joined = float((found - expected).abs().max()), self._prefixes_per_call
             raise ValueError(
                 f"model ({self.model.config.model_type}): its layers, called one by one (prefixes_per_call={joined}), "
                 f"give a last hidden state that differs by {error:.3g} from that of its own forward pass"
             )
+        walks[0].route.proven.add(way)
+
+    def _in_one_pass(self, inputs: Inputs, mask: Mask) -> Tensor:
+        """The last hidden state under `mask` by the model's own forward pass."""
+        units = {layer: self._units(mask, index) for index, layer in enumerate(self.layers)}
+        removed = {index: layer for index, layer in enumerate(self.layers) if not any(units[layer])}
+        route = route_of(self.model, inputs)
+        with ExitStack() as stack:
+            for layer in units:
+                if any(units[layer]):
+                    stack.enter_context(silencing(layer, units[layer]))
+            stack.enter_context(replaced(removed, lambda index, given, own: route.handed_on(index, given)))
+            return last_hidden(self.model, **inputs)
 
 
 def shared_prefixes(masks: Sequence[Mask]) -> list[tuple[Mask, int]]:

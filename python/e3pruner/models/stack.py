@@ -19,7 +19,7 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     the token embedding does: a vision or audio tower may have as many layers, and has no tokens.
 
     Raises `TypeError` for anything but a Hugging Face causal language model, PEFT-wrapped models included, and
-    `ValueError` for encoder-decoders, quantised models and models without exactly one such stack.
+    `ValueError` for encoder-decoders and models without exactly one such stack.
     """
     return cast(nn.ModuleList, model.get_submodule(stack_name(model)))
 
@@ -72,6 +72,14 @@ def _beside_embedding(model: PreTrainedModel, names: list[str]) -> list[str]:
     return [name for name in names if shared(name) == most]
 
 
+def check_unquantised(name: str, model: PreTrainedModel, what: str) -> None:
+    """Raises `ValueError` naming `name` for quantised weights, where `what` is done that only others allow."""
+    if getattr(model, "is_quantized", False) or any(not weight.is_floating_point() for weight in model.parameters()):
+        raise ValueError(
+            f"{name} ({type(model).__name__}) is quantised, which forward passes, search and evaluate take; {what}"
+        )
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; every submodule's own mode is restored after it."""
@@ -109,7 +117,3 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
         raise ValueError(f"model ({kind}) is an encoder-decoder; pass a decoder-only causal language model")
     if model.get_output_embeddings() is None or not model.can_generate():
         raise TypeError(f"model ({kind}) has no decoder stack with a language-model head; load AutoModelForCausalLM")
-    if getattr(model, "is_quantized", False) or any(
-        not parameter.is_floating_point() for parameter in model.parameters()
-    ):
-        raise ValueError(f"model ({kind}) is quantised; load it dequantised, in bfloat16 or float32")

@@ -34,7 +34,7 @@ def projection(layer: nn.Module, kind: str) -> nn.Module:
     Raises `ValueError` for a layer without exactly one, as in a mixture of experts.
     """
     modules = dict(layer.named_modules())
-    found = [modules[name] for name in _PROJECTIONS[kind].split() if name in modules]
+    found: list[nn.Module] = [modules[name] for name in _PROJECTIONS[kind].split() if name in modules]
     if len(found) != 1:
         raise ValueError(f"{type(layer).__name__} has no {kind} that ends in one projection; it goes as a whole layer")
     return found[0]
@@ -48,7 +48,7 @@ def writer(layer: nn.Module, kind: str) -> nn.Module:
     own = projection(layer, kind)
     for names in _POST_NORMS:
         if all(hasattr(layer, name) for name in names):
-            return getattr(layer, names[KINDS.index(kind)])
+            return layer.get_submodule(names[KINDS.index(kind)])
     return own
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import e3kernels as e3k
 import e3pruner
 from e3pruner.evaluation import layers_to_drop
 from e3pruner.form import natural
-from e3pruner.mask_search.checkpoint import Checkpoint
+from e3pruner.mask_search.calibration import Calibration
+from e3pruner.mask_search.held_out import held_out_figures
+from e3pruner.mask_search.measurements import Checkpoint
 from e3pruner.mask_search.method import METHODS
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.search import run_search
@@ -26,6 +26,7 @@ from e3pruner.models import find_layers
 from e3pruner.models.device import AUTO
 from e3pruner.models.identity import model_identity
 from e3pruner.models.loading import Dtype, load_model, load_tokenizer
+from e3pruner.models.stack import check_unquantised
 from e3pruner.pipelines.matrix import Cell, Matrix, Recovery
 from e3pruner.pipelines.results import run_results
 from e3pruner.precision import autocast_dtype
@@ -45,21 +46,11 @@ _ROW |= {"held_out": {str: {"kl": float, "perplexity": float}}}
 Row = dict[str, Any]
 
 
-class Measurements:
-    """What is known of one set of tokens: by problems on it kept in memory, and in a file for the next run."""
+class KnownText(NamedTuple):
+    """Tokens, and what was measured on them: by every problem on them, and by earlier runs."""
 
-    def __init__(self, path: Path, tokens: Tensor, identity: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.tokens = tokens
-        self.store = Checkpoint(path, identity | {"tokens": fingerprint(tokens)})
-        self.teacher: dict[int, Tensor] = {}
-
-    def problem(self, model: PreTrainedModel, dtype: torch.dtype | None, **settings: Any) -> SearchProblem:
-        """A problem on these tokens that knows all this."""
-        problem = SearchProblem(model, self.tokens.split(_BATCH), dtype=dtype, **settings)
-        problem.measured, problem.seconds, problem.teacher = self.store.measured, self.store.seconds, self.teacher
-        problem.committed = self.store.save_if_due
-        return problem
+    calibration: Calibration
+    store: Checkpoint
 
 
 @dataclass
@@ -101,6 +92,7 @@ class Comparison:
         text = kinds_of_text(tokenizer, matrix.text, length=matrix.length, held_out=matrix.held_out)
         # In fp32 whatever the checkpoint: `precision` says what is computed in, and recovery needs the master weights.
         dense = load_model(matrix.model, device, Dtype.FLOAT32, trust_remote_code=trust_remote_code)
+        check_unquantised("model", dense, "to cut and heal it in memory, name it dequantised")
         return cls(matrix, dense, text, folder)
 
     def __post_init__(self) -> None:
@@ -111,8 +103,8 @@ class Comparison:
         self.units = {drop: units_of(self.model, drop, self.matrix.protect) for drop in self.matrix.drop}
         self.dtype = autocast_dtype(self.matrix.precision, self.model.device)
         self.identity = {"dtype": str(self.dtype), "model": model_identity(self.model)}
-        self.held_out = {kind: self.measurements(tokens) for kind, tokens in self.text.held_out.items()}
-        self._searched: dict[int, Measurements] = {}
+        self.held_out = {kind: self.known(tokens) for kind, tokens in self.text.held_out.items()}
+        self._searched: dict[int, KnownText] = {}
 
     def key(self, cell: Cell) -> str:
         """A hash of everything that decides the figures of a cell."""
@@ -153,10 +145,10 @@ class Comparison:
         build_report(self.folder)
         return results
 
-    def calibration(self, seed: int) -> Measurements:
+    def calibration(self, seed: int) -> KnownText:
         """The calibration tokens of a seed, the same for every method."""
         if seed not in self._searched:
-            self._searched[seed] = self.measurements(self.text.calibration_of(seed, self.matrix.sequences))
+            self._searched[seed] = self.known(self.text.calibration_of(seed, self.matrix.sequences))
         return self._searched[seed]
 
     def measure(self, cell: Cell) -> Row:
@@ -166,15 +158,28 @@ class Comparison:
             return row | {"held_out": {kind: self._judge(row["removed"], each) for kind, each in self.held_out.items()}}
         return row | self._recover(cell.recovery, row["removed"], cell.seed)
 
-    def measurements(self, tokens: Tensor) -> Measurements:
+    def known(self, tokens: Tensor) -> KnownText:
         """What the folder knows of these tokens."""
-        path = self.folder / MEASURED_FOLDER / f"{fingerprint(tokens)[:16]}.json"
-        return Measurements(path, tokens, self.identity)
+        digest = fingerprint(tokens)
+        path = self.folder / MEASURED_FOLDER / f"{digest[:16]}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store = Checkpoint(path, self.identity | {"tokens": digest})
+        return KnownText(Calibration(tokens.split(_BATCH), self.model.device), store)
+
+    def _problem(self, text: KnownText, drop: int, seed: int = 0) -> SearchProblem:
+        return SearchProblem(
+            self.model,
+            text.calibration,
+            units=self.units[drop],
+            seed=seed,
+            dtype=self.dtype,
+            measurements=text.store,
+        )
 
     def _search(self, cell: Cell) -> Row:
-        shared = self.calibration(cell.seed)
-        problem = shared.problem(self.model, self.dtype, units=self.units[cell.drop], seed=cell.seed)
-        known = set(shared.store.seconds)
+        text = self.calibration(cell.seed)
+        problem = self._problem(text, cell.drop, cell.seed)
+        known = set(text.store.seconds)
         try:
             with problem:
                 began = time.perf_counter()
@@ -182,10 +187,10 @@ class Comparison:
                 _, removed = run_search(problem, running)
                 took = time.perf_counter() - began
                 cost, seconds = problem.account.cost, problem.account.seconds
-                measuring = sum(each for key, each in problem.seconds.items() if key not in known)
+                measuring = sum(each for key, each in text.store.seconds.items() if key not in known)
                 (kl,) = problem.score([problem.mask(removed)])
         finally:
-            shared.store.save()
+            text.store.save()
         return {
             "method": cell.contestant.name,
             "options": cell.contestant.search,
@@ -194,38 +199,19 @@ class Comparison:
             "recovery": cell.recovery.name,
             "removed": removed,
             "calibration_kl": kl,
-            "calibration_tokens": problem.tokens,
+            "calibration_tokens": text.calibration.tokens,
             "cost": cost,
             # What its measurements took, whichever cell made them, and its own thinking.
             "seconds": seconds + max(0.0, took - measuring),
         }
 
-    def _judge(self, removed: Sequence[int], held_out: Measurements) -> dict[str, float]:
-        """Figures of the dense model without `removed` on one kind of held-out text, in one pass."""
-        problem = held_out.problem(self.model, self.dtype, units=units_of(self.model, 1))
-        mask = problem.mask(removed)
-
-        def figures(batch: int) -> list[float]:
-            rows = problem.rows(batch)
-            ((_, (hidden,)),) = problem.forward.last_hiddens([rows.inputs], [mask])
-            teacher = problem.teacher_of(batch).view_as(hidden)
-            logits, target = (problem.head.logits(rows.at_predicted(each)) for each in (hidden, teacher))
-            labels = rows.predicted
-            result: Any = e3k.entropy_kl(logits, target, labels, weighting="none", reduction="none", return_stats=True)
-            agreement = (logits.argmax(-1) == target.argmax(-1)).double().mean().item()
-            return [result[1].kl.double().mean().item(), result[1].cross_entropy.double().mean().item(), agreement]
-
-        bits = "".join("01"[runs] for runs in mask)
-        numbers = range(len(problem.batches))
+    def _judge(self, removed: Sequence[int], held_out: KnownText) -> dict[str, float]:
+        """Figures of the dense model without `removed` on one kind of held-out text."""
         try:
-            with problem:
-                table = [
-                    problem.measure(f"figures {batch} {bits}", batch, figures, over="predicted") for batch in numbers
-                ]
+            with self._problem(held_out, len(removed)) as problem:
+                return held_out_figures(problem, [problem.mask(removed)])[0]
         finally:
             held_out.store.save()
-        kl, nll, agreement = problem.mean(table, numbers, "predicted")
-        return {"kl": kl, "perplexity": math.exp(nll), "top1_agreement": agreement}
 
     def _recover(self, recovery: Recovery, removed: Sequence[int], seed: int) -> Row:
         plan = PruningPlan.of_removed(removed, len(find_layers(self.model)))

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from e3pruner.mask_search.checks import check_choice, check_integer
+from e3pruner.evaluation.target import check_target
 from e3pruner.mask_search.search import find_method
-from e3pruner.pipelines.settings import check_keys, check_recover, check_target, read_yaml
+from e3pruner.pipelines.settings import check_keys, check_recover, read_yaml
 from e3pruner.precision import PRECISIONS
-from e3pruner.vocabulary import check_options
+from e3pruner.vocabulary import check_choice, check_integer, check_options
 
 NO_RECOVERY, COMPENSATE = "none", "compensate"
 

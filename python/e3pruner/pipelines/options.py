@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from e3pruner.mask_search.checks import check_choice, check_integer
+from e3pruner.evaluation.target import check_target
 from e3pruner.models.device import AUTO, usable_device
 from e3pruner.models.loading import Dtype
-from e3pruner.pipelines.settings import check_compensate, check_recover, check_search, check_target
-from e3pruner.vocabulary import check_options
+from e3pruner.pipelines.settings import check_compensate, check_recover, check_search
+from e3pruner.vocabulary import check_choice, check_integer, check_options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedModel
 
-from e3pruner.evaluation import layers_to_drop
 from e3pruner.mask_search import METHODS
-from e3pruner.mask_search.checks import check_integer
 from e3pruner.mask_search.search import find_method
 from e3pruner.recovery import DistillOptions
 from e3pruner.recovery.compensation import METHODS as COMPENSATIONS
 from e3pruner.recovery.tracking import check_tracker
-from e3pruner.vocabulary import check_options, did_you_mean
+from e3pruner.vocabulary import check_choice, check_options, did_you_mean
 
-DEFAULT_DROP = 8
 FILES = "files"  # of a finished result: no setting, but it stands in the same file
 
 
@@ -84,15 +80,9 @@ def parse_pairs(pairs: Sequence[Any], name: str) -> dict[str, Any]:
     return options
 
 
-def check_named(name: str, value: str, known: Iterable[str]) -> None:
-    """Raises ValueError unless `value`, given as --`name`, is one of `known`."""
-    if value not in known:
-        raise ValueError(f"--{name} {value} must be one of {', '.join(known)}{did_you_mean(value, known)}")
-
-
 def check_search(method: str, search: Mapping[str, Any], name: str = "method") -> None:
     """Raises ValueError or TypeError unless there is such a search method with such options."""
-    check_named(name, method, METHODS)
+    check_choice(name, method, METHODS)
     find_method(method, search)
 
 
@@ -105,37 +95,6 @@ def check_recover(recover: Mapping[str, Any], track: str | None = None) -> None:
 
 def check_compensate(compensate: str, judge: Any) -> None:
     """Raises ValueError for an unknown method, and unless "auto", and it alone, has a text to judge on."""
-    check_named("compensate", compensate, ("auto", *COMPENSATIONS))
+    check_choice("compensate", compensate, ("auto", *COMPENSATIONS))
     if (compensate == "auto") != (judge is not None):
         raise ValueError("--compensate auto needs --judge, text of another kind than --text; and nothing else takes it")
-
-
-def check_target(**targets: float | None) -> None:
-    """Raises ValueError where more than one target of a search is given, or one that is none."""
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) > 1:
-        (name, value), *others = given.items()
-        raise ValueError(
-            f"--{name} {value:g} is one target, {', '.join(f'--{n} {v:g}' for n, v in others)} another; give one"
-        )
-    for name, value in given.items():
-        if name == "drop":
-            check_integer(name, value, 1)  # type: ignore[arg-type]
-        elif not 0 < value < (1 if name == "fraction" else float("inf")):
-            legal = "between 0 and 1" if name == "fraction" else "finite and above 0"
-            raise ValueError(f"{name}={value} must be {legal}")
-
-
-def number_to_drop(
-    model: PreTrainedModel, protect: Sequence[int], quota: Mapping[str, int] | None = None, **targets: float | None
-) -> int:
-    """The number of layers that the one target given comes to; without any, all of `quota`, or 8.
-
-    Raises what `layers_to_drop` raises.
-    """
-    given = {name: value for name, value in targets.items() if value is not None}
-    if "drop" in given:
-        return int(given["drop"])
-    if not given:
-        return sum(quota.values()) if quota else DEFAULT_DROP
-    return layers_to_drop(model, protect=protect, **given)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from e3pruner.precision import weights_in
 from e3pruner.storage import new_folder, read_checked, write_checked
 
-_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+T = TypeVar("T")
 
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _KIND, _FORM = "e3pruner.stage", {"value": object, "seconds": float}
 
@@ -38,7 +39,7 @@ class Stages:
     folder: Path
     dtype: torch.dtype
 
-    def stage(self, name: str, compute: Callable[[], Any]) -> Any:
+    def stage(self, name: str, compute: Callable[[], T]) -> T:
         """What `compute` gives: computed the first time, read when the run goes on.
 
         Raises ValueError naming the file if what was kept is damaged.
@@ -49,7 +50,8 @@ class Stages:
             began = time.perf_counter()
             value = compute()
             write_checked(path, _KIND, {"value": value, "seconds": round(time.perf_counter() - began, 1)})
-        return _read(path)["value"]
+        kept: T = _read(path)["value"]
+        return kept
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage, in their order. Of a stage that was interrupted: of its last part."""

@@ -16,15 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import e3pruner
 from e3pruner.evaluation import latency
 from e3pruner.evaluation.generation import continue_prompt
-from e3pruner.mask_search.checks import check_drop
+from e3pruner.evaluation.target import check_drop, number_to_drop
+from e3pruner.mask_search.calibration import Calibration
+from e3pruner.mask_search.held_out import held_out_figures
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import find_layers
 from e3pruner.models.loading import BUILT_IN, Dtype, load_model, load_tokenizer, weights_dtype
-from e3pruner.models.stack import check_indices
+from e3pruner.models.stack import check_indices, check_unquantised
 from e3pruner.pipelines.options import PipelineOptions
 from e3pruner.pipelines.results import recovery_results, search_results
-from e3pruner.pipelines.settings import number_to_drop
 from e3pruner.pipelines.stages import Stages
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.compensation import Compensation
@@ -60,6 +61,7 @@ class Work(Stages):
         began, name, trust = time.perf_counter(), str(options.model), options.trust_remote_code
         tokenizer = load_tokenizer(name, trust_remote_code=trust)
         dense = load_model(name, options.device, Dtype.FLOAT32, trust_remote_code=trust)
+        check_unquantised("--model", dense, "to heal what is cut, name it dequantised; e3 prune cuts it as it is")
         layers = len(find_layers(dense))
         protected = check_indices("protect", options.protect, layers)
         drop = number_to_drop(dense, protected, drop=options.drop, fraction=options.fraction)
@@ -253,7 +255,8 @@ class Work(Stages):
             **self.options.distill_options(),
         )
         self.export(student, self.tokenizer, self.name(number, RECOVERED))
-        return recovery_results(result)["recovery"]
+        recovered: dict[str, Any] = recovery_results(result)["recovery"]
+        return recovered
 
     def measured(self, number: int, kind: str) -> dict[str, Any]:
         return self.stage(f"{number}-evaluate-{kind}", lambda: self.evaluate(self.load_checkpoint(number, kind)))
@@ -297,11 +300,11 @@ class Work(Stages):
         points = self.options.curve
         counts = sorted({math.ceil(self.drop * point / points) for point in range(1, points)} - {self.drop})
         precision = autocast_dtype("auto", self.dense.device)
-        with SearchProblem(
-            self.dense, self.held_out, units=units_of(self.dense, self.drop), dtype=precision
-        ) as problem:
+        text, units = Calibration(self.held_out, self.dense.device), units_of(self.dense, self.drop)
+        with SearchProblem(self.dense, text, units=units, dtype=precision) as problem:
             masks = {(m, n): problem.mask(mask["order"][:n]) for m, mask in found.items() for n in counts}
-            values = dict(zip(masks, problem.score(list(masks.values())), strict=True))
+            figures = held_out_figures(problem, list(masks.values()))
+        values = {point: each["kl"] for point, each in zip(masks, figures, strict=True)}
         return {
             method: [*([n, values[method, n]] for n in counts), [self.drop, models[method]["kl"]]] for method in found
         }

@@ -62,7 +62,7 @@ def check_training_fits(model: PreTrainedModel, batch: int, length: int) -> None
 def available(device: torch.device) -> int:
     """Free bytes on `device`."""
     if device.type == "cpu":
-        return psutil.virtual_memory().available
+        return int(psutil.virtual_memory().available)
     return torch.accelerator.get_memory_info(device)[0]
 
 

@@ -75,7 +75,7 @@ class TeacherCache:
     `tail`: what its loss makes of the probability that is not stored, as in `e3kernels.topk_kl`.
     """
 
-    any_text = False
+    head = None
 
     def __init__(
         self, folder: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, tail: Tail = "bucket"
@@ -143,15 +143,14 @@ class TeacherCache:
     def loss(
         self, hidden: Tensor, head: OutputHead, targets: tuple[Tensor, Tensor], labels: Tensor, **options: Any
     ) -> Any:
+        logprobs, ids = targets
         return e3k.linear_topk_kl(
-            hidden,
-            head.weight,
-            *targets,
-            labels,
-            student_bias=head.bias,
-            student_softcap=head.softcap,
-            student_scale=head.scale,
+            student_hidden=hidden,
+            teacher_logprobs=logprobs,
+            teacher_ids=ids,
+            labels=labels,
             tail=self.tail,
+            **head.arguments("student"),
             **options,
         )
 

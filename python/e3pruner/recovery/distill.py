@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.models import output_head
+from e3pruner.models.stack import check_unquantised
 from e3pruner.models.vocabulary import tokenizer_size
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.loop import DistillResult, Training
@@ -67,6 +68,7 @@ def distill(
     if resume and output is None:
         raise ValueError("resume=True needs output: the folder of the run to resume")
     check_tracker(track)
+    check_unquantised("pruned", pruned, "to train it, load it dequantised, in bfloat16 or float32")
     events = output if track_folder is None else track_folder
     if track == "tensorboard" and events is None:
         raise ValueError("track='tensorboard' needs track_folder or output: a folder for its event files")

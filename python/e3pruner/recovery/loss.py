@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
+from e3pruner.evaluation.figures import Figures
 from e3pruner.models import OutputHead, last_hidden, output_head
 from e3pruner.models.vocabulary import common_vocabulary
 from e3pruner.recovery.options import DistillOptions
-from e3pruner.recovery.teacher import LiveTeacher, Teacher
+from e3pruner.recovery.teacher import Teacher
 from e3pruner.text.batches import Batch, in_order
 from e3pruner.text.sequences import IGNORED, Rows
 
@@ -39,14 +40,14 @@ class DistillLoss:
             self.teacher.narrow(self.vocabulary)
 
     def targets(self, batch: Batch) -> Any:
-        with self._autocast(), named_range("teacher forward"):
+        with self.autocast(), named_range("teacher forward"):
             return self.teacher.targets(batch)
 
     def __call__(self, batch: Batch, targets: Any, reduction: str = "mean") -> tuple[Tensor, Any]:
         """(loss, per-token statistics), as `e3kernels.linear_entropy_kl` gives them for positions 0 … S − 2."""
-        with self._autocast():
+        with self.autocast():
             with named_range("student forward"):
-                hidden = last_hidden(self.student, batch.input_ids, batch.attention_mask, batch.position_ids)
+                hidden = self.student_hidden(batch)
             return self.of_hidden(hidden, output_head(self.student), batch, targets, reduction)
 
     def of_hidden(
@@ -57,7 +58,7 @@ class DistillLoss:
         if hasattr(head.weight, "device_mesh") and not torch.is_autocast_enabled(hidden.device.type):
             head = head.to(hidden.dtype)  # as FSDP does, whose mixed precision stores another dtype than it multiplies
         with named_range("loss"):
-            return self.teacher.loss(
+            result: tuple[Tensor, Any] = self.teacher.loss(
                 hidden[:, :-1],
                 head.narrowed(self.vocabulary),
                 targets,
@@ -71,32 +72,40 @@ class DistillLoss:
                 reduction=reduction,
                 return_stats=True,
             )
+        return result
 
-    def _autocast(self) -> torch.autocast:
+    def student_hidden(self, batch: Batch) -> Tensor:
+        """The student's last hidden states (B, S, H)."""
+        return last_hidden(self.student, batch.input_ids, batch.attention_mask, batch.position_ids)
+
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.student.device.type, self.dtype, enabled=self.dtype is not None)
 
 
 class HeldOut:
-    """Held-out text on which a student is watched; a live teacher runs over it once only."""
+    """Held-out text on which the student of `loss` is watched; a live teacher runs over it once only."""
 
     def __init__(self, loss: DistillLoss, data: Rows, batch_size: int) -> None:
-        self.has_kl = loss.teacher.any_text
-        # Cross-entropy needs no teacher. Where the real one cannot serve, the student stands in; no KL is reported.
-        itself = LiveTeacher(loss.student)
-        options = replace(loss.options, vocabulary=loss.vocabulary)
-        self.loss = loss if self.has_kl else replace(loss, teacher=itself, options=options)
+        self.loss = loss
         self.batches = [batch.to(loss.student.device) for batch in in_order(data, batch_size)]
-        self.targets = [self.loss.targets(batch) for batch in self.batches]
+        self.targets: list[Any] = [None if loss.teacher.head is None else loss.targets(batch) for batch in self.batches]
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """{"kl": mean divergence from the teacher in nats per token, "perplexity": exp of the mean cross-entropy}.
+        """What `e3pruner.evaluate` measures, under the loss's autocast, whatever the loss trains on: "perplexity", and
+        beside a live teacher "kl" in nats per token and "top1_agreement"."""
+        figures, loss = Figures(), self.loss
+        student = self._ready(output_head(loss.student))
+        teacher = None if loss.teacher.head is None else self._ready(loss.teacher.head)
+        with loss.autocast():
+            for batch, targets in zip(self.batches, self.targets, strict=True):
+                valid = batch.labels != IGNORED
+                hidden = loss.student_hidden(batch)[:, :-1][valid]
+                beside = None if teacher is None else (teacher, targets[valid])
+                figures.add(student, hidden, batch.labels[valid], beside)
+        return figures.means()
 
-        Without "kl" if the teacher has no predictions for this text.
-        """
-        stats = [self.loss(b, t, "sum")[1] for b, t in zip(self.batches, self.targets, strict=True)]
-        valid = torch.cat([batch.labels.flatten() for batch in self.batches]) != IGNORED
-        perplexity = float(torch.cat([s.cross_entropy.flatten() for s in stats])[valid].mean().exp())
-        if not self.has_kl:
-            return {"perplexity": perplexity}
-        return {"kl": float(torch.cat([s.kl.flatten() for s in stats])[valid].mean()), "perplexity": perplexity}
+    def _ready(self, head: OutputHead) -> OutputHead:
+        """`head` with the columns that count, cast once to what autocast would cast it to for every tile."""
+        narrow = head.narrowed(self.loss.vocabulary)
+        return narrow if self.loss.dtype is None else narrow.to(self.loss.dtype)

@@ -21,14 +21,16 @@ from e3pruner.text.sequences import Sequences
 
 
 class Teacher(Protocol):
-    """`vocabulary`: columns of its predictions. `tokenizer_size`: of its tokenizer, where it is known. `any_text`:
-    whether it has predictions for text other than the training data. `identity`: a hash by which a resume knows that it
-    is the same one.
+    """`vocabulary`: columns of its predictions. `tokenizer_size`: of its tokenizer, where it is known. `head`: the
+    output head whose hidden states its `targets` are; None if it has predictions for the training data alone.
+    `identity`: a hash by which a resume knows that it is the same one.
     """
 
     vocabulary: int
     tokenizer_size: int | None
-    any_text: bool
+
+    @property
+    def head(self) -> OutputHead | None: ...
 
     @property
     def identity(self) -> str: ...
@@ -65,7 +67,6 @@ class LiveTeacher:
     `dtype`: that of the autocast it will run under, if known; its output head is then cast once only.
     """
 
-    any_text = True
     tokenizer_size: int | None = None
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
@@ -92,17 +93,5 @@ class LiveTeacher:
             return last_hidden(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)[:, :-1]
 
     def loss(self, hidden: Tensor, head: OutputHead, targets: Tensor, labels: Tensor, **options: Any) -> Any:
-        return e3k.linear_entropy_kl(
-            hidden,
-            head.weight,
-            targets,
-            self.head.weight,
-            labels,
-            student_bias=head.bias,
-            teacher_bias=self.head.bias,
-            student_softcap=head.softcap,
-            teacher_softcap=self.head.softcap,
-            student_scale=head.scale,
-            teacher_scale=self.head.scale,
-            **options,
-        )
+        both = head.arguments("student") | self.head.arguments("teacher")
+        return e3k.linear_entropy_kl(student_hidden=hidden, teacher_hidden=targets, labels=labels, **both, **options)

@@ -130,7 +130,7 @@ def _norm(name: str, module: Any) -> _runtime.Norm:
 def _embedding_scale(body: Any) -> float:
     embedding = body.embed_tokens
     if hasattr(embedding, "embed_scale"):  # Gemma rounds the scale to the weights' dtype
-        return embedding.embed_scale.to(embedding.weight.dtype).item()
+        return float(embedding.embed_scale.to(embedding.weight.dtype))
     return getattr(body, "embedding_multiplier", 1.0)
 
 
@@ -145,8 +145,8 @@ def _max_positions(config: Any) -> int:
     """Positions that the model's rotary embedding serves with one set of frequencies."""
     rope = config.rope_parameters or {}
     if rope.get("rope_type") == "longrope":  # beyond it the frequencies change for all positions, cached ones included
-        return rope["original_max_position_embeddings"]
-    return config.max_position_embeddings
+        return int(rope["original_max_position_embeddings"])
+    return int(config.max_position_embeddings)
 
 
 def _rotaries(embedding: Any) -> dict[str | None, _runtime.Rotary]:

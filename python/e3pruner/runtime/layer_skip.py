@@ -98,7 +98,7 @@ class LayerSkipRuntime:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the matrices that one decoding step reads with the present `keep`, the output head included."""
-        return self._decoder.weight_bytes(self._plan)
+        return int(self._decoder.weight_bytes(self._plan))
 
     def new_cache(
         self, batch: int = 1, attention_mask: torch.Tensor | None = None, *, capacity: int = 0
@@ -114,7 +114,7 @@ class LayerSkipRuntime:
     def empty_cache(self, batch: int, attention_mask: torch.Tensor | None, capacity: int = 0) -> _runtime.Cache:
         """`new_cache` inside a request, which has looked at the model when it began."""
         starts = None if attention_mask is None else padding(attention_mask, batch)
-        cache = self._decoder.new_cache(self._plan, batch, capacity)
+        cache: _runtime.Cache = self._decoder.new_cache(self._plan, batch, capacity)
         if starts is not None:
             cache.set_starts(starts)
         return cache
@@ -126,7 +126,8 @@ class LayerSkipRuntime:
         ids outside the vocabulary, another batch size, or a context beyond the model's.
         """
         with named_range("runtime append"):
-            return self._decoder.append(cache, input_ids, logits_to_keep)
+            logits: torch.Tensor = self._decoder.append(cache, input_ids, logits_to_keep)
+            return logits
 
     def generate(
         self,
@@ -223,7 +224,7 @@ class LayerSkipRuntime:
                 self._running -= 1
 
     def _native_request(self, options: Options, seed: int) -> _runtime.Request:
-        return self._native.Request(
+        request: _runtime.Request = self._native.Request(
             max_new_tokens=options.max_new_tokens,
             min_new_tokens=options.min_new_tokens,
             eos=options.eos,
@@ -237,6 +238,7 @@ class LayerSkipRuntime:
             no_repeat_ngram_size=options.no_repeat_ngram_size,
             seed=seed,
         )
+        return request
 
     def _draft_plan(self, draft_keep: Keep) -> list[_runtime.KeptLayer]:
         draft = self.plan(draft_keep)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig
 
 from e3pruner.models.files.names import TensorNames
@@ -14,6 +15,7 @@ from e3pruner.models.files.on_demand import check_complete, empty_model, on_dema
 from e3pruner.models.files.shards import Shard, read_shards
 from e3pruner.models.stack import find_layers, stack_name
 from e3pruner.models.sublayers import KINDS, projection
+from e3pruner.surgery import quantisation
 from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
 from e3pruner.surgery.folder import bytes_bar, carry_over, result
 from e3pruner.surgery.in_memory import kept_layers, warn_of_sublayers
@@ -43,22 +45,56 @@ def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remot
     places = {old: new for new, old in enumerate(kept)} | _prediction_layers(names, shards, smaller)
     moved = _moved(names, shards, places)
     sublayers = getattr(plan, "sublayers", {kind: [] for kind in KINDS})
+    if any(sublayers.values()) and quantisation.is_quantised(config):
+        raise ValueError(f"sublayers={sublayers}: weights that are quantised are not set to 0; remove whole layers")
     zeros = {moved[name] for name in _projections(names, moved, sublayers)}
 
-    smaller.save_pretrained(out)
+    rules = quantisation.rules_of(names, (name for shard in shards for name in shard.tensors), places)
+    quantisation.renumber(smaller, rules)
+    quantisation.save_config(smaller, out)
     carry_over(folder, out, {shard.file.name for shard in shards})
-    cut = [Shard(s.file, {moved[n]: t for n, t in s.tensors.items() if n in moved}, s.metadata) for s in shards]
+    quantisation.renumber_files(out, rules)
+    cut = [
+        Shard(
+            shard.file,
+            {moved[name]: tensor for name, tensor in shard.tensors.items() if name in moved},
+            quantisation.renumbered_metadata(shard.metadata, rules),
+        )
+        for shard in shards
+    ]
     size = sum(tensor.size for shard in cut for tensor in shard.tensors.values())
     with bytes_bar("cut", size) as advance:
         digests = write_shards(out, cut, zeros=zeros.__contains__, advance=advance)
-    with ExitStack() as stack:
-        dense, pruned = (stack.enter_context(on_demand(f, trust_remote_code)) for f in (folder, out))
-        assert_parity(dense, pruned, kept, sublayers, steps=2)
+    proof = _prove(folder, out, kept, sublayers, trust_remote_code)
     warn_of_sublayers(sublayers)
     if not isinstance(plan, PruningPlan):
         removed = sorted(set(range(names.num_layers)) - set(kept))
         plan = PruningPlan(kept, removed, model_type=config.model_type)
-    plan.save(out / PLAN_FILE, {"sha256": digests})
+    plan.save(out / PLAN_FILE, {"proof": proof, "sha256": digests})
+
+
+def _prove(
+    folder: Path, out: Path, kept: Sequence[int], sublayers: Mapping[str, Sequence[int]], trust_remote_code: bool
+) -> str:
+    """By what it is proven that `out` is the model in `folder` without the removed layers: "logits", or "bytes" where
+    the model in `folder` cannot be run here for its quantisation, which a warning says."""
+    with ExitStack() as stack:
+        try:
+            dense = stack.enter_context(on_demand(folder, trust_remote_code))
+            if quantisation.is_quantised(dense.config):
+                dense(input_ids=torch.arange(4, device=dense.device)[None], use_cache=False)
+        except Exception as error:
+            if not quantisation.is_quantised(read_config(folder, trust_remote_code)):
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0]}"
+            warnings.warn(
+                f"model {folder} cannot be run here ({reason}): the settings, names and bytes of its layers are "
+                "proven, its logits are not",
+                stacklevel=5,
+            )
+            return "bytes"
+        assert_parity(dense, stack.enter_context(on_demand(out, trust_remote_code)), kept, sublayers, steps=2)
+    return "logits"
 
 
 def _prediction_layers(names: TensorNames, shards: Sequence[Shard], smaller: PreTrainedConfig) -> dict[int, int]:

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from e3pruner.models.stack import check_indices, find_layers, stack_name
+from e3pruner.models.stack import check_indices, check_unquantised, find_layers, stack_name
 from e3pruner.models.sublayers import KINDS, projection
 from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
 from e3pruner.surgery.parity import assert_parity
@@ -23,6 +23,7 @@ from e3pruner.surgery.plan import PruningPlan
 def prune_model(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, copy_weights: bool) -> PreTrainedModel:
     """A vanilla model of the same class with only the layers that `plan` keeps; see `e3pruner.prune`."""
     stack = stack_name(model)
+    check_unquantised("model", model, "it is cut as files: prune(folder, plan, out=...) keeps its bytes")
     kept = kept_layers(model, plan)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) != 1 or devices == ["meta"]:

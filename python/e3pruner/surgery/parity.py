@@ -104,7 +104,7 @@ def _decode(model: PreTrainedModel, ids: Tensor, steps: int) -> Tensor:
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖a − e‖ / ‖e‖ of logits centred over the vocabulary: a shift common to all of them means nothing."""
     actual, expected = (logits.double() - logits.double().mean(-1, keepdim=True) for logits in (actual, expected))
-    return ((actual - expected).norm() / expected.norm()).item()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def _tolerance(dtype: torch.dtype) -> float:

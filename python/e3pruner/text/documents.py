@@ -54,13 +54,13 @@ def _line_records(path: Path) -> Iterator[Any]:
                     raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
 
 
-def _folder_records(path: Path) -> Iterable[Any]:
+def _folder_records(path: Path) -> Iterator[Any]:
     from datasets import Dataset, load_from_disk  # optional
 
     found = load_from_disk(str(path))
     if not isinstance(found, Dataset):
         raise ValueError(f"{path} holds the splits {list(found)}; name the folder of one of them")
-    return found
+    yield from found
 
 
 def _document(record: Any, tokenizer: PreTrainedTokenizerBase) -> Marked:

@@ -11,11 +11,11 @@ import e3pruner
 from e3pruner.cli import options
 from e3pruner.cli.command import stderr
 from e3pruner.cli.config import result_folder
-from e3pruner.mask_search.checks import check_positive
 from e3pruner.models import output_head
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.recovery.cache import cache_bytes
 from e3pruner.text.splits import token_splits
+from e3pruner.vocabulary import check_positive
 
 
 def cache_teacher(

@@ -23,7 +23,7 @@ PROMPTS = [
     "Explain in two sentences what a hash table is.",
     "Write the first sentence of a story about a lighthouse.",
 ]
-FULL: dict[str, Any] = {"search": {"steps": 16}, "curve": 4}
+FULL: dict[str, Any] = {"search": {"steps": 16}, "curve": 4, "sequences": 16, "held_out": 16}
 QUICK: dict[str, Any] = {"search": {"steps": 4}, "steps": 6, "sequences": 4, "held_out": 4, "new_tokens": 16}
 
 
@@ -36,9 +36,13 @@ def demo(
     model: options.Model = BUILT_IN,
     text: options.Text = None,
     length: options.Length = 256,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Calibration sequences: 16, with --quick 4.")] = None,
+    held_out: Annotated[int | None, typer.Option(min=1, help="Held-out sequences: 16, with --quick 4.")] = None,
+    batch: options.Batch = 4,
     out: options.Out = Path("demo-out"),
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    dtype: options.SavedDtype = options.Dtype.AUTO,
     trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
     config: options.Config = None,
@@ -54,6 +58,7 @@ def demo(
 
     `e3 demo --drop 12 --out deep`
     """
+    sizes = {"sequences": sequences, "held_out": held_out}
     pipeline = Pipeline(
         model=model,
         out=out,
@@ -66,12 +71,14 @@ def demo(
         unseen=UNSEEN,
         written=text is None and not quick,
         length=length,
+        batch=batch,
         speed=True,
         prompts=PROMPTS,
         seed=seed,
         device=device,
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
-        **(QUICK if quick else FULL),
+        **(QUICK if quick else FULL) | {name: size for name, size in sizes.items() if size is not None},
     )
     about = {"summary": SUMMARY, "command": command_line()}
     results = pipeline.run(force=force, settings=resolved(ctx), command="e3 demo --config", about=about)

@@ -11,6 +11,7 @@ from e3pruner.cli import options
 from e3pruner.cli.command import Command, command_line
 from e3pruner.cli.config import result_folder
 from e3pruner.cli.tables import console, rich_table
+from e3pruner.evaluation.target import check_target
 from e3pruner.models.device import usable_device
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.profiling.ceilings import probes
@@ -106,7 +107,9 @@ def step(
     ctx: typer.Context,
     model: Subject,
     out: options.Out,
-    drop: Annotated[int, typer.Option(min=1, help="Layers that the search removes and the student lacks.")] = 8,
+    drop: options.Drop = None,
+    fraction: options.Fraction = None,
+    protect: options.Protect = None,
     text: options.Text = None,
     length: options.Length = 256,
     batch: options.Batch = 4,
@@ -123,6 +126,7 @@ def step(
 
     Example: `e3 profile step smollm2 --drop 8 --out profiled`
     """
+    check_target(drop=drop, fraction=fraction)
     with result_folder(ctx, out, force) as folder:
         splits = token_splits(
             load_tokenizer(model, trust_remote_code=trust_remote_code), text, length=length, seed=seed
@@ -134,7 +138,16 @@ def step(
         network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
         with watched() as conditions:
             profile = profile_steps(
-                network, sequences, drop=drop, batch=batch, rounds=rounds, limit=limit, seed=seed, folder=folder
+                network,
+                sequences,
+                drop=drop,
+                fraction=fraction,
+                protect=protect or (),
+                batch=batch,
+                rounds=rounds,
+                limit=limit,
+                seed=seed,
+                folder=folder,
             )
         title = f"{model}: one search step and one recovery step, {batch} × {length} tokens"
         page = step_page(profile, title)

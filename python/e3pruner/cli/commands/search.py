@@ -11,15 +11,16 @@ import e3pruner
 from e3pruner.cli import options
 from e3pruner.cli.command import command_line
 from e3pruner.cli.config import parse_options, resolved, result_folder
+from e3pruner.evaluation.target import check_target, number_to_drop
 from e3pruner.mask_search import METHODS
-from e3pruner.mask_search.checks import check_choice
 from e3pruner.mask_search.units import GRANULARITIES
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.pipelines.results import run_results, search_results
-from e3pruner.pipelines.settings import check_search, check_target, number_to_drop
+from e3pruner.pipelines.settings import check_search
 from e3pruner.report import save_results
 from e3pruner.surgery.plan import PLAN_FILE
 from e3pruner.text.splits import batches, take, token_splits
+from e3pruner.vocabulary import check_choice
 
 CHECKPOINT = "search.checkpoint.json"
 
@@ -76,10 +77,11 @@ def search(
         calibration = batches(take(splits.calibration, sequences, "--sequences"), batch)
         network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
         checkpoint = folder / CHECKPOINT
+        sublayers = granularity == "sublayer"
         plan = e3pruner.search(
             network,
             calibration,
-            number_to_drop(network, protected, kinds, **targets),
+            number_to_drop(network, protected, quota=kinds, sublayers=sublayers, **targets),
             method,
             seed,
             protected,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import run_starts
+from e3pruner.mask_search.protocol import run_starts, state_distances
 
 
 @search_method("angular")
@@ -19,7 +19,7 @@ def angular(problem: SearchProblem) -> Search:
     """
     starts = run_starts(problem)
     problem.expect(len(problem.batches))
-    distance = problem.state_distance(problem.drop, angle)
+    distance = state_distances(problem, problem.drop, angle)
     best = min(starts, key=lambda start: distance[start])
     removed = list(range(best, best + problem.drop))
     yield {"scores": distance, "removed": removed}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from e3pruner.mask_search.checks import check_integer, check_positive
 from e3pruner.mask_search.gradient import gate_gradient
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.protocol import run_starts
+from e3pruner.vocabulary import check_integer, check_positive
 
 _TEMPERATURES = 2.0, 0.25  # in layers: how soft the valley's edges are at first and at last
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 import e3kernels as e3k
-from e3pruner.mask_search.checks import check_integer
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.protocol import removed_share, removed_units, scores_of
+from e3pruner.vocabulary import check_integer
 
 _MOST_SWITCHES = 3
 _LAST_BATCHES = 4  # that the survivors and their parent are compared on
@@ -59,4 +59,5 @@ def _switched(problem: SearchProblem, parents: Tensor, step: int) -> Tensor:
             logits = torch.where(parents == kind, 0.0, -1e6)
             chosen = e3k.gumbel_topk(logits, switches, seed=problem.seed, step=3 * step + offset).mask[row]
             children[row] = torch.where(chosen == 1, 1 - kind, children[row])
-    return children.unique(dim=0)
+    distinct: Tensor = children.unique(dim=0)
+    return distinct

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 
 from e3kernels.profiling import named_range
-from e3pruner.mask_search.checks import check_choice, check_integer, check_positive
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.methods.bi import cosine_distance
 from e3pruner.mask_search.problem import SearchProblem
@@ -22,9 +21,11 @@ from e3pruner.mask_search.protocol import (
     removed_share,
     removed_units,
     sampled,
+    state_distances,
 )
 from e3pruner.mask_search.quadratic import GUESSED_SPREAD, MEASURED_SPREAD
 from e3pruner.mask_search.study import Study
+from e3pruner.vocabulary import check_choice, check_integer, check_positive
 
 _START_TOKENS = 1024  # calibration tokens of the importance start, which is corrected by all that follows
 _LAST_NOISE = 0.4  # of the first
@@ -95,16 +96,17 @@ def gumbel_topk(
         }
     candidates = torch.cat([first, best[None], study.best_known(finalists)])
     yield (last := study.race(candidates.unique(dim=0)))
-    return last["removed"]
+    return list(last["removed"])
 
 
 def _starts(problem: SearchProblem, start: str, batches: range) -> list[list[float]]:
     """One value per unit for each mask to start from; those of the prior come first."""
     if start == "kl":
-        influence = [problem.state_distance(1, cosine_distance)] if problem.units.units_per_layer == 1 else []
+        # First: its dense passes are the teacher's too.
+        influence = [state_distances(problem, 1, cosine_distance)] if problem.units.units_per_layer == 1 else []
         return [leave_one_out_scores(problem, batches), *influence]
     if start == "bi":
-        return [problem.state_distance(1, cosine_distance)]
+        return [state_distances(problem, 1, cosine_distance)]
     if start == "uniform":
         return [[1.0] * problem.units.count]
     generator = torch.Generator().manual_seed(problem.seed)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 import e3kernels as e3k
-from e3pruner.mask_search.checks import check_integer, check_positive
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.protocol import leave_one_out_scores, log_z_scores, lowest, removed_share, scores_of
+from e3pruner.vocabulary import check_integer, check_positive
 
 _BASELINE_DECAY = 0.8
 

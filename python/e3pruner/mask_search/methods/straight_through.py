@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 import e3kernels as e3k
-from e3pruner.mask_search.checks import check_choice, check_integer, check_positive
 from e3pruner.mask_search.gradient import gate_gradient
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.protocol import leave_one_out_scores, log_z_scores, lowest, removed_units
+from e3pruner.vocabulary import check_choice, check_integer, check_positive
 
 OPTIMIZERS = ("adam", "sgd")
 CURRICULA = ("cubic", "linear", "none")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.protocol import lowest
+from e3pruner.models.stack import check_unquantised
 
 
 @search_method("taylor", quotas=True)
@@ -28,13 +29,14 @@ def taylor(problem: SearchProblem) -> Search:
 
     # The dense pass is paid for as such: what comes on top are the head, and a backward pass that reaches the weights.
     table = [problem.measure(f"taylor {b}", b, saliency, over="predicted", layer_passes=2, heads=2) for b in numbers]
-    importance = problem.mean(table, numbers, "predicted")
+    importance = problem.calibration.mean(table, numbers, "predicted")
     removed = lowest(problem, importance)
     yield {"importance": importance, "removed": removed}
     return removed
 
 
 def _saliency(problem: SearchProblem, batch: int) -> list[float]:
+    check_unquantised("model", problem.forward.model, "method='taylor' needs the gradients of its weights")
     rows = problem.rows(batch)
     weights = [list(layer.parameters()) for layer in problem.forward.layers]
     flat = [weight for own in weights for weight in own]

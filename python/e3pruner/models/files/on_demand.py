@@ -23,7 +23,10 @@ from e3pruner.models.stack import find_layers
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a checkpoint folder; code that it brings runs only if that is trusted."""
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    return config
 
 
 def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -38,8 +41,11 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
     try:
         with init_empty_weights(include_buffers=False):
             if own and issubclass(own[0], PreTrainedModel) and not getattr(config, "auto_map", None):
-                return own[0]._from_config(config, **options).eval()
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options).eval()
+                model: PreTrainedModel = own[0]._from_config(config, **options)
+            else:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
+            model.eval()
+            return model
     except Exception as error:
         raise ValueError(f"model {config.name_or_path} cannot be loaded: {type(error).__name__}: {error}") from error
 
@@ -77,8 +83,8 @@ def on_demand(folder: Path, trust_remote_code: bool = False) -> Iterator[PreTrai
     Raises what transformers raises where it cannot read quantised weights here (see `quantizer_of`); ValueError for a
     checkpoint that lacks tensors, by name.
     """
-    config = read_config(folder, trust_remote_code)
-    quantizer, shards = quantizer_of(config), read_shards(folder)
+    config, shards = read_config(folder, trust_remote_code), read_shards(folder)
+    quantizer = quantizer_of(config)
     model = empty_model(config, trust_remote_code)
     dtype = model.dtype
     if quantizer is not None:

@@ -34,7 +34,8 @@ class Stored:
 
     @property
     def itemsize(self) -> float:
-        return self.size / max(1, math.prod(self.entry["shape"]))
+        shape: list[int] = self.entry["shape"]
+        return self.size / max(1, math.prod(shape))
 
 
 @dataclass(frozen=True)

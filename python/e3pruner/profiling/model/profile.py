@@ -105,7 +105,8 @@ class DecoderProfile:
     def predicted(self, engine: str, phase: str, removed: Sequence[int]) -> float:
         """Seconds without the layers `removed`: the whole less theirs."""
         of_layer = self.layer_seconds(engine, phase)
-        return getattr(self.whole[engine], phase) - sum(of_layer[layer] for layer in removed)
+        whole: float = getattr(self.whole[engine], phase)
+        return whole - sum(of_layer[layer] for layer in removed)
 
     def layers_for(self, engine: str, phase: str, speedup: float) -> int | None:
         """How many layers of mean cost must go to be `speedup` times as fast; None where removing all is too little."""

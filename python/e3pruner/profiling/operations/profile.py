@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import e3kernels as e3k
-from e3kernels import backends
+from e3kernels import backends, textbook
 from e3kernels.contract import BACKENDS
 from e3kernels.profiling import named_range
-from e3pruner.profiling import textbook
 from e3pruner.profiling.ceilings import (
     Ceilings,
     Key,
@@ -271,7 +270,8 @@ def _errors(tensors: _Prepared, provider: str) -> tuple[float, float]:
 
     def truth(leaf: Tensor) -> Tensor:
         with e3k.use_backend("reference"):
-            return tensors.exact.ours(leaf)
+            value: Tensor = tensors.exact.ours(leaf)
+            return value
 
     few = tensors.few
     return errors_of(few.eager if provider == EAGER else few.ours, truth, few.leaf)
@@ -368,7 +368,7 @@ def _gated_residual(
     return Case(
         branch,
         lambda f: (e3k.gated_residual(hidden, f, gate) * incoming).sum(),
-        lambda f: ((hidden + gate.to(f.dtype) * (f - hidden)) * incoming).sum(),
+        lambda f: (textbook.gated_residual(hidden, f, gate) * incoming).sum(),
         6 * branch.nbytes,
         "B",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,24 +13,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import e3kernels
+from e3kernels import textbook
 from e3kernels.ops.common.loss_call import TokenStats
 from e3kernels.profiling import MemoryTimeline, Profile, Range, RangeRecorder, Timeline, named_range
+from e3pruner.evaluation.figures import divergences
+from e3pruner.evaluation.target import check_drop, number_to_drop
 from e3pruner.mask_search import METHODS
-from e3pruner.mask_search.account import Account
-from e3pruner.mask_search.checks import check_drop
+from e3pruner.mask_search.calibration import Calibration
+from e3pruner.mask_search.measurements import Measurements
 from e3pruner.mask_search.method import Search
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import OutputHead, find_layers
+from e3pruner.models.stack import check_indices
 from e3pruner.precision import autocast_dtype
-from e3pruner.profiling import textbook
 from e3pruner.profiling.ceilings import synchronizer
 from e3pruner.profiling.fit import check_training_fits
-from e3pruner.profiling.model.profile import without_middle
+from e3pruner.profiling.model.profile import middle
 from e3pruner.profiling.process_memory import peak_above_inputs
 from e3pruner.recovery import DistillOptions, LiveTeacher, Teacher, distill
 from e3pruner.recovery.teacher import narrowed
@@ -77,7 +79,9 @@ def profile_steps(
     model: PreTrainedModel,
     sequences: Tensor,
     *,
-    drop: int = 8,
+    drop: int | None = None,
+    fraction: float | None = None,
+    protect: Sequence[int] = (),
     batch: int = 4,
     rounds: int = 3,
     limit: float = 0.0,
@@ -88,18 +92,25 @@ def profile_steps(
     `rounds` rounds after one that does not count, and as many more as it takes until both are known to 2 %, `limit`
     seconds have passed for each kind of step, or the sequences are used up.
 
-    The search draws and measures masks without `drop` layers; the recovery trains a student that lacks the middle ones.
+    The search draws and measures masks without `drop` layers (8 unless told), or a `fraction` of all, and none of
+    `protect`; the recovery trains a student that lacks the middle ones of those that may go.
     Chrome traces of one step each are kept in `folder`/search and `folder`/recovery, if given.
 
     Raises ValueError for a `drop` that the model cannot lose, too few sequences, and a batch that does not fit in
     memory, from an estimate.
     """
-    check_drop(drop, len(find_layers(model)))
+    layers = len(find_layers(model))
+    protected = check_indices("protect", protect, layers)
+    count = number_to_drop(model, protected, drop=drop, fraction=fraction)
+    check_drop(count, layers, len(protected))
     if len(sequences) < batch * (rounds + 3):
         raise ValueError(f"sequences has {len(sequences)}; {rounds + 3} steps of batch={batch} need more")
     check_training_fits(model, batch, sequences.shape[1])
-    refusal = _recovery_refusal(model, drop)
-    run = _Run(model, sequences, drop, batch, rounds, limit, seed, folder)
+    free = [layer for layer in range(layers) if layer not in protected]
+    gone = [free[place] for place in middle(len(free), count)]
+    kept = [layer for layer in range(layers) if layer not in gone]
+    refusal = _recovery_refusal(model, kept)
+    run = _Run(model, sequences, kept, protected, batch, rounds, limit, seed, folder)
     searched = _search(run)
     recovered = _recovery(run) if refusal is None else []
     return StepProfiles([profile for pair in zip_longest(searched, recovered) for profile in pair if profile], refusal)
@@ -110,7 +121,8 @@ class _Run(NamedTuple):
 
     model: PreTrainedModel
     sequences: Tensor
-    drop: int
+    kept: list[int]  # by the student
+    protected: list[int]
     batch: int
     rounds: int
     limit: float
@@ -161,7 +173,7 @@ def _search(run: _Run) -> list[StepProfile]:
                 next(started[losses][1])
 
         for problem, _ in started.values():
-            problem.account = Account()  # the teacher's passes belong to the steps, which make them
+            problem.account.clear()  # the teacher's passes belong to the steps, which make them
         rounds = _measured(run, {losses: partial(step, losses) for losses in LOSSES})
         tokens = {losses: round(started[losses][0].account.cost / (len(rounds[losses]) + 1)) for losses in LOSSES}
         weights = sum(p.nbytes for p in model.parameters())
@@ -181,30 +193,35 @@ def _started(run: _Run, losses: str, measured: dict[str, list[float]]) -> Iterat
     """A search that has its importance start behind it. What that measured is taken from `measured`, or put there; then
     no batch has met the teacher, and every step is one on new text.
     """
-    kind = SearchProblem if losses == "fused" else _EagerProblem
-    batches = list(run.sequences[: run.batch * (run.most + 3)].split(run.batch))
-    dtype = autocast_dtype("auto", run.model.device)
+    text = Calibration(run.sequences[: run.batch * (run.most + 3)].split(run.batch), run.model.device)
 
     def search() -> tuple[SearchProblem, Search]:
-        problem = kind(run.model, batches, units=units_of(run.model, run.drop), seed=run.seed, dtype=dtype)
-        problem.measured = dict(measured)
+        problem = SearchProblem(
+            run.model,
+            text,
+            units=units_of(run.model, len(find_layers(run.model)) - len(run.kept), run.protected),
+            seed=run.seed,
+            dtype=autocast_dtype("auto", run.model.device),
+            measurements=Measurements(dict(measured)),
+            divergences=divergences if losses == "fused" else _eager_divergences,
+        )
         return problem, METHODS["gumbel-topk"](problem, steps=run.most + 3)
 
     if not measured:
         problem, running = search()
         with problem:
             next(running)
-        measured.update(problem.measured)
+        measured.update(problem.measurements.measured)
     problem, running = search()
     with problem:
         next(running)
         yield problem, running
 
 
-def _recovery_refusal(model: PreTrainedModel, drop: int) -> str | None:
+def _recovery_refusal(model: PreTrainedModel, kept: list[int]) -> str | None:
     """Why there is no student to recover: models whose layers follow from their index cannot lose those."""
     try:
-        prune(model, without_middle(len(find_layers(model)), drop), copy_weights=False)
+        prune(model, kept, copy_weights=False)
     except ValueError as error:
         return str(error)
     return None
@@ -212,8 +229,7 @@ def _recovery_refusal(model: PreTrainedModel, drop: int) -> str | None:
 
 def _recovery(run: _Run) -> list[StepProfile]:
     model, found = run.model, []
-    kept = without_middle(len(find_layers(model)), run.drop)
-    students = {losses: prune(model, kept).float() for losses in LOSSES}
+    students = {losses: prune(model, run.kept).float() for losses in LOSSES}
 
     def train(losses: str) -> None:
         """Two steps, of which the second is that of a run under way."""
@@ -252,23 +268,20 @@ def _typical(rounds: list[_Step]) -> tuple[float, dict[str, float], Estimate]:
     return estimate.value, phases, estimate
 
 
-class _EagerProblem(SearchProblem):
-    """The search with its divergence from whole logits, as plain PyTorch computes it."""
-
-    def _divergences(self, students: list[Tensor], batch: int) -> list[float]:
-        log_p = F.log_softmax(self.head.logits(self.teacher_of(batch)).float(), -1)
-        logits = (F.log_softmax(self.head.logits(student.flatten(0, 1)).float(), -1) for student in students)
-        return [float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) for log_q in logits]
+def _eager_divergences(head: OutputHead, teacher: Tensor, students: Sequence[Tensor]) -> list[float]:
+    """From whole logits, as plain PyTorch computes it."""
+    target = head.logits(teacher).float()
+    return [float(textbook.entropy_kl(head.logits(s).float(), target, weighting="none")) for s in students]
 
 
 class _EagerTeacher(LiveTeacher):
     """A teacher whose loss materialises both models' logits."""
 
     def loss(self, hidden: Tensor, head: OutputHead, targets: Tensor, labels: Tensor, **options: Any) -> Any:
-        logits = head.logits(hidden), self.head.logits(targets)
-        loss, weight = textbook.distillation(*logits, labels, options["kd_ratio"])
+        student, teacher = head.logits(hidden).flatten(0, 1), self.head.logits(targets).flatten(0, 1)
+        loss, weight = textbook.entropy_kl_tokens(student, teacher, labels.flatten(), kd_ratio=options["kd_ratio"])
         nothing = torch.zeros_like(weight)
-        return loss, TokenStats(nothing, nothing, nothing, weight.detach())
+        return loss.sum(), TokenStats(nothing, nothing, nothing, weight)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The file that an interrupted search goes on from: everything it has measured."""
+"""What a search has measured: in memory, or in the file that an interrupted search goes on from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from e3pruner.storage import read_checked, write_checked
 
 _KIND = "e3pruner.search.checkpoint 2"
@@ -15,10 +17,26 @@ _FORM = {"identity": {str: object}, "measured": {str: [float]}, "seconds": {str:
 _SECONDS = 5.0
 
 
-class Checkpoint:
-    """Measurements of one search at `path`, as JSON; `identity` is what must agree for them to be of use again.
+class Measurements:
+    """`measured`: means over the tokens of a batch, by key; `seconds`: how long each took, and each dense pass.
 
-    `measured` and `seconds` are those of `SearchProblem`.
+    `teacher`: the dense model's last hidden state (N, H) of the batches that have been seen, by number. Problems on the
+    same calibration text and model may share one of these.
+    """
+
+    def __init__(self, measured: dict[str, list[float]] | None = None, seconds: dict[str, float] | None = None) -> None:
+        self.measured = measured or {}
+        self.seconds = seconds or {}
+        self.teacher: dict[int, Tensor] = {}
+
+    def add(self, found: dict[str, list[float]], seconds: dict[str, float]) -> None:
+        """Keep what was found."""
+        self.measured |= found
+        self.seconds |= seconds
+
+
+class Checkpoint(Measurements):
+    """Measurements in a JSON file at `path`; `identity` is what must agree for them to be of use again.
 
     Loads what is there. Raises `ValueError` naming the file if it is damaged or of another search, and
     `FileNotFoundError` if its folder does not exist.
@@ -30,21 +48,19 @@ class Checkpoint:
         self._saved_at = time.monotonic()
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"checkpoint={os.fspath(path)!r}: its folder does not exist")
-        self.measured: dict[str, list[float]] = {}
-        self.seconds: dict[str, float] = {}
-        if self.path.exists():
-            self.measured, self.seconds = self._load()
+        super().__init__(*(self._load() if self.path.exists() else ()))
+
+    def add(self, found: dict[str, list[float]], seconds: dict[str, float]) -> None:
+        """Keep what was found, in the file too unless it was written a few seconds ago."""
+        super().add(found, seconds)
+        if time.monotonic() - self._saved_at > _SECONDS:
+            self.save()
 
     def save(self) -> None:
         """Replace the file by one that holds what is measured now, whole or not at all."""
         content = {"identity": self.identity, "measured": self.measured, "seconds": self.seconds}
         write_checked(self.path, _KIND, content)
         self._saved_at = time.monotonic()
-
-    def save_if_due(self) -> None:
-        """`save`, but not more often than every few seconds."""
-        if time.monotonic() - self._saved_at > _SECONDS:
-            self.save()
 
     def _load(self) -> tuple[dict[str, list[float]], dict[str, float]]:
         try:
