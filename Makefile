@@ -4,6 +4,7 @@
 #   make bench [ARGS="--compare OLD.jsonl --fail-if-slower 5%"]
 #                                every kernel against its peers and its physical floor, and its errors
 #   make fuzz                    the C++ kernels under the sanitizers
+#   make docs                    the documentation as a site
 #   make gpu                     the Triton kernels on the GPU of this machine
 #   make gpu-tune [OUT=FOLDER]   the fastest launch tiles of the GPU of this machine
 PYTHON ?= python3
@@ -16,7 +17,7 @@ TABLES := csrc/kernels/ops_table.cpp csrc/decode/runtime_table.cpp
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench gpu gpu-tune clean
+.PHONY: demo test lint bench docs gpu gpu-tune clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -49,6 +50,12 @@ bench: $(VENV)/bench
 	$(BIN)/e3 bench --out bench/results/kernels.jsonl $(ARGS)
 
 include csrc/fuzz.mk
+
+# The documentation as a site -> site/; warnings are errors. It needs neither torch nor the package: a small environment.
+docs:
+	test -x $(VENV)-docs/bin/mkdocs || ($(PYTHON) -m venv $(VENV)-docs && \
+	  $(VENV)-docs/bin/pip install -q 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1.0')
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -48,13 +48,13 @@ def test_parts_by_leaving_out_are_known_on_a_calm_machine():
     profile = with_runtime(lambda number: [0.01, 0.0, 0.02, 0.01, 0.0])
     assert profile.knows_layers("runtime", "decode")
     assert profile.runtime["decode", "attention"] == pytest.approx(4.0)
-    assert profile.runtime["decode", "rest"] == pytest.approx(1.0)
+    assert profile.runtime["decode", "rest"] == pytest.approx(1.0, abs=0.05)
     assert profile.layers_for("runtime", "decode", 1.3) == 2  # of 1.5 seconds each, 2.3 less
 
 
 def test_parts_that_drown_in_the_scatter_are_no_numbers(tmp_path):
     """It used to print a rest of −110.7 % and 29 layers for 1.3 times the speed."""
-    profile = with_runtime(lambda number: [9.0 * ((number + turn) % 3) for turn in range(5)])
+    profile = with_runtime(lambda number: [9.0 * (number * (turn + 2) % 4) for turn in range(5)])
     assert not profile.knows_layers("runtime", "decode")
     page = decoder_page(to_be_shown(profile), "busy", "float32", 1.3)
     assert any("drowns in the scatter" in doubt for doubt in page.doubts)
