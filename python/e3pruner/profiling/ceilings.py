@@ -88,8 +88,8 @@ def products(device: torch.device, dtype: torch.dtype) -> dict[Key, Probe]:
     work, logits = 2 * tokens * width * vocabulary, torch.empty(tokens, vocabulary, device=device, dtype=dtype)
     found[limit, "head"] = Probe(work, Timed(lambda: torch.mm(hidden, head.T, out=logits), synchronize))
     if device.type == "cpu" and (name := native_isa()) is not None:
-        ours, wide = native_products(name), torch.empty(tokens, vocabulary)
-        found[limit, "head, ours"] = Probe(work, Timed(lambda: ours.logits(hidden, head, None, wide), synchronize))
+        ours = native_products(name)
+        found[limit, "head, ours"] = Probe(work, Timed(lambda: ours.logits(hidden, head, None, logits), synchronize))
     return found
 
 
