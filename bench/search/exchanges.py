@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from e3pruner.models import find_layers
-from e3pruner.pipelines.comparison import CELLS_FILE, Comparison, Measurements, read_rows
+from e3pruner.pipelines.comparison import CELLS_FILE, Comparison, KnownText, read_rows
 from e3pruner.report import describe_environment
 from e3pruner.storage import write_json
 
@@ -36,21 +36,20 @@ Removed = frozenset[int]
 class Texts:
     """KL of masks on batches of several texts; what it has measured the comparison's folder keeps."""
 
-    def __init__(self, comparison: Comparison, drop: int, stores: list[Measurements]) -> None:
-        self.stores = stores
-        units = comparison.units[drop]
-        self.problems = [each.problem(comparison.model, comparison.dtype, units=units) for each in self.stores]
+    def __init__(self, comparison: Comparison, drop: int, texts: list[KnownText]) -> None:
+        self.texts = texts
+        self.problems = [comparison.problem(text, drop) for text in texts]
 
     def kl(self, masks: list[Removed], batches: slice) -> list[float]:
         """The mean over texts, each over its batches in `batches`."""
         table = []
-        for store, problem in zip(self.stores, self.problems, strict=True):
+        for text, problem in zip(self.texts, self.problems, strict=True):
             numbers = range(len(problem.batches))[batches]
             try:
                 with problem:
                     table.append(problem.score([problem.mask(sorted(removed)) for removed in masks], numbers))
             finally:
-                store.store.save()
+                text.store.save()
         return [sum(column) / len(table) for column in zip(*table, strict=True)]
 
 
@@ -95,7 +94,7 @@ def main(arguments: list[str]) -> None:
         parser.error(f"{given.compared} has no cell of {given.method} with {given.drop} layers removed")
     comparison = Comparison.from_yaml(given.matrix, given.compared)
     held_out = Texts(comparison, given.drop, list(comparison.held_out.values()))
-    calibration = Texts(comparison, given.drop, [comparison.measurements(comparison.text.calibration)])
+    calibration = Texts(comparison, given.drop, [comparison.known(comparison.text.calibration)])
     layers = len(find_layers(comparison.model))
     masks = sorted({tuple(sorted(row["removed"])) for row in rows})
     tried = track(masks, "exchanges", console=Console(stderr=True))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from e3kernels.triton import entropy_kl, gated_residual, gumbel_topk, linear_entropy_kl, linear_topk_kl, topk_kl
+from e3kernels.triton.statistics import PAIR_FIELDS, STUDENT_FIELDS
 
 ROWS, VOCABULARY, WIDTH, STORED = 4096, 128256, 1024, 10
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -16,9 +17,11 @@ def _scalars(softcap: float = 0.0) -> torch.Tensor:
     return torch.tensor([2.0, 1.0, 0.9, 0.5, softcap, 1.0, softcap, 1.0], dtype=torch.float64, device="cpu")
 
 
-def _dense(dtype: torch.dtype, divergence: int, reduction: int, labels: bool, softcap: float = 0.0) -> None:
-    student, teacher = (torch.empty(ROWS, VOCABULARY, dtype=dtype) for _ in range(2))
-    target = torch.empty(ROWS, dtype=torch.int64) if labels else None
+def _dense(
+    dtype: torch.dtype, divergence: int, reduction: int, labels: bool, softcap: float = 0.0, rows: int = ROWS
+) -> None:
+    student, teacher = (torch.empty(rows, VOCABULARY, dtype=dtype) for _ in range(2))
+    target = torch.empty(rows, dtype=torch.int64) if labels else None
     codes = (_scalars(softcap), 1, divergence, -100)
     entropy_kl.entropy_kl(student, teacher, target, None, *codes, reduction, None, True)
 
@@ -28,6 +31,14 @@ def _sparse(dtype: torch.dtype, tail: int, labels: bool) -> None:
     stored = torch.empty(ROWS, STORED), torch.empty(ROWS, STORED, dtype=torch.int64)
     target = torch.empty(ROWS, dtype=torch.int64) if labels else None
     topk_kl.topk_kl(student, *stored, target, None, _scalars()[:6], 1, 0, -100, tail, MEAN, None, True)
+
+
+def _join() -> None:
+    student, stored = torch.empty(ROWS, VOCABULARY), torch.empty(ROWS, STORED)
+    dense = entropy_kl.prepared(student, student, None, None, _scalars(), 1, 0, -100)
+    entropy_kl.joined(dense, torch.empty(ROWS, 32, PAIR_FIELDS.value))
+    sparse = topk_kl.prepared(student, stored, stored.long(), None, None, _scalars()[:6], 1, 0, -100, 0)
+    topk_kl.joined(sparse, torch.empty(ROWS, 32, STUDENT_FIELDS.value))
 
 
 def _linear(dtype: torch.dtype) -> None:
@@ -67,6 +78,9 @@ def ours() -> dict[str, Callable[[], Any]]:
         "entropy_kl/bf16/forward/softcap": lambda: _dense(bf16, 0, MEAN, False, 30.0),
         "topk_kl/bf16/bucket/labels": lambda: _sparse(bf16, 0, True),
         "gated_residual/bf16/sequence": lambda: _gated(bf16, True),
+        "entropy_kl/bf16/forward/8 rows": lambda: _dense(bf16, 0, MEAN, False, rows=8),
+        "entropy_kl/bf16/jsd/8 rows": lambda: _dense(bf16, 2, MEAN, True, rows=8),
+        "vocabulary in parts/join": _join,
     }
     for code, divergence in enumerate(("reverse", "jsd"), 1):
         calls[f"entropy_kl/bf16/{divergence}"] = lambda c=code: _dense(bf16, c, MEAN, False)

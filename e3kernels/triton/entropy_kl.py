@@ -23,7 +23,7 @@ from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
 from e3kernels.reference.columns import WHOLE, Columns
-from e3kernels.triton.launch import contiguous, fills_device, split_of, sweep_of, warps
+from e3kernels.triton.launch import contiguous, fills_device, joining, split_of, sweep_of
 from e3kernels.triton.reduction import SUM, reduced_loss
 from e3kernels.triton.scalars import (
     STUDENT_SOFTCAP,
@@ -62,7 +62,6 @@ from e3kernels.triton.sweeps import (
 from e3kernels.triton.tokens import ENTROPY, INVERSE, is_valid, of_columns, store_tokens, weigh_tokens
 
 NONE = REDUCTIONS.index("none")
-ROWS = 32  # tokens of one program of the join and tokens kernels
 
 
 @triton.jit
@@ -321,14 +320,14 @@ def partial_statistics(d: DenseCall) -> Tensor:
     return partial
 
 
-def _joined(d: DenseCall, partial: Tensor) -> Tensor:
+def joined(d: DenseCall, partial: Tensor) -> Tensor:
     """(N, 9): the parts of each row as one."""
     N, splits = partial.shape[:2]
     joined = partial.new_empty(N, PAIR_FIELDS.value)
-    wrap_triton(entropy_kl_join)[(triton.cdiv(N, ROWS),)](
-        partial, d.scalars, joined, N, splits,
-        DIVERGENCE=d.divergence, SPLITS=triton.next_power_of_2(int(splits)), ROWS=ROWS, **warps(1),
-    )  # fmt: skip
+    options = joining(splits)
+    wrap_triton(entropy_kl_join)[(triton.cdiv(N, options["ROWS"]),)](
+        partial, d.scalars, joined, N, splits, DIVERGENCE=d.divergence, **options
+    )
     return joined
 
 
@@ -354,10 +353,11 @@ def token_statistics(d: DenseCall, partial: Tensor, mixture: Tensor | None, voca
     N, splits = partial.shape[:2]
     new = partial.new_empty
     out = DenseTokens(new(4, N), new(N), new(N, TERMS.value))
-    wrap_triton(entropy_kl_tokens)[(triton.cdiv(N, ROWS),)](
+    options = joining(splits)
+    wrap_triton(entropy_kl_tokens)[(triton.cdiv(N, options["ROWS"]),)](
         partial, mixture, d.labels, d.mask, d.scalars, *out, N, splits, math.log(vocabulary), d.ignore_index,
         HAS_LABELS=d.labels is not None, HAS_MASK=d.mask is not None, DIVERGENCE=d.divergence, WEIGHTING=d.weighting,
-        SPLITS=triton.next_power_of_2(int(splits)), ROWS=ROWS, **warps(1),
+        **options,
     )  # fmt: skip
     return out
 
@@ -390,7 +390,7 @@ def rows_at_once(d: DenseCall, incoming: Tensor, grad: Tensor) -> tuple[Tensor, 
 
 
 def _split_rows(d: DenseCall, columns: Columns) -> DenseTokens:
-    partial = columns.parts(partial_statistics(d), lambda own: _joined(d, own))
+    partial = columns.parts(partial_statistics(d), lambda own: joined(d, own))
     mixture = None
     if d.divergence == JSD.value:
         mixture = columns.parts(mixture_sums(d, partial), lambda own: own.sum(1))

@@ -110,6 +110,13 @@ def split_of(sweep: Sweep, device: torch.device, rows: int, columns: int) -> tup
     return triton.cdiv(columns, size), size
 
 
+def joining(splits: int) -> dict[str, Any]:
+    """The launch's keyword arguments of a kernel that joins `splits` parts of each of ROWS rows: one part per lane, as
+    more would not stay in registers."""
+    parts = triton.next_power_of_2(int(splits))
+    return {"SPLITS": parts, "ROWS": max(1, 32 // parts), **warps(1)}
+
+
 def fills_device(rows: Tensor) -> bool:
     """Whether one program per row keeps every multiprocessor busy."""
     return rows.shape[0] >= 2 * device_of(rows.device.type, rows.device.index).processors

@@ -23,7 +23,7 @@ from torch.library import wrap_triton
 from e3kernels.contract import REDUCTIONS
 from e3kernels.reference.columns import WHOLE, Columns
 from e3kernels.reference.token_loss import model_logits
-from e3kernels.triton.launch import contiguous, split_of, sweep_of, warps
+from e3kernels.triton.launch import contiguous, joining, split_of, sweep_of, warps
 from e3kernels.triton.reduction import reduced_loss
 from e3kernels.triton.scalars import (
     BETA,
@@ -53,7 +53,6 @@ BUCKET: tl.constexpr = tl.constexpr(0)
 RENORM: tl.constexpr = tl.constexpr(1)
 NONE = REDUCTIONS.index("none")
 ROWS = 1  # tokens of one program of the tokens and stored kernels: k² comparisons in fp64 fill its registers
-JOINED = 32  # of the join kernel
 
 
 class SparseTerms(NamedTuple):
@@ -392,13 +391,12 @@ def partial_statistics(s: SparseCall) -> Tensor:
     return partial
 
 
-def _joined(s: SparseCall, partial: Tensor) -> Tensor:
+def joined(s: SparseCall, partial: Tensor) -> Tensor:
     """(N, 4): the parts of each row as one."""
     N, splits = partial.shape[:2]
     joined = partial.new_empty(N, STUDENT_FIELDS.value)
-    wrap_triton(topk_kl_join)[(triton.cdiv(N, JOINED),)](
-        partial, s.scalars, joined, N, splits, SPLITS=triton.next_power_of_2(int(splits)), ROWS=JOINED, **warps(1)
-    )
+    options = joining(splits)
+    wrap_triton(topk_kl_join)[(triton.cdiv(N, options["ROWS"]),)](partial, s.scalars, joined, N, splits, **options)
     return joined
 
 
@@ -450,7 +448,7 @@ def _tokens(
 ) -> tuple[SparseCall, SparseTokens]:  # fmt: skip
     codes = weighting, divergence, ignore_index, tail
     s = prepared(student, teacher_logprobs, teacher_ids, labels, mask, scalars, *codes, columns)
-    partial = columns.parts(partial_statistics(s), lambda own: _joined(s, own))
+    partial = columns.parts(partial_statistics(s), lambda own: joined(s, own))
     if columns is WHOLE:
         return s, token_statistics(s, partial, None, student.shape[1])
     gathered = _stored_logits_of_all(s, columns, scalars)

@@ -1,5 +1,6 @@
 """Layer pruning of Hugging Face language models: search a layer mask, cut the layers, recover the model."""
 
+import e3pruner.requirements  # noqa: F401 - before what it looks for is imported
 from e3pruner.evaluation import evaluate
 from e3pruner.mask_search import search
 from e3pruner.models import find_layers

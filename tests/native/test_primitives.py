@@ -1,7 +1,6 @@
 """The C++ building blocks, compiled alone for every instruction set that this machine runs."""
 
 import ctypes
-import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3kernels import backends
+from e3kernels.building import INSTRUCTION_SETS
 from e3kernels.reference.fixed_log import fixed_log
 from e3kernels.reference.philox import uniform
 
@@ -31,8 +31,7 @@ def runnable():
 
 @pytest.fixture(scope="module", params=runnable())
 def library(request, tmp_path_factory):
-    sets = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")["INSTRUCTION_SETS"]
-    flags = next((sets[machine][request.param] for machine in sets if request.param in sets[machine]), [])
+    flags = next((sets[request.param] for sets in INSTRUCTION_SETS.values() if request.param in sets), [])
     target = tmp_path_factory.mktemp("primitives") / f"{request.param}.so"
     subprocess.run(
         [

@@ -14,6 +14,7 @@ from e3pruner import prune
 from e3pruner.recovery import distill, tracking
 
 KEPT = [0, 1, 5]
+HELD_OUT = {f"held_out/{name}" for name in ("kl", "perplexity", "top1_agreement")}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,7 @@ def test_a_killed_run_goes_on_with_its_curves(teacher, tmp_path):
     time.sleep(1)  # event files are in order by the second they were begun in
     result = distill(prune(teacher, KEPT), teacher=teacher, resume=True, **options)
     assert curves(tmp_path / "run") == expected_curves(result)
-    assert {"train/loss", "train/lr", "train/grad_norm", "held_out/kl", "held_out/perplexity"} == expected_curves(
-        result
-    ).keys()
+    assert {f"train/{name}" for name in ("loss", "lr", "grad_norm")} | HELD_OUT == expected_curves(result).keys()
 
 
 def test_a_run_begun_again_voids_the_curves_of_the_first(teacher, tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import transformers
 import typer
 
+import e3kernels
 from e3pruner.cli.command import Command
 from e3pruner.cli.commands import (
     bench,
@@ -27,8 +29,18 @@ from e3pruner.cli.commands import (
 app = typer.Typer(name="e3", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
 
+def say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"e3kernels {e3kernels.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def e3() -> None:
+def e3(
+    version: Annotated[
+        bool, typer.Option("--version", callback=say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Prune whole layers of a language model: search a mask, cut, recover by distillation, show what happened.
 
     Try `e3 demo --quick` first. Step by step:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +44,8 @@ class Figures:
 
     def _compare(self, logits: Tensor, teacher: Tensor, labels: Tensor) -> None:
         target, wanted = teacher.to(logits.device), labels.to(logits.device)
-        stats: Any = e3k.entropy_kl(logits, target, wanted, weighting="none", reduction="none", return_stats=True)[1]
+        _, stats = e3k.entropy_kl(logits, target, wanted, weighting="none", reduction="none", return_stats=True)
+        assert stats.cross_entropy is not None  # there are labels
         self.cross_entropy += stats.cross_entropy.double().sum().item()
         self.kl += stats.kl.double().sum().item()
         self.agreements += int((logits.argmax(-1) == target.argmax(-1)).sum())
@@ -64,7 +64,7 @@ def divergences(head: OutputHead, teacher: Tensor, students: Sequence[Tensor]) -
     for tile in head.tiles(len(teacher)):
         target = head.logits(teacher[tile])
         for number, student in enumerate(students):
-            loss: Any = e3k.entropy_kl(head.logits(student[tile]), target, weighting="none", reduction="sum")
+            loss = e3k.entropy_kl(head.logits(student[tile]), target, weighting="none", reduction="sum")
             sums[number] += float(loss)
     return [total / len(teacher) for total in sums]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ def gate_gradient(problem: SearchProblem, gates: Sequence[float], batch: int) ->
         teacher = rows.at_counted(problem.teacher_of(number))
         m = torch.tensor(gates, dtype=torch.float32, device=teacher.device, requires_grad=True)
         with torch.enable_grad(), gated(problem.model, m):
-            loss: Any = e3k.linear_entropy_kl(
+            loss = e3k.linear_entropy_kl(
                 student_hidden=rows.at_counted(problem.forward.dense(rows.inputs).flatten(0, 1)),
                 teacher_hidden=teacher,
                 weighting="none",

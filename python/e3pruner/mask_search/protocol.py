@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,10 +17,28 @@ _FAR_BELOW = -1e6
 
 def lowest(problem: SearchProblem, values: Sequence[float]) -> list[int]:
     """The units with the lowest values, ascending; of equal values the deeper one comes first."""
-    chosen = [
-        sorted(members, key=lambda unit: (values[unit], -unit))[:count] for members, count in problem.units.groups
-    ]
-    return sorted(chain.from_iterable(chosen))
+    return cast(list[int], problem.units.cheapest(values))  # `units_of` has seen that there is one
+
+
+def by_unit(problem: SearchProblem, values: Tensor) -> list[float]:
+    """`values` (F,) of the units that may go, at their places among all units; 0 for the others."""
+    found = dict(zip(problem.free, values.tolist(), strict=True))
+    return [found.get(unit, 0.0) for unit in range(problem.units.count)]
+
+
+def fitting(problem: SearchProblem, removed: Tensor, values: Tensor | None = None) -> Tensor:
+    """For each of the masks `removed` (N, F) the nearest one that may go: itself where it may. Of equally near ones it
+    is the one with the lowest `values` (F,), or the deeper one.
+    """
+    units = problem.units
+    if not units.demands:
+        return removed
+    spread = [0.0] * units.count if values is None else by_unit(problem, values)
+
+    def nearest(chosen: list[int]) -> list[int]:
+        return chosen if units.fits(chosen) else cast(list[int], units.cheapest(spread, like=chosen))
+
+    return torch.stack([removal_mask(problem, nearest(removed_units(problem, mask))) for mask in removed]).to(removed)
 
 
 def sampled(problem: SearchProblem, logits: Tensor, noise: float, step: int) -> Tensor:
@@ -31,13 +50,18 @@ def sampled(problem: SearchProblem, logits: Tensor, noise: float, step: int) -> 
         scores = torch.where(inside == 1, logits, _FAR_BELOW)
         kept = e3k.gumbel_topk(scores, len(members) - count, noise_scale=noise, seed=problem.seed, step=step).mask
         removed += inside * (1 - kept)
-    return removed
+    one = removed.dim() == 1
+    return fitting(problem, removed[None])[0] if one else fitting(problem, removed)
 
 
 def leave_one_out_scores(problem: SearchProblem, batches: Sequence[int], measure: str = "kl") -> list[float]:
-    """I_l: the mean KL without unit l alone, for every unit, over the batches with these numbers."""
-    masks = [problem.mask([unit]) for unit in range(problem.units.count)]
-    return problem.score(masks, batches, measure)
+    """I_l: the mean KL without unit l alone, for every unit, over the batches with these numbers; infinite for layers
+    that must stay."""
+    units = problem.units
+    fixed = {layer for demand in units.demands for layer in demand.fixed if units.units_per_layer == 1}
+    alone = [unit for unit in range(units.count) if unit not in fixed]
+    scores = dict(zip(alone, problem.score([problem.mask([unit]) for unit in alone], batches, measure), strict=True))
+    return [scores.get(unit, math.inf) for unit in range(problem.units.count)]
 
 
 def state_distances(problem: SearchProblem, span: int, measure: Callable[[Tensor], Tensor]) -> list[float]:
@@ -65,9 +89,13 @@ def log_z_scores(problem: SearchProblem, importance: Sequence[float]) -> Tensor:
 def run_starts(problem: SearchProblem) -> list[int]:
     """Where a run of `drop` neighbouring layers that may all go can begin; raises `ValueError` if nowhere."""
     free = set(problem.free)
-    starts = [start for start in problem.free if set(range(start, start + problem.drop)) <= free]
+    runs = {start: range(start, start + problem.drop) for start in problem.free}
+    starts = [start for start, run in runs.items() if set(run) <= free and problem.units.fits(run)]
     if not starts:
-        raise ValueError(f"protect leaves no {problem.drop} neighbouring layers that may all go; protect fewer")
+        demands = "".join(f"; {demand.reason}" for demand in problem.units.demands)
+        raise ValueError(
+            f"protect leaves no {problem.drop} neighbouring layers that may all go; protect fewer{demands}"
+        )
     return starts
 
 

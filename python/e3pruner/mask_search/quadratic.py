@@ -19,6 +19,8 @@ that neither pairs nor batches need features of their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -87,18 +89,20 @@ class QuadraticModel:
         """∂/∂x_l of `predict` at one mask (F,): what removing layer l costs, given the others that are gone."""
         return self.linear + self.pairs @ removed
 
-    def descend(self, removed: Tensor) -> Tensor:
-        """The mask (F,) that no swap of a removed and a kept layer of one kind improves, by steepest descent."""
-        removed = removed.clone()
+    def descend(self, removed: Tensor, fits: Callable[[Tensor], bool] = lambda mask: True) -> Tensor:
+        """The mask (F,) that no swap of a removed and a kept layer of one kind improves, by steepest descent over masks
+        that `fits` accepts."""
         while True:
             marginal = self.marginal(removed)
             gain = marginal[:, None] - marginal + self.pairs  # [out, in]: `out` comes back, `in` goes
             gain = gain.masked_fill((removed[:, None] == 0) | (removed == 1) | self._apart, -torch.inf)
-            best = int(gain.argmax())
-            if not gain.flatten()[best] > 1e-9 * self.scale:
+            swaps = gain.flatten()
+            better = swaps.argsort(descending=True, stable=True)[: int((swaps > 1e-9 * self.scale).sum())]
+            coming = (_swapped(removed, *divmod(swap, len(removed))) for swap in better.tolist())
+            following = next(filter(fits, coming), None)
+            if following is None:
                 return removed
-            back, gone = divmod(best, len(removed))
-            removed[back], removed[gone] = 0.0, 1.0
+            removed = following
 
     def _target(self, some: Tensor, others: Tensor) -> Tensor:
         """Covariance of the mean over all batches with it, or with one of the batches."""
@@ -119,3 +123,10 @@ class QuadraticModel:
         """Covariance (N, M) of what one batch adds."""
         level = (some @ self.prior)[:, None] * (others @ self.prior)
         return _LEVEL_SPREAD**2 * level + _LAYER_SPREAD**2 * (some * self.prior.square()) @ others.T
+
+
+def _swapped(removed: Tensor, back: int, gone: int) -> Tensor:
+    """The mask (F,) in which layer `back` is there again and layer `gone` is not."""
+    other = removed.clone()
+    other[back], other[gone] = 0.0, 1.0
+    return other

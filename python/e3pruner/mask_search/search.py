@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from math import isfinite
 from typing import Any, Self
 
 from rich.console import Console
@@ -19,12 +20,14 @@ from e3pruner.mask_search.measurements import Checkpoint, Measurements
 from e3pruner.mask_search.method import METHODS, Method, Progress, Search
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.ranks import Ranks
-from e3pruner.mask_search.units import units_of
+from e3pruner.mask_search.units import Units, units_of
 from e3pruner.models import find_layers, output_head
 from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import check_indices
 from e3pruner.precision import autocast_dtype
 from e3pruner.surgery import PruningPlan
+from e3pruner.surgery.config import pruned_config
+from e3pruner.surgery.in_memory import skeleton
 from e3pruner.text.given import Given, batches_of
 from e3pruner.vocabulary import check_integer, check_options, did_you_mean
 
@@ -39,7 +42,7 @@ def search(
     *,
     fraction: float | None = None,
     granularity: str = "layer",
-    quota: Mapping[str, int] | None = None,
+    quota: Mapping[str, int] | str | None = None,
     precision: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -60,7 +63,7 @@ def search(
     granularity: "layer", or "sublayer": then attentions and MLPs go one by one, and `drop` and
         `fraction` count them.
     quota: how many go of each kind: of the configuration's `layer_types`, or of "attention" and "mlp"; they add up to
-        `drop`.
+        `drop`. Or "llama.cpp", "SGLang" or "vLLM": what stays keeps to the kinds that this engine fixes by index.
     precision: "fp32" computes in the type of the weights, "bf16" with the weights rounded to bfloat16 meanwhile, "auto"
         in bf16 where the processor multiplies it.
     checkpoint: a file for what has been measured. It is written every few seconds and when the search stops, by
@@ -86,19 +89,31 @@ def search(
     num_layers = len(find_layers(model))
     protected = check_indices("protect", protect, num_layers)
     one_by_one = granularity == "sublayer"
-    count = number_to_drop(model, protected, quota=quota, sublayers=one_by_one, drop=drop, fraction=fraction)
+    counts = quota if isinstance(quota, Mapping) else None
+    count = number_to_drop(model, protected, quota=counts, sublayers=one_by_one, drop=drop, fraction=fraction)
     units = units_of(model, count, protected, granularity, quota)
+    _try_surgery(model, units)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
     dtype = autocast_dtype(precision, model.device)
     run = find_method(method, options)
-    _check_fit(run, granularity, quota)
+    _check_fit(run, granularity, counts)
     if masks_at_once is not None:
         check_integer("masks_at_once", masks_at_once, 1)
     check_integer("prefixes_per_call", prefixes_per_call, 1)
     calibration = _calibration(model, token_batches)
     ranks = calibration.ranks
-    ranks.check_equal("the arguments", [asdict(units), method, seed, str(dtype), prefixes_per_call, options])
+    ranks.check_equal(
+        "the arguments",
+        [
+            asdict(units) | {"demands": [str(demand) for demand in units.demands]},
+            method,
+            seed,
+            str(dtype),
+            prefixes_per_call,
+            options,
+        ],
+    )
     known = Measurements()
     if checkpoint is not None:
         # What is measured depends on all of it: is rounded by dtype and prefixes_per_call.
@@ -163,6 +178,8 @@ def run_search(problem: SearchProblem, running: Search) -> tuple[list[dict[str, 
             return history, sorted(stop.value)
         except FloatingPointError as error:
             raise FloatingPointError(f"search step {len(history)}: {error}") from error
+        if "importance" in record:  # of a layer that must stay there is none
+            record["importance"] = [value if isfinite(value) else None for value in record["importance"]]
         history.append({"step": len(history), "cost": problem.account.cost, **record})
 
 
@@ -176,6 +193,18 @@ def find_method(name: str, options: Mapping[str, Any]) -> Method:
         )
     check_options(f"method={name!r}", options, METHODS[name])
     return METHODS[name]
+
+
+def _try_surgery(model: PreTrainedModel, units: Units) -> None:
+    """Raises `ValueError` if a plan of the deepest units, or of the first, cannot be cut, as far as it can be known
+    without running the model."""
+    for values in ([0.0] * units.count, [float(unit) for unit in range(units.count)]):
+        gone = units.removed(units.cheapest(values) or ())[0]
+        kept = [layer for layer in range(units.count // units.units_per_layer) if layer not in gone]
+        if getattr(model, "is_quantized", False):  # built anew it would have the modules of the dequantised model
+            pruned_config(model.config, kept)
+        else:
+            skeleton(model, kept)
 
 
 def _check_fit(method: Method, granularity: str, quota: Mapping[str, int] | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from e3kernels.profiling import named_range
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import removed_units, scores_of
+from e3pruner.mask_search.protocol import by_unit, lowest, removal_mask, removed_units, scores_of
 from e3pruner.mask_search.quadratic import QuadraticModel
 
 _HOPE = 3.0  # standard deviations
@@ -52,9 +52,29 @@ class Study:
         hope = self.model.predict(masks) - _HOPE * self.model.deviation(masks, best)
         return masks[hope.argsort(stable=True)[:count]]
 
+    def descend(self, best: Tensor) -> Tensor:
+        """A mask that may go, not above `best` in the model's prediction: no swap of two units improves it, nor, where
+        the configuration makes demands, which leave few swaps, does the cheapest mask by its own marginal costs.
+        """
+        while True:
+            best = self.model.descend(best, self._fits)
+            if not self.problem.units.demands:
+                return best
+            cheapest = lowest(self.problem, by_unit(self.problem, self.model.marginal(best)))
+            other = removal_mask(self.problem, cheapest)
+            costs = self.model.predict(torch.stack([other, best]))
+            if not costs[1] - costs[0] > 1e-9 * self.model.scale:
+                return best
+            best = other
+
+    def _fits(self, mask: Tensor) -> bool:
+        units = self.problem.units
+        return not units.demands or units.fits(removed_units(self.problem, mask))
+
     def best_known(self, count: int) -> Tensor:
         """The `count` masks with the lowest prediction among the whole ones measured so far."""
         whole: Tensor = self._masks[self._masks.sum(1) == self.problem.drop].unique(dim=0)
+        whole = whole[[self._fits(mask) for mask in whole]]
         return whole[self.model.predict(whole).argsort(stable=True)[:count]]
 
     def race(self, masks: Tensor) -> dict[str, Any]:

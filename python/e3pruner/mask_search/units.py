@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, combinations
 
 from transformers import PreTrainedModel
 
 from e3pruner.evaluation.target import check_drop
 from e3pruner.models import find_layers
 from e3pruner.models.sublayers import KINDS, writer
+from e3pruner.surgery.demands import Demand, Limit, Order, demands_of
+from e3pruner.surgery.engines import orders_of
 from e3pruner.vocabulary import check_choice
 
 GRANULARITIES = ("layer", "sublayer")
@@ -20,15 +23,35 @@ class Units:
     """Unit l is layer l; where a layer is two units, its attention is 2l and its MLP 2l + 1.
 
     count: of the model. free: units that may go. groups: free units that share a number of them to remove, and that
-    number; together they hold all free units.
+    number; together they hold all free units. demands: of the configuration on the layers that stay.
     """
 
     count: int
     units_per_layer: int
     free: list[int]
     groups: list[tuple[list[int], int]]
+    demands: list[Demand] = field(default_factory=list)
 
-    def removed(self, units: Sequence[int]) -> tuple[list[int], dict[str, list[int]]]:
+    def fits(self, removed: Collection[int]) -> bool:
+        """Whether the units `removed` may go together."""
+        gone = set(self.removed(removed)[0])
+        kept = [layer for layer in range(self.count // self.units_per_layer) if layer not in gone]
+        return bool(kept) and not any(demand.broken_by(kept) for demand in self.demands)
+
+    def cheapest(
+        self, values: Sequence[float], *, gone: Collection[int] = (), like: Collection[int] = ()
+    ) -> list[int] | None:
+        """Of the sets of units that may go, as many of each group as it says, the one whose `values`, one per unit,
+        add up to the least; of equal ones the deeper. None if there is none.
+
+        Only sets that hold `gone` count, and of these those that have most units of `like`.
+        """
+        if not self.demands and not gone and not like:
+            picked = [sorted(members, key=lambda unit: (values[unit], -unit))[:count] for members, count in self.groups]
+            return sorted(chain.from_iterable(picked))
+        return _cheapest(self, values, set(gone), set(like))
+
+    def removed(self, units: Collection[int]) -> tuple[list[int], dict[str, list[int]]]:
         """Units to remove, as whole layers and as sub-layers of the others."""
         gone = set(units)
         if self.units_per_layer == 1:
@@ -46,15 +69,16 @@ def units_of(
     drop: int,
     protect: Sequence[int] = (),
     granularity: str = "layer",
-    quota: Mapping[str, int] | None = None,
+    quota: Mapping[str, int] | str | None = None,
 ) -> Units:
     """The units of `model` of which `drop` shall go.
 
     protect: layers that stay whole. granularity: "layer" or "sublayer". quota: how many units go of each kind, kinds
     being the configuration's `layer_types` (such as "sliding_attention"), or "attention" and "mlp" of sub-layers; a
-    kind that is not named loses none.
+    kind that is not named loses none. Or the name of an engine whose rule the layers that stay must keep to.
 
-    Raises `ValueError` or `TypeError` naming the argument that does not fit.
+    Raises `ValueError` or `TypeError` naming the argument that does not fit, or the demand of the configuration that
+    leaves no such plan.
     """
     check_choice("granularity", granularity, GRANULARITIES)
     layers = find_layers(model)
@@ -64,12 +88,66 @@ def units_of(
         for layer in layers:
             for kind in KINDS:
                 writer(layer, kind)  # raises for a layer whose sub-layers cannot be told apart
-    free = [unit for unit in range(size * len(layers)) if unit // size not in set(protect)]
+    demands = demands_of(model.config)
+    if isinstance(quota, str):
+        demands, quota = [*demands, *orders_of(model.config, quota)], None
+    fixed = set(protect) | ({layer for each in demands for layer in each.fixed} if size == 1 else set())
+    free = [unit for unit in range(size * len(layers)) if unit // size not in fixed]
     groups = [(free, drop)]
     if quota is not None:
         kinds = list(KINDS) * len(layers) if size == 2 else _layer_types(model, len(layers))
         groups = _by_quota(free, kinds, drop, quota)
-    return Units(size * len(layers), size, free, groups)
+    units = Units(size * len(layers), size, free, groups, demands)
+    if demands and units.cheapest([0.0] * units.count) is None:
+        reasons = "; ".join(demand.reason for demand in demands)
+        raise ValueError(f"drop={drop} has no plan that this model ({model.config.model_type}) allows: {reasons}")
+    return units
+
+
+State = tuple[tuple[int, ...], tuple[int, ...], int]  # units gone of each group, layers gone of each limit, layers kept
+Cost = tuple[int, float, int]  # units of `like` that stay, the sum of the values, minus the sum of the units
+
+
+def _cheapest(units: Units, values: Sequence[float], gone: set[int], like: set[int]) -> list[int] | None:
+    """`Units.cheapest` by dynamic programming over the layers, from the first to the last."""
+    group_of = {unit: number for number, (members, _) in enumerate(units.groups) for unit in members}
+    limits = [demand for demand in units.demands if isinstance(demand, Limit)]
+    orders = [demand for demand in units.demands if isinstance(demand, Order)]
+    start: State = (tuple(0 for _ in units.groups), tuple(0 for _ in limits), 0)
+    best: dict[State, tuple[Cost, tuple[int, ...]]] = {start: ((0, 0.0, 0), ())}
+    for layer in range(units.count // units.units_per_layer):
+        after: dict[State, tuple[Cost, tuple[int, ...]]] = {}
+        for choice in _choices(units, layer, group_of, gone):
+            goes = len(choice) == units.units_per_layer
+            for (counts, spent, kept), (cost, removed) in best.items():
+                if not goes and any(order.kinds[layer] != order.rule[kept] for order in orders):
+                    continue
+                added = [group_of[unit] for unit in choice]
+                counted = tuple(count + added.count(number) for number, count in enumerate(counts))
+                used = tuple(n + (goes and layer in each.members) for n, each in zip(spent, limits, strict=True))
+                if any(n > each.most for n, each in zip(used, limits, strict=True)) or any(
+                    count > most for count, (_, most) in zip(counted, units.groups, strict=True)
+                ):
+                    continue
+                missed = cost[0] - len(like.intersection(choice))
+                total = (missed, cost[1] + sum(values[unit] for unit in choice), cost[2] - sum(choice))
+                state = counted, used, kept + (not goes)
+                if state not in after or total < after[state][0]:
+                    after[state] = total, (*removed, *choice)
+        best = after
+    full = tuple(count for _, count in units.groups)
+    ends = [found for (counts, _, kept), found in best.items() if counts == full and kept]
+    return list(min(ends)[1]) if ends else None
+
+
+def _choices(units: Units, layer: int, group_of: Mapping[int, int], gone: set[int]) -> Iterator[tuple[int, ...]]:
+    """The sets of units of one layer that may go, those in `gone` among them."""
+    own = range(layer * units.units_per_layer, (layer + 1) * units.units_per_layer)
+    needed = gone.intersection(own)
+    for size in range(len(own) + 1):
+        for choice in combinations([unit for unit in own if unit in group_of], size):
+            if needed <= set(choice):
+                yield choice
 
 
 def _layer_types(model: PreTrainedModel, count: int) -> list[str]:

@@ -94,12 +94,12 @@ def load_model(
         _say_device(str(where))
     if streams:
         return stream(model.eval(), folder, where, None if dtype == Dtype.AUTO else getattr(torch, dtype))
+    resident: PreTrainedModel = model.eval() if quantised else model.to(where).eval()
     if not quantised:
-        resident: PreTrainedModel = model.to(where).eval()
         return resident
     with torch.no_grad():  # some formats are unpacked by the first call of the model, and by none of its parts
-        model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=where))
-    return model
+        resident(input_ids=torch.zeros(1, 1, dtype=torch.long, device=where))
+    return resident
 
 
 @cache

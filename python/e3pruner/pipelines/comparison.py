@@ -166,7 +166,8 @@ class Comparison:
         store = Checkpoint(path, self.identity | {"tokens": digest})
         return KnownText(Calibration(tokens.split(_BATCH), self.model.device), store)
 
-    def _problem(self, text: KnownText, drop: int, seed: int = 0) -> SearchProblem:
+    def problem(self, text: KnownText, drop: int, seed: int = 0) -> SearchProblem:
+        """The search for `drop` layers on `text`, with all that is known of it."""
         return SearchProblem(
             self.model,
             text.calibration,
@@ -178,7 +179,7 @@ class Comparison:
 
     def _search(self, cell: Cell) -> Row:
         text = self.calibration(cell.seed)
-        problem = self._problem(text, cell.drop, cell.seed)
+        problem = self.problem(text, cell.drop, cell.seed)
         known = set(text.store.seconds)
         try:
             with problem:
@@ -208,7 +209,7 @@ class Comparison:
     def _judge(self, removed: Sequence[int], held_out: KnownText) -> dict[str, float]:
         """Figures of the dense model without `removed` on one kind of held-out text."""
         try:
-            with self._problem(held_out, len(removed)) as problem:
+            with self.problem(held_out, len(removed)) as problem:
                 return held_out_figures(problem, [problem.mask(removed)])[0]
         finally:
             held_out.store.save()

@@ -30,8 +30,9 @@ class DistillResult:
     """What a run of `distill` did: optimizer steps, tokens trained on, seconds, and its curves.
 
     curve: one {"step", "loss", "lr", "grad_norm"} per step, the norm before clipping, and "skipped" where the loss
-    was a spike and nothing was learnt. held_out: {"step", "kl", "perplexity"} before the first step, every
-    `eval_every` steps and after the last; no "kl" with a `TeacherCache`.
+    was a spike and nothing was learnt. held_out: {"step", "kl", "perplexity",
+    "top1_agreement"} before the first step, every `eval_every` steps and after the last; with a `TeacherCache` the
+    perplexity alone.
     """
 
     steps: int = 0

@@ -5,7 +5,7 @@ Keys (all but `title` and `environment` may be missing; the report then leaves t
 - `title`, `summary`, `command`: str; `environment`: see `environment.py`; `config`: the resolved options;
   `seconds`: by stage.
 - `layers`: int, of the dense model; `removed`: the removed layers' indices.
-- `importance`: one mean KL per layer (nats per token), the cost of removing that layer alone.
+- `importance`: one mean KL per layer (nats per token), the cost of removing that layer alone; null where it must stay.
 - `mask_path`: `{"steps": [...], "removed": [[share of the step's masks without layer 0, 1, ...], ...]}`.
 - `methods`: `[{"method", "removed", "cost", "seconds", ...the figures of a model}]`, the mask of each method on the
   held-out text, the one that was pruned first; `cost` in tokens times dense forward passes.
@@ -80,7 +80,7 @@ FORM = {
     "seconds?": {str: float},
     "layers?": positive,
     "removed?": [natural],
-    "importance?": [float],
+    "importance?": [(float, None)],
     "mask_path?": steps_with_lists_of_shares,
     "methods?": [_FIGURES | _METHOD],
     "comparison?": [_LINE | {"kinds": {str: {"kl": three_numbers, "perplexity": three_numbers}}}],

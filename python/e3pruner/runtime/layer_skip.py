@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from e3kernels.profiling import named_range
+from e3kernels.runtime_module import load_or_build
 from e3pruner.models.stack import check_indices
 from e3pruner.runtime.generate_hook import generate_with_runtime
 from e3pruner.runtime.listener import TokenListener
@@ -40,9 +40,9 @@ class LayerSkipRuntime:
     `model.generate(..., custom_generate=runtime)` runs Hugging Face's own generation (logits processors, streamers,
     beam search) on top of the runtime.
 
-    Raises ImportError where `e3kernels._runtime` is not built, ValueError or TypeError for a model that cannot be run
-    exactly (the message says why), RuntimeError for one in training mode, with hooks, patched forwards or released
-    memory, ValueError for an empty, repeated or out-of-range `keep`.
+    Raises ImportError where `e3kernels._runtime` is not built and cannot be, ValueError or TypeError for a model that
+    cannot be run exactly (the message says why), RuntimeError for one in training mode, with hooks, patched forwards or
+    released memory, ValueError for an empty, repeated or out-of-range `keep`.
     """
 
     def __init__(self, model: PreTrainedModel, keep: Keep | None = None) -> None:
@@ -251,11 +251,8 @@ class LayerSkipRuntime:
 
 
 def load_native() -> Any:
-    """The compiled module `e3kernels._runtime`; ImportError says why it is missing."""
+    """The compiled module `e3kernels._runtime`, built now if it must be; ImportError says why it cannot be."""
     try:
-        return importlib.import_module("e3kernels._runtime")
+        return load_or_build()
     except ImportError as error:
-        raise ImportError(
-            f"LayerSkipRuntime needs the compiled module e3kernels._runtime ({error}); `python -m e3kernels.info` says "
-            "why it was not built"
-        ) from error
+        raise ImportError(f"LayerSkipRuntime needs a compiled module: {error}") from error

@@ -17,6 +17,7 @@ from e3pruner.models.stack import find_layers, stack_name
 from e3pruner.models.sublayers import KINDS, projection
 from e3pruner.surgery import quantisation
 from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
+from e3pruner.surgery.engines import warn_of_engines
 from e3pruner.surgery.folder import bytes_bar, carry_over, result
 from e3pruner.surgery.in_memory import kept_layers, warn_of_sublayers
 from e3pruner.surgery.parity import assert_parity, assert_same_settings
@@ -67,6 +68,7 @@ def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remot
         digests = write_shards(out, cut, zeros=zeros.__contains__, advance=advance)
     proof = _prove(folder, out, kept, sublayers, trust_remote_code)
     warn_of_sublayers(sublayers)
+    warn_of_engines(config, kept)
     if not isinstance(plan, PruningPlan):
         removed = sorted(set(range(names.num_layers)) - set(kept))
         plan = PruningPlan(kept, removed, model_type=config.model_type)

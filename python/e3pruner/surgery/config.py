@@ -8,19 +8,26 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from e3pruner.surgery.demands import check_kept
+
 # Layers of multi-token prediction, stored behind the last one.
 PREDICTION_LAYERS = "num_nextn_predict_layers"
 # The first layer after a leading group: as many layers stay in the group as are kept of it.
 _BOUNDARIES = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers")
-_INDEX_SETS = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers")
+_INDEX_SETS = ("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers", "moe_layers")
 # Setting: (its value that treats all layers alike, what any other value does).
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "attn_layer_period": (1, "which layers attend follows from their index"),
-    "expert_layer_period": (1, "which layers hold experts follows from their index"),
     "hybrid_layer_ids": ([], "these layers share one set of weights"),
-    "moe_layer_interval": (1, "which layers hold experts follows from their index"),
-    "num_kv_shared_layers": (0, "the last layers read the keys and values of earlier ones"),
-    "scale_attn_by_inverse_layer_idx": (False, "attention is divided by the layer's index + 1"),
+}
+
+
+# Setting that says every how many layers another kind comes: the list that says it of each layer, and is read first.
+_SPACINGS = {
+    "_sliding_window_pattern": "layer_types",
+    "full_attention_interval": "layer_types",
+    "global_attn_every_n_layers": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "sliding_window_pattern": "layer_types",
 }
 
 
@@ -29,8 +36,9 @@ def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedCo
 
     The number of layers follows; lists with one entry per layer are sliced, whether set or generated from a pattern;
     indices and boundaries are renumbered. Raises `ValueError` naming a setting that ties what a layer does to its index
-    in a way that no configuration of the pruned model expresses.
+    in a way that no configuration of the pruned model expresses, or a demand on the layers that stay (`demands_of`).
     """
+    check_kept(config, kept)
     pruned = copy.deepcopy(config)
     text = pruned.get_text_config(decoder=True)
     settings = {name: value for name, value in vars(text).items() if value is not None}
@@ -43,6 +51,13 @@ def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedCo
     for name, value in _translated(settings, kept, text.num_hidden_layers).items():
         setattr(text, name, value)
     text.num_hidden_layers = len(kept)
+    for name, per_layer in _SPACINGS.items():
+        kinds = settings.get(per_layer)
+        if kinds is not None and [kinds[old] for old in kept] != list(kinds[: len(kept)]):
+            vars(text).pop(name, None)  # it would contradict the list
+    if targets := getattr(pruned, "deepstack_layer_map", None):
+        pruned.deepstack_layer_map = [(vision, kept.index(layer)) for vision, layer in targets]
+        pruned.spatial_target_layers = [kept.index(layer) for layer in pruned.spatial_target_layers]
     text.per_layer_config = {kept.index(int(old)): each for old, each in overrides.items() if int(old) in kept} or None
     return pruned
 
@@ -60,6 +75,9 @@ def _translated(settings: dict[str, Any], kept: Sequence[int], num_layers: int) 
         step, dense = settings["decoder_sparse_step"], settings.get("mlp_only_layers", [])
         translated["decoder_sparse_step"] = 1
         translated["mlp_only_layers"] = [i for i, old in enumerate(kept) if old in dense or (old + 1) % step]
+    if "num_kv_shared_layers" in settings:  # the last ones
+        first = num_layers - settings["num_kv_shared_layers"]
+        translated["num_kv_shared_layers"] = sum(old >= first for old in kept)
     if "moe_layer_end_index" in settings:  # inclusive
         translated["moe_layer_end_index"] = sum(old <= settings["moe_layer_end_index"] for old in kept) - 1
     if "attention_types" in settings:  # GPT-Neo: [[kinds, repeats], ...], from which attention_layers is expanded

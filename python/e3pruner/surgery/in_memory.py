@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from e3pruner.models.stack import check_indices, check_unquantised, find_layers, stack_name
 from e3pruner.models.sublayers import KINDS, projection
 from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
-from e3pruner.surgery.parity import assert_parity
+from e3pruner.surgery.engines import warn_of_engines
+from e3pruner.surgery.parity import assert_parity, assert_same_settings
 from e3pruner.surgery.plan import PruningPlan
 
 
@@ -28,12 +29,7 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, co
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) != 1 or devices == ["meta"]:
         raise ValueError(f"model has weights on {', '.join(devices)}; load it on one device to prune it")
-    config = pruned_config(model.config, kept)
-    text = config.get_text_config(decoder=True)
-    if getattr(text, PREDICTION_LAYERS, None):
-        setattr(text, PREDICTION_LAYERS, 0)  # they are in a checkpoint, and in no model
-    with init_empty_weights(include_buffers=False):
-        pruned = type(model)(config)
+    pruned = skeleton(model, kept)
     _fill(pruned, model, stack, kept, copy_weights)
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
@@ -41,7 +37,38 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, co
     sublayers = getattr(plan, "sublayers", {kind: [] for kind in KINDS})
     _empty_sublayers(pruned, kept, sublayers)
     assert_parity(model, pruned, kept, sublayers)
+    warn_of_engines(model.config, kept)
     return pruned
+
+
+def skeleton(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """The model of the layers `kept`, ascending, of `model`, without weights: they may be on the meta device here too.
+
+    Raises `ValueError` as `prune` does for all that can be known without running either: a demand of the configuration,
+    settings that cannot be renumbered, layers that their index would change, weights of other names or shapes.
+    """
+    config = pruned_config(model.config, kept)
+    text = config.get_text_config(decoder=True)
+    if getattr(text, PREDICTION_LAYERS, None):
+        setattr(text, PREDICTION_LAYERS, 0)  # they are in a checkpoint, and in no model
+    with init_empty_weights(include_buffers=False):
+        pruned = type(model)(config)
+    assert_same_settings(find_layers(model), find_layers(pruned), kept)
+    taken = {new: tensor.shape for new, tensor in _renamed(model.state_dict().items(), stack_name(model), kept)}
+    if taken != {name: tensor.shape for name, tensor in pruned.state_dict().items()}:
+        raise ValueError(f"model ({model.config.model_type}) cannot be pruned: with fewer layers it has other weights")
+    return pruned
+
+
+def _renamed(tensors: Iterable[tuple[str, Tensor]], stack: str, kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors that stay, those of layers under their new index."""
+    renamed = {f"{stack}.{old}.": f"{stack}.{new}." for new, old in enumerate(kept)}
+    for name, tensor in tensors:
+        layer = re.match(rf"{re.escape(stack)}\.\d+\.", name)
+        if layer is None:
+            yield name, tensor
+        elif layer[0] in renamed:
+            yield renamed[layer[0]] + name[layer.end() :], tensor
 
 
 def _empty_sublayers(pruned: PreTrainedModel, kept: Sequence[int], sublayers: Mapping[str, Sequence[int]]) -> None:
@@ -80,27 +107,18 @@ def kept_layers(model: PreTrainedModel, plan: Any) -> list[int]:
 
 def _fill(pruned: PreTrainedModel, model: PreTrainedModel, stack: str, kept: Sequence[int], copied: bool) -> None:
     """Give `pruned` the weights and buffers of `model`, those of kept layers under their new index."""
-    renamed = {f"{stack}.{old}.": f"{stack}.{new}." for new, old in enumerate(kept)}
     copies: dict[int, Tensor] = {}
 
     def taken(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         found = {}
-        for name, tensor in tensors:
-            layer = re.match(rf"{re.escape(stack)}\.\d+\.", name)
-            if layer and layer[0] not in renamed:
-                continue
+        for name, tensor in _renamed(tensors, stack, kept):
             if id(tensor) not in copies:  # tied weights stay one tensor
                 copies[id(tensor)] = tensor.detach().clone() if copied else tensor.detach()
-            found[renamed[layer[0]] + name[layer.end() :] if layer else name] = copies[id(tensor)]
+            found[name] = copies[id(tensor)]
         return found
 
     state = taken(model.state_dict(keep_vars=True).items())
-    try:
-        pruned.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"model ({model.config.model_type}) cannot be pruned: with fewer layers it has other weights"
-        ) from error
+    pruned.load_state_dict(state, assign=True)
     buffers = taken(model.named_buffers())
     cast = []
     for name, buffer in list(pruned.named_buffers()):

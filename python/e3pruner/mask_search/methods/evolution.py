@@ -8,7 +8,7 @@ from torch import Tensor
 import e3kernels as e3k
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import removed_share, removed_units, scores_of
+from e3pruner.mask_search.protocol import fitting, removed_share, removed_units, scores_of
 from e3pruner.vocabulary import check_integer
 
 _MOST_SWITCHES = 3
@@ -28,7 +28,7 @@ def evolution(problem: SearchProblem, *, generations: int = 20, offspring: int =
     count = len(problem.batches)
     problem.expect(generations * (offspring + (survivors + 1) * min(count, _LAST_BATCHES)))
     uniform = torch.zeros(len(problem.free), dtype=torch.float64)
-    parent = e3k.gumbel_topk(uniform, problem.drop, seed=problem.seed).mask
+    parent = fitting(problem, e3k.gumbel_topk(uniform, problem.drop, seed=problem.seed).mask[None])[0]
     for generation in range(generations):
         children = _switched(problem, parent.expand(offspring, -1), generation + 1)
         first = scores_of(problem, children, [generation % count])
@@ -59,5 +59,5 @@ def _switched(problem: SearchProblem, parents: Tensor, step: int) -> Tensor:
             logits = torch.where(parents == kind, 0.0, -1e6)
             chosen = e3k.gumbel_topk(logits, switches, seed=problem.seed, step=3 * step + offset).mask[row]
             children[row] = torch.where(chosen == 1, 1 - kind, children[row])
-    distinct: Tensor = children.unique(dim=0)
+    distinct: Tensor = fitting(problem, children).unique(dim=0)
     return distinct

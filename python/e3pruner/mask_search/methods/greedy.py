@@ -13,14 +13,14 @@ def greedy(problem: SearchProblem) -> Search:
     problem.expect(sum(candidates - step for step in range(problem.drop)) * len(problem.batches))
     removed: list[int] = []
     for _ in range(problem.drop):
-        left = [
-            unit
-            for members, count in problem.units.groups
-            for unit in members
-            if unit not in removed and len(set(members) & set(removed)) < count
-        ]
+        left = [unit for unit in problem.free if unit not in removed and _can_go(problem, [*removed, unit])]
         scores = problem.score([problem.mask([*removed, layer]) for layer in left])
         score = min(scores)
         removed.append(left[scores.index(score)])
         yield {"score": score, "scores": dict(zip(map(str, left), scores, strict=True)), "removed": sorted(removed)}
     return removed
+
+
+def _can_go(problem: SearchProblem, units: list[int]) -> bool:
+    """Whether there is a set of units that may go and holds `units`."""
+    return problem.units.cheapest([0.0] * problem.units.count, gone=units) is not None

@@ -85,7 +85,7 @@ def gumbel_topk(
         chosen = torch.cat([study.promising(drawn, best, samples - 1, step % count), known]).unique(dim=0)
         found = study.measure(chosen, step % count)
         with named_range("optimizer"):
-            best = model.descend(best)
+            best = study.descend(best)
         yield {
             "score": sum(found) / len(found),
             "removed": removed_units(problem, best),

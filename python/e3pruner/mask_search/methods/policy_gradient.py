@@ -8,7 +8,15 @@ from torch import Tensor
 import e3kernels as e3k
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import leave_one_out_scores, log_z_scores, lowest, removed_share, scores_of
+from e3pruner.mask_search.protocol import (
+    by_unit,
+    fitting,
+    leave_one_out_scores,
+    log_z_scores,
+    lowest,
+    removed_share,
+    scores_of,
+)
 from e3pruner.vocabulary import check_integer, check_positive
 
 _BASELINE_DECAY = 0.8
@@ -47,7 +55,8 @@ def policy_gradient(
             step=step,
             relaxation="softmax",
         )
-        scores = scores_of(problem, 1 - mask, [step % count])
+        removed_masks = fitting(problem, 1 - mask, logits)
+        scores = scores_of(problem, removed_masks, [step % count])
         reward = torch.tensor(scores, dtype=torch.float64).log()
         mean = reward.mean()
         baseline = mean if baseline is None else _BASELINE_DECAY * baseline + (1 - _BASELINE_DECAY) * mean
@@ -55,12 +64,11 @@ def policy_gradient(
         gradients = torch.stack([plackett_luce_gradient(logits / noise, row, keep) / noise for row in order])
         logits.grad = ((reward - baseline)[:, None] * gradients).mean(0)
         adam.step()
-        best = dict(zip(problem.free, logits.tolist(), strict=True))
-        removed = sorted(sorted(problem.free, key=best.__getitem__)[: problem.drop])
+        removed = lowest(problem, by_unit(problem, logits))
         yield {
             "score": sum(scores) / samples,
             "removed": removed,
-            "removed_share": removed_share(problem, 1 - mask),
+            "removed_share": removed_share(problem, removed_masks),
             "logits": logits.tolist(),
         }
     return removed

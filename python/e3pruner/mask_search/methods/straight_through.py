@@ -8,7 +8,7 @@ import e3kernels as e3k
 from e3pruner.mask_search.gradient import gate_gradient
 from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
-from e3pruner.mask_search.protocol import leave_one_out_scores, log_z_scores, lowest, removed_units
+from e3pruner.mask_search.protocol import by_unit, leave_one_out_scores, log_z_scores, lowest
 from e3pruner.vocabulary import check_choice, check_integer, check_positive
 
 OPTIMIZERS = ("adam", "sgd")
@@ -70,8 +70,7 @@ def straight_through(
         loss, slopes = gate_gradient(problem, gates, step % count)
         (theta.grad,) = torch.autograd.grad(probs, theta, probs.new_tensor([slopes[layer] for layer in free]))
         descent.step()
-        final = e3k.gumbel_topk(theta.detach(), len(free) - problem.drop, noise_scale=0.0).mask
-        removed = removed_units(problem, 1 - final)
+        removed = lowest(problem, by_unit(problem, theta.detach()))
         yield {"score": loss, "removed": removed, "logits": theta.tolist(), "drop": gone}
     return removed
 

@@ -1,0 +1,24 @@
+"""The packages of the extra `hf`, by the modules that they hold. Importing this says the command that installs them."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGES = {
+    "accelerate": "accelerate",
+    "filelock": "filelock",
+    "huggingface-hub": "huggingface_hub",
+    "numpy": "numpy",
+    "psutil": "psutil",
+    "pyyaml": "yaml",
+    "rich": "rich",
+    "safetensors": "safetensors",
+    "transformers": "transformers",
+    "typer": "typer",
+}
+
+if missing := [name for name, module in PACKAGES.items() if find_spec(module) is None]:
+    message = f"e3pruner needs {', '.join(missing)}: pip install 'e3kernels[hf]'"
+    if Path(sys.argv[0]).stem == "e3":  # the command shows no traceback
+        sys.exit(message)
+    raise ImportError(message)

@@ -1,0 +1,132 @@
+"""What a configuration demands of the layers that stay: known before anything is measured, cut or loaded.
+
+Two kinds of demand cover what the model types of transformers ask for. A `Limit` says how many of some layers may go:
+none of those that write what later layers read, all but one of those that attend. An `Order` says of which kinds the
+layers that stay must be, one after another, where a setting derives what a layer is from its index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# Kinds of `layer_types` whose layers keep no keys and values: a state of fixed size, or nothing.
+_WITHOUT_ATTENTION = {"linear_attention", "conv", "moe", "mlp"}
+# Setting that says of which layers, every how many, something is true: the setting that says of which of them (None: of
+# the last), and what it is.
+_INTERVALS = {
+    "attn_layer_period": ("attn_layer_offset", "attends"),
+    "expert_layer_period": ("expert_layer_offset", "holds experts"),
+    "moe_layer_interval": (None, "holds experts"),
+}
+# Model type: what its layers compute from their index, beside their place.
+_COUNTING = {
+    "diffllama": "the weight of the second attention map follows from the layer's index",
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Of the layers `members` at most `most` may go."""
+
+    members: frozenset[int]
+    most: int
+    reason: str
+
+    @property
+    def fixed(self) -> frozenset[int]:
+        """Layers that must stay, whatever else does."""
+        return self.members if self.most == 0 else frozenset()
+
+    def broken_by(self, kept: Sequence[int]) -> bool:
+        return len(self.members - set(kept)) > self.most
+
+
+@dataclass(frozen=True)
+class Order:
+    """Layer l is of the kind `kinds[l]`; the layers that stay are of the kinds `rule[0]`, `rule[1]`, … in turn."""
+
+    kinds: tuple[Any, ...]
+    rule: tuple[Any, ...]
+    reason: str
+    fixed: frozenset[int] = frozenset()
+
+    def broken_by(self, kept: Sequence[int]) -> bool:
+        return any(self.kinds[old] != self.rule[new] for new, old in enumerate(kept))
+
+
+Demand = Limit | Order
+
+
+def demands_of(config: PreTrainedConfig) -> list[Demand]:
+    """What `config` demands of the layers that are kept; see `pruned_config` for what makes all pruning impossible."""
+    text = config.get_text_config(decoder=True)
+    return [*_of_attention(text), *_of_shared_state(text), *_of_indices(text), *_of_image_features(config)]
+
+
+def check_kept(config: PreTrainedConfig, kept: Sequence[int]) -> None:
+    """Raises ValueError naming the model type and the reason unless the layers `kept`, ascending, may stay alone."""
+    for demand in demands_of(config):
+        if demand.broken_by(kept):
+            kind = config.get_text_config(decoder=True).model_type
+            raise ValueError(f"kept={list(kept)} cannot be kept alone of this model ({kind}): {demand.reason}")
+
+
+def _of_attention(text: Any) -> Iterator[Demand]:
+    kinds = getattr(text, "layer_types", None) or []
+    attending = frozenset(layer for layer, kind in enumerate(kinds) if kind not in _WITHOUT_ATTENTION)
+    if attending and len(attending) < len(kinds):
+        reason = f"one of the layers that attend ({_named(attending)}) must stay: positions are counted by its cache"
+        yield Limit(attending, len(attending) - 1, reason)
+    if text.model_type == "minimax" and len(attending) < len(kinds):
+        everything = frozenset(range(len(kinds)))
+        yield Limit(everything, 0, "its linear attention decays by the layer's index and the number of layers")
+    crossing = frozenset(getattr(text, "cross_attention_layers", None) or ())
+    if own := frozenset(range(text.num_hidden_layers)) - crossing if crossing else None:
+        yield Limit(own, len(own) - 1, "one layer that attends to the text must stay")
+
+
+def _of_shared_state(text: Any) -> Iterator[Demand]:
+    modes = getattr(text, "kv_sharing_modes", None) or []
+    if any(str(mode).startswith("reuse") for mode in modes):
+        stores = frozenset(layer for layer, mode in enumerate(modes) if mode == "store")
+        yield Limit(stores, 0, f"later layers read the keys and values of layers {_named(stores)}, which must stay")
+    indexers = getattr(text, "indexer_types", None) or []
+    if "shared" in indexers:
+        first = frozenset(range(indexers.index("shared")))
+        reason = f"one of layers {_named(first)}, whose indexers choose for the layers behind them, must stay"
+        yield Limit(first, len(first) - 1, reason)
+
+
+def _of_indices(text: Any) -> Iterator[Demand]:
+    count = text.num_hidden_layers
+    for name, (offset, what) in _INTERVALS.items():
+        every = getattr(text, name, 1)
+        if every != 1 and (name != "attn_layer_period" or "layers_block_type" not in vars(text)):
+            place = every - 1 if offset is None else getattr(text, offset)
+            kinds = tuple(layer % every == place for layer in range(count))
+            yield Order(kinds, kinds, f"config.{name}={every}: whether a layer {what} follows from its index")
+    reason = _COUNTING.get(text.model_type)
+    if getattr(text, "scale_attn_by_inverse_layer_idx", False):
+        reason = "config.scale_attn_by_inverse_layer_idx=True: attention is divided by the layer's index + 1"
+    if reason:
+        yield Order(tuple(range(count)), tuple(range(count)), f"{reason}; only the last layers may go")
+
+
+def _of_image_features(config: PreTrainedConfig) -> Iterator[Demand]:
+    """DeepStack: features of an image are added to the hidden state behind the first layers, or before given ones."""
+    vision = getattr(config, "vision_config", None)
+    if indexes := getattr(vision, "deepstack_visual_indexes", None):
+        members = frozenset(range(len(indexes)))
+        yield Limit(members, 0, f"features of the image are added behind layers {_named(members)}, which must stay")
+    given = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
+    if given:
+        members = frozenset([*given, *getattr(config, "spatial_target_layers", ())])
+        yield Limit(members, 0, f"features of the image are added before layers {_named(members)}, which must stay")
+
+
+def _named(layers: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(layers)))

@@ -1,0 +1,85 @@
+"""What a configuration demands of the layers that stay, and that no more is refused than the proof refuses."""
+
+import itertools
+
+import pytest
+import torch
+from tiny_models import NUM_LAYERS, tiny_model, tiny_tokens
+from tiny_vision_models import tiny_vision_model
+
+import e3pruner
+from e3pruner.models import skipped
+from e3pruner.surgery.config import pruned_config
+from e3pruner.surgery.demands import Limit, Order, demands_of
+
+ONE = {"expert_layer_period": 1, "expert_layer_offset": 0}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 3}
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "kept"),
+    [
+        ("jamba", {"attn_layer_period": 2, "expert_layer_period": 2}, [0, 3, 4]),
+        ("jamba", {"attn_layer_period": 3, "attn_layer_offset": 2} | ONE, [1, 3, 5]),
+        ("ernie4_5_moe", {"moe_layer_interval": 2}, [0, 3]),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [0, 1, 2]),
+        ("qwen3_next", {}, [1, 2, 4]),
+        ("glm_moe_dsa", {}, [0, 2, 4]),
+    ],
+)
+def test_layers_that_meet_the_demands_are_kept_exactly(model_type, changes, kept):
+    model, ids = tiny_model(model_type, **changes), tiny_tokens()
+    pruned = e3pruner.prune(model, kept)
+    with skipped(model, set(range(NUM_LAYERS)) - set(kept)):
+        assert torch.equal(logits(pruned, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "kept", "message"),
+    [
+        ("jamba", {}, [1, 2, 4], r"\(jamba\): config\.attn_layer_period=2: whether a layer attends follows from its"),
+        ("jamba", {"attn_layer_period": 3, "attn_layer_offset": 2}, [0, 1], r"layers that attend \(2, 5\) must stay"),
+        ("ernie4_5_moe", {"moe_layer_interval": 2}, [1, 2], r"config\.moe_layer_interval=2: whether a layer holds exp"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [0, 2], r"layer's index \+ 1; only the last layers may go"),
+        ("gemma4_text", {}, [0, 1, 4], r"later layers read the keys and values of layers 2, 3, which must stay"),
+        ("qwen3_next", {}, [0, 2, 4], r"one of the layers that attend \(1, 3, 5\) must stay: positions"),
+        ("glm_moe_dsa", {}, [1, 2, 3], r"one of layers 0, whose indexers choose for the layers behind them, must stay"),
+        ("minimax", HYBRID, [0, 1], r"linear attention decays by the layer's index and the number of layers"),
+    ],
+)
+def test_layers_that_break_a_demand_are_refused_before_anything_is_built(model_type, changes, kept, message):
+    config = tiny_model(model_type, **changes).config
+    with pytest.raises(ValueError, match=rf"kept=.* cannot be kept alone of this model .*{message}"):
+        pruned_config(config, kept)
+
+
+def test_sharing_layers_are_counted_anew():
+    """The last two layers of six read the keys and values of layers 2 and 3."""
+    config = tiny_model("gemma4_text").config
+    assert pruned_config(config, [1, 2, 3, 5]).num_kv_shared_layers == 1
+    assert pruned_config(config, [2, 3]).num_kv_shared_layers == 0
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_vl_moe"])
+def test_layers_that_are_given_features_of_the_image_stay(model_type):
+    config = tiny_vision_model(model_type).config
+    (limit,) = demands_of(config)
+    assert (limit.members, limit.most) == ({0, 1}, 0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "deepseek_v3", "gemma3_text", "falcon", "gpt_neo", "mixtral"])
+def test_most_types_demand_nothing(model_type):
+    assert demands_of(tiny_model(model_type).config) == []
+
+
+def test_demands_are_broken_by_what_they_say():
+    limit, order = Limit(frozenset({1, 3}), 1, ""), Order((0, 1, 0, 1), (0, 1, 0, 1), "")
+    for size in range(1, 5):
+        for kept in itertools.combinations(range(4), size):
+            assert limit.broken_by(kept) == (not {1, 3} & set(kept))
+            assert order.broken_by(kept) == any(old % 2 != new % 2 for new, old in enumerate(kept))
