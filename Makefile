@@ -4,9 +4,10 @@
 #   make bench [ARGS="--compare OLD.jsonl --fail-if-slower 5%"]
 #                                every kernel against its peers and its physical floor, and its errors
 #   make fuzz                    the C++ kernels under the sanitizers
+#   make docs                    the documentation as a site
 #   make gpu                     the Triton kernels on the GPU of this machine
-#   make gpu-tune [OUT=FOLDER]   the fastest launch tiles of the GPU of this machine
 #   make wheels                  dist/: the source archive, and a wheel for each Python of PYTHONS
+#   make gpu-tune [OUT=FOLDER]   the fastest launch tiles of the GPU of this machine
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -22,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python),$(PYTHON))
 TORCH    = $(shell $(BIN)/python -c 'import torch; print(*torch.__path__)')
 
-.PHONY: demo test lint bench gpu gpu-tune wheels clean
+.PHONY: demo test lint bench docs gpu gpu-tune wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -69,6 +70,12 @@ wheels: $(VENV)/release
 	$(BIN)/check-wheel-contents dist
 
 include csrc/fuzz.mk
+
+# The documentation as a site -> site/; warnings are errors. It needs neither torch nor the package: a small environment.
+docs:
+	test -x $(VENV)-docs/bin/mkdocs || ($(PYTHON) -m venv $(VENV)-docs && \
+	  $(VENV)-docs/bin/pip install -q 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1.0')
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

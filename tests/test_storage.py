@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from e3pruner.form import check_form, natural, positive
 from e3pruner.storage import (
@@ -22,6 +23,23 @@ from e3pruner.storage import (
     write_json,
     write_tensors,
 )
+
+
+@pytest.mark.parametrize(("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o027, 0o750, 0o640)])
+def test_what_is_written_has_the_modes_of_the_umask(tmp_path, umask, folder, file):
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "new") as new:
+            save_file({"a": torch.ones(1)}, new / "theirs.safetensors")  # 0600, whatever the umask
+            (new / "tool").touch(0o755)
+            write_tensors(new / "ours.safetensors", {"a": torch.ones(1)})
+        write_tensors(tmp_path / "alone.safetensors", {"a": torch.ones(1)})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new", *tmp_path.rglob("*"))}
+    assert modes.pop("new") == folder
+    assert modes.pop("tool") == folder  # what could be executed still can
+    assert modes == dict.fromkeys(("theirs.safetensors", "ours.safetensors", "alone.safetensors"), file)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

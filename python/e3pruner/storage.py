@@ -4,9 +4,9 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -36,7 +36,10 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask, whatever the writer, as safetensors, sets
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -83,6 +86,14 @@ def locked(path: str | Path, *, wait: bool = False) -> Iterator[None]:
                 parent.rmdir()
 
 
+def share(folder: Path) -> None:
+    """Gives the files in `folder` the mode that the umask gave it: safetensors makes its own for the owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode | path.stat().st_mode & 0o111)
+
+
 def created_parents(path: Path) -> list[Path]:
     """Makes the folders that `path` lies in; those that were not there, the innermost first."""
     missing = [parent for parent in path.parents if not parent.exists()]
@@ -103,9 +114,11 @@ def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         raise FileExistsError(f"{path} exists and is never overwritten unasked: choose another folder, or force")
     path.parent.mkdir(parents=True, exist_ok=True)
     before = _content(path)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary.mkdir()  # with the mode that the umask gives, which tempfile's ignore
     try:
         yield temporary
+        share(temporary)
         if _content(path) != before:
             raise FileExistsError(f"{path} was made by another process meanwhile, or changed")
         if before is not None:

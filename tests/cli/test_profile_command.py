@@ -11,9 +11,22 @@ from e3pruner.cli.commands import profile
 from e3pruner.profiling import fit
 
 SMALL = {
-    "model": ("--prompt", 8, "--tokens", 2, "--rounds", 1, "--removed", 2, "--dtype", "float32"),
-    "step": ("--drop", 2, "--length", 16, "--batch", 2, "--rounds", 1, "--dtype", "float32"),
-    "ops": ("--op", "entropy_kl", "--provider", "reference", "--rows", 4, "--vocabulary", 40, "--dtype", "float32"),
+    "model": ("--prompt", 8, "--tokens", 2, "--rounds", 1, "--limit", 0, "--removed", 2, "--dtype", "float32"),
+    "step": ("--drop", 2, "--length", 16, "--batch", 2, "--rounds", 1, "--limit", 0, "--dtype", "float32"),
+    "ops": (
+        "--op",
+        "entropy_kl",
+        "--provider",
+        "reference",
+        "--rows",
+        4,
+        "--vocabulary",
+        40,
+        "--dtype",
+        "float32",
+        "--limit",
+        0,
+    ),
 }
 
 
@@ -95,6 +108,7 @@ def test_weights_that_do_not_fit_are_not_loaded(
 def test_options_from_a_file(tmp_path: Path, e3: Command) -> None:
     """--dtype was once called type_ there."""
     values = {"op": ["entropy_kl"], "provider": ["reference"], "rows": 4, "vocabulary": 40, "dtype": ["float32"]}
+    values |= {"rounds": 1, "limit": 0}
     (tmp_path / "ops.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     result = e3("profile", "ops", "--config", tmp_path / "ops.yaml", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output

@@ -298,3 +298,29 @@ def test_help_teaches(command: str, e3: Command) -> None:
     assert_done(result)
     assert f"e3 {command}" in result.stdout
     assert command in e3("--help").stdout
+
+
+def test_checkpoints_can_be_published(e3, model_folder, text_file, tmp_path):
+    plan = PruningPlan.of_removed([2], 6, method="greedy")
+    plan.save(tmp_path / "plan.json")
+    pruned, recovered = tmp_path / "pruned", tmp_path / "recovered"
+    done = e3("prune", "--model", model_folder, "--plan", tmp_path / "plan.json", "--out", pruned)
+    assert done.exit_code == 0, done.output
+    size = ("--text", text_file, "--length", 32, "--held-out", 4, "--steps", 1)
+    done = e3("distill", "--model", pruned, "--teacher", model_folder, *size, "--out", recovered)
+    assert done.exit_code == 0, done.output
+    for folder in (pruned, recovered):
+        assert PruningPlan.load(folder / "pruning.json").removed == [2]
+        card = (folder / "README.md").read_text()
+        assert "5 of 6 decoder layers are left" in card
+        for name in ("README.md", "pruning.json", "config.json", "tokenizer_config.json"):
+            assert f"{tmp_path.parent}" not in (folder / name).read_text(), name
+        modes = {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}
+        assert modes == {folder.stat().st_mode & 0o666}
+    assert "| recovered |" in card
+    done = e3(
+        "prune", "--model", pruned, "--plan", tmp_path / "plan.json", "--out", tmp_path / "x", "--push-to-hub", "me/it"
+    )
+    assert done.exit_code == 2
+    assert "--push-to-hub me/it: the Hub cannot be written to" in " ".join(done.output.split())
+    assert not (tmp_path / "x").exists()

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from e3pruner.pipelines.output import CONFIG_FILE, add_files, output_folder
 from e3pruner.storage import locked
@@ -15,6 +17,19 @@ from e3pruner.storage import locked
 def finish(out: Path, content: str = "first", **options: Any) -> None:
     with output_folder(out, {"drop": 8}, **options) as folder:
         (folder / "result").write_text(content)
+
+
+def test_a_result_has_the_modes_of_the_umask(tmp_path: Path) -> None:
+    out, before = tmp_path / "out", os.umask(0o022)
+    try:
+        with output_folder(out, {"drop": 8}) as folder:
+            save_file({"a": torch.ones(1)}, folder / "model.safetensors")  # 0600, whatever the umask
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()} == {
+        CONFIG_FILE: 0o644,
+        "model.safetensors": 0o644,
+    }
 
 
 def test_a_second_run_is_told_who_is_at_work(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from e3kernels.profiling import RangeRecorder
 from e3pruner.models import output_head
 from e3pruner.profiling import fit
 from e3pruner.profiling.ceilings import Ceilings
-from e3pruner.profiling.model.engines import Eager, Speed, in_turns, run, typical_speed
+from e3pruner.profiling.model.engines import Eager, Speed, run, speed_of
 from e3pruner.profiling.model.page import decoder_page
 from e3pruner.profiling.model.parts import ranged_parts
 from e3pruner.profiling.model.profile import PHASES, DecoderProfile, middle, profile_decoder
@@ -44,19 +44,10 @@ def test_every_model_type_has_its_parts(model_type):
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_actions_take_turns_in_changing_order():
-    calls = []
-    actions = {name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}
-    results = in_turns(actions, 5)
-    turns = [calls[start : start + 3] for start in range(0, 18, 3)]
-    assert all(sorted(turn) == list("abc") for turn in turns)
-    assert len({tuple(turn) for turn in turns}) > 1
-    assert results == {name: [3 * n + turn.index(name) + 1 for n, turn in enumerate(turns) if n] for name in "abc"}
-
-
 def test_a_disturbed_round_does_not_count():
     """Each phase keeps its own faster half: 1 and 2 of 1, 9, 2; 3 and 5 of 7, 3, 5."""
-    assert typical_speed([Speed(1, 7), Speed(9, 3), Speed(2, 5)]) == Speed(1.5, 4)
+    estimates = speed_of([Speed(1, 7), Speed(9, 3), Speed(2, 5)])
+    assert {phase: estimate.value for phase, estimate in estimates.items()} == {"prefill": 1.5, "decode": 4}
 
 
 def test_work_is_that_of_the_shapes():
@@ -110,7 +101,8 @@ def test_what_does_not_fit_is_said_before_it_is_tried(monkeypatch):
 
 def test_the_page_shows_every_section(tmp_path):
     profile = profile_decoder(tiny_model("llama"), prompt=6, tokens=2, rounds=1, removed=(2,), folder=tmp_path)
-    page = decoder_page(profile, "tiny & small", CEILINGS, "float32", 1.3)
+    profile.ceilings = CEILINGS
+    page = decoder_page(profile, "tiny & small", "float32", 1.3)
     text = write_page(page, tmp_path, describe_environment(), "e3 profile model tiny").read_text()
     assert "tiny &amp; small" in text
     assert text.count("<svg") == 5

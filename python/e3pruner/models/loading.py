@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from enum import StrEnum
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -27,6 +30,9 @@ TOKENIZER_FILES = (
     *("added_tokens.json", "special_tokens_map.json", "chat_template*", "additional_chat_templates"),
     "tokenization_*.py",
 )
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
+# Weights in the forms that are not read here.
+OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "original/*"]
 # Errors that speak of this machine or of the weights' file, not of what the folder describes.
 _FAILURES = (OSError, SafetensorError, MemoryError, torch.OutOfMemoryError)
 
@@ -44,14 +50,26 @@ class Dtype(StrEnum):
 
 
 def model_folder(name: str) -> Path:
-    """The checkpoint folder that --model names; nothing is ever downloaded.
+    """The checkpoint folder that --model names: one on disk, the built-in one, or a Hub id's in the Hub's
+    cache, which it is downloaded to unless HF_HUB_OFFLINE is set. A folder wins over an id.
 
-    Raises FileNotFoundError when it is no folder with a config.json.
+    Raises FileNotFoundError, naming the command that downloads it, where there is none.
     """
     folder = smollm2_folder() if name == BUILT_IN else Path(name)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"--model {name} is neither a folder with a config.json nor {BUILT_IN!r}")
-    return folder
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or not HUB_ID.fullmatch(name):
+        raise FileNotFoundError(
+            f"--model {name} is neither a folder with a config.json, nor {BUILT_IN!r}, nor a Hub id"
+        )
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, ignore_patterns=OTHER_WEIGHTS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"--model {name} is no folder with a config.json, and as a Hub id it cannot be read: "
+            f"{type(error).__name__}; `hf download {repository}` where the Hub can be reached, with the same HF_HOME"
+        ) from error
 
 
 def load_model(

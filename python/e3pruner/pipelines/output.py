@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from e3pruner.pipelines.settings import FILES, read_settings, read_yaml
-from e3pruner.storage import locked, read_json, remove_temporaries, replacing_file
+from e3pruner.storage import locked, read_json, remove_temporaries, replacing_file, share
 
 CONFIG_FILE = "e3.yaml"
 # What a run writes before it has measured anything.
@@ -54,6 +54,7 @@ def output_folder(
                 _stderr.print(f"What is done is kept in {partial}; the same command goes on from there.")
             raise
         save_settings(partial, settings, files_of(partial), command)
+        share(partial)
         replace_folder(partial, out, force)
 
 

@@ -25,6 +25,7 @@ from e3pruner.models import find_layers
 from e3pruner.models.loading import BUILT_IN, Dtype, load_model, load_tokenizer, weights_dtype
 from e3pruner.models.stack import check_indices, check_unquantised
 from e3pruner.pipelines.options import PipelineOptions
+from e3pruner.pipelines.publishing import recovery_sentence, write_card
 from e3pruner.pipelines.results import recovery_results, search_results
 from e3pruner.pipelines.stages import Stages
 from e3pruner.precision import autocast_dtype
@@ -139,6 +140,7 @@ class Work(Stages):
             "recovery": curves[-1],
             "models": [{"name": name, **values, **self.speed(name)} for name, values in models.items()],
         }
+        self.describe(final, results["models"])
         if options.rivals or options.curve:
             found, figures = {options.method: first, **rivals}, {options.method: models[PRUNED], **masks}
             keys = ("removed", "order", "cost", "seconds")
@@ -150,6 +152,16 @@ class Work(Stages):
         if options.prompts:
             results["generations"] = self.stage("9-generate", self.generate)
         return results | {"seconds": {"0-load": self.loading, **self.seconds()}}
+
+    def describe(self, plan: PruningPlan, models: list[dict[str, Any]]) -> None:
+        """The plan and the card of what the last round leaves."""
+        options = self.options
+        source, rounds = str(options.model), options.rounds
+        command = f"e3 run --model {source} --drop {self.drop} --method {options.method} --steps {options.steps}"
+        trained = recovery_sentence(source, options.text, options.steps * rounds)
+        for kind, recovered in ((PRUNED, ""), (RECOVERED, trained)):
+            plan.save(self.folder / kind / PLAN_FILE)
+            write_card(self.folder / kind, source, plan, command, recovered=recovered, figures=models)
 
     def clean(self) -> None:
         """Deletes what only a resumed run would need."""

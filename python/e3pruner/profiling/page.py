@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from e3pruner.report.html import write_html
 from e3pruner.report.plots import render
 from e3pruner.storage import write_json_lines
+from e3pruner.timing import Conditions, Estimate
 
 PAGE_FILE = "profile.html"
 ROWS_FILE = "profile.jsonl"
+NOT_KNOWN = "not known"  # in place of a figure whose interval holds nonsense
 
 
 class Table(NamedTuple):
@@ -34,22 +36,30 @@ class Section(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A profile to be shown. `rows`: its figures as JSON objects, each with its "kind"."""
+    """A profile to be shown. summary: one sentence with its figure. rows: the figures as JSON objects, each with its
+    "kind". doubts: what of them is not reliable, and why.
+    """
 
     title: str
     summary: str
     sections: list[Section]
     rows: list[dict[str, Any]]
+    doubts: Sequence[str] = ()
 
 
-def write_page(page: Page, folder: Path, environment: dict[str, Any], command: str) -> Path:
+def write_page(
+    page: Page, folder: Path, environment: dict[str, Any], command: str, conditions: Conditions | None = None
+) -> Path:
     """Writes `folder`/profile.html, profile.jsonl and each plot as PNG; returns the page's path.
 
-    `environment` is that of `e3pruner.report.describe_environment`; `command` is how the profile came about.
+    `environment` is that of `e3pruner.report.describe_environment`; `command` is how the profile came about;
+    `conditions` are the machine's while it did, whose doubts come first.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"kind": "run", "title": page.title, "command": command, **environment}, *page.rows]
-    write_json_lines(folder / ROWS_FILE, rows)
+    doubts = doubts_of(page, conditions)
+    meanwhile = {} if conditions is None else {"conditions": conditions.row()}
+    run = {"kind": "run", "title": page.title, "command": command, **environment, **meanwhile, "doubts": doubts}
+    write_json_lines(folder / ROWS_FILE, [run, *page.rows])
     return write_html(
         folder / PAGE_FILE,
         "profile.html.jinja",
@@ -58,8 +68,21 @@ def write_page(page: Page, folder: Path, environment: dict[str, Any], command: s
         summary=page.summary,
         command=command,
         environment=environment,
+        data=ROWS_FILE,
         sections=page.sections,
+        doubts=doubts,
+        conditions=meanwhile.get("conditions", {}),
     )
+
+
+def doubts_of(page: Page, conditions: Conditions | None) -> list[str]:
+    """What speaks against the whole page, then against its figures."""
+    return [*([] if conditions is None else conditions.doubts()), *page.doubts]
+
+
+def verdict(doubts: Sequence[str]) -> str:
+    """The first line of a page and of what is printed."""
+    return "Reliable." if not doubts else f"Not reliable: {plural(len(doubts), 'reason')}."
 
 
 def figures(values: Iterable[float | None], digits: int = 3) -> list[str]:
@@ -67,6 +90,12 @@ def figures(values: Iterable[float | None], digits: int = 3) -> list[str]:
     return [
         "–" if value is None else f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}" for value in values
     ]
+
+
+def spread(estimate: Estimate, unit: float = 1e3) -> str:
+    """A time with its quartiles, in ms unless told: "95.1 (94.2–97)"."""
+    value, low, high = figures([unit * estimate.value, unit * estimate.low, unit * estimate.high])
+    return f"{value} ({low}–{high})"
 
 
 def percent(value: float) -> str:

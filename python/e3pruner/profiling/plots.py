@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from e3kernels.profiling import MemoryTimeline
 from e3kernels.profiling.memory import CATEGORIES
 from e3pruner.profiling.ceilings import Ceilings
 from e3pruner.report.palette import COLOURS, MARKERS, as_text
+from e3pruner.timing import Estimate
 
 FILLS = (
     COLOURS.series1,
@@ -23,8 +27,12 @@ FILLS = (
 )
 
 
-def layer_bars(parts: dict[str, list[float]], python: list[float], title: str) -> Figure:
-    """Milliseconds of every layer, its parts on top of each other; a mark shows how much of it is Python."""
+def layer_bars(
+    parts: dict[str, list[float]], python: list[float], spreads: list[Estimate | None], title: str
+) -> Figure:
+    """Milliseconds of every layer, its parts on top of each other; a mark shows how much of it is Python, a line the
+    quartiles of the layer's rounds.
+    """
     figure = Figure(figsize=(8.4, 3.1))
     axes = figure.subplots()
     layers = np.arange(len(python))
@@ -33,9 +41,15 @@ def layer_bars(parts: dict[str, list[float]], python: list[float], title: str) -
         axes.bar(layers, 1e3 * np.asarray(seconds), 0.72, floor, color=colour, label=part)
         floor += 1e3 * np.asarray(seconds)
     axes.plot(layers, 1e3 * np.asarray(python), "_", color=COLOURS.ink, ms=11, mew=2, label="of it outside operators")
+    for layer, estimate in enumerate(spreads):
+        if estimate is not None:
+            quartiles = [1e3 * estimate.low, 1e3 * estimate.high]
+            axes.plot([layer, layer], quartiles, color=COLOURS.ink, lw=1, label="quartiles" if layer == 0 else None)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layer", ylabel=f"ms, {title}", xlim=(-0.7, len(layers) - 0.3))
     axes.grid(axis="x", visible=False)
-    axes.set_ylim(top=1.25 * floor.max())
+    highest = max([floor.max(), *(1e3 * e.high for e in spreads if e is not None)])
+    axes.set_ylim(top=1.35 * highest)
     axes.legend(loc="upper left", ncols=6, fontsize=9, handlelength=1, columnspacing=1)
     return figure
 
@@ -94,22 +108,28 @@ def memory_timeline(memory: MemoryTimeline) -> Figure:
     return figure
 
 
-def removal_curve(predicted: dict[str, list[float]], measured: dict[str, dict[int, float]]) -> Figure:
-    """Speed-up over layers removed, predicted as lines and measured as marks, for each engine and phase."""
+def removal_curve(
+    predicted: dict[str, list[float]], measured: dict[str, dict[int, tuple[float, tuple[float, float]]]]
+) -> Figure:
+    """Speed-up over layers removed, predicted as lines and measured as marks with their quartiles, for each engine and
+    phase.
+    """
     figure = Figure(figsize=(8.4, 3.4))
     axes = figure.subplots()
-    for number, (name, values) in enumerate(predicted.items()):
-        colour = FILLS[number % 4]
-        axes.plot(range(len(values)), values, color=colour, label=name)
-        if found := measured.get(name):
-            axes.plot(list(found), list(found.values()), MARKERS[number % 4], color=colour, ms=6, ls="none")
+    for number, name in enumerate(dict.fromkeys((*predicted, *measured))):
+        colour, values = FILLS[number % 4], predicted.get(name, [])
+        axes.plot(range(len(values)), values, color=colour, label=name if values else f"{name} (measured)")
+        for removed, (times, quartiles) in measured.get(name, {}).items():
+            axes.plot([removed, removed], quartiles, color=colour, lw=1)
+            axes.plot(removed, times, MARKERS[number % 4], color=colour, ms=6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layers removed", ylabel="times as fast", xlim=(0, None))
     axes.legend(loc="upper left")
     return figure
 
 
-def phase_bars(phases: dict[str, dict[str, float]]) -> Figure:
-    """One horizontal bar a run, its phases one after the other, in ms."""
+def phase_bars(phases: dict[str, dict[str, float]], spreads: Mapping[str, Estimate] | None = None) -> Figure:
+    """One horizontal bar per run, its phases one after the other, in ms; a line: the quartiles of its rounds."""
     figure = Figure(figsize=(8.4, 0.9 + 0.55 * len(phases)))
     axes = figure.subplots()
     names = list(dict.fromkeys(name for run in phases.values() for name in run))
@@ -118,6 +138,9 @@ def phase_bars(phases: dict[str, dict[str, float]]) -> Figure:
         for name, seconds in run.items():
             axes.barh(row, 1e3 * seconds, 0.6, left, color=FILLS[names.index(name) % len(FILLS)])
             left += 1e3 * seconds
+    for row, name in enumerate(phases):
+        if estimate := (spreads or {}).get(name):
+            axes.plot([1e3 * estimate.low, 1e3 * estimate.high], [row, row], color=COLOURS.ink, lw=1)
     axes.set_yticks(range(len(phases)), list(map(as_text, phases)))
     axes.invert_yaxis()
     axes.set(xlabel="ms")
@@ -127,15 +150,18 @@ def phase_bars(phases: dict[str, dict[str, float]]) -> Figure:
     return figure
 
 
-def share_bars(shares: dict[str, float]) -> Figure:
-    """One horizontal bar an operation: its share of the ceiling that bounds it."""
-    figure = Figure(figsize=(8.4, 0.7 + 0.24 * len(shares)))
+def share_bars(shares: dict[tuple[str, str], tuple[float, tuple[float, float]]]) -> Figure:
+    """One horizontal bar per operation and provider: its share of the ceiling that bounds it, and the quartiles."""
+    figure = Figure(figsize=(8.4, 1.0 + 0.24 * len(shares)))
     axes = figure.subplots()
-    providers = list(dict.fromkeys(name.rsplit(", ", 1)[1] for name in shares))
-    for row, (name, share) in enumerate(shares.items()):
-        axes.barh(row, 100 * share, 0.7, color=FILLS[providers.index(name.rsplit(", ", 1)[1])])
-    axes.set_yticks(range(len(shares)), list(shares), fontsize=8)
+    providers = list(dict.fromkeys(provider for _, provider in shares))
+    for row, ((_, provider), (share, quartiles)) in enumerate(shares.items()):
+        axes.barh(row, 100 * share, 0.7, color=FILLS[providers.index(provider)])
+        axes.plot([100 * edge for edge in quartiles], [row, row], color=COLOURS.ink, lw=1)
+    axes.set_yticks(range(len(shares)), [name for name, _ in shares], fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="% of the ceiling")
     axes.grid(axis="y", visible=False)
+    handles = [Patch(color=FILLS[number], label=name) for number, name in enumerate(providers)]
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1), ncols=4, fontsize=9, handlelength=1)
     return figure

@@ -21,7 +21,8 @@ def describe_environment() -> dict[str, Any]:
     """Commit, machine, versions, backends and time of this process, as JSON values.
 
     `commit` is that of the source tree the package was imported from, with "+changes" when tracked files differ from
-    it, and None outside a git tree. Memory is in GiB.
+    it, and None outside a git tree. Memory is in GiB, the load average that of the
+    last minute.
     """
     kernels = e3kernels.info()
     return {
@@ -34,6 +35,7 @@ def describe_environment() -> dict[str, Any]:
             "threads": kernels["cpu"]["threads"],
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "load_average": round(os.getloadavg()[0], 2),
             "system": f"{platform.system()} {platform.machine()}",
         },
         "versions": kernels["versions"] | {name: version(name) for name in PACKAGES},

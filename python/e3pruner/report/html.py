@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from e3pruner.report.comparison import tables
 from e3pruner.report.plots import draw_plots
-from e3pruner.report.results import load_results
+from e3pruner.report.results import RESULTS_FILE, load_results
 from e3pruner.report.table import model_table, tiles
 from e3pruner.storage import replacing_file
 
@@ -32,6 +32,7 @@ def build_report(folder: Path) -> Path:
         summary=results.get("summary"),
         command=results.get("command"),
         environment=results["environment"],
+        data=RESULTS_FILE,
         results=results,
         headings=headings,
         rows=rows,
@@ -43,12 +44,27 @@ def build_report(folder: Path) -> Path:
 def write_html(path: Path, template: str, plots: dict[str, str], **content: Any) -> Path:
     """Fills `template`, an extension of base.html.jinja, with inline SVG `plots` and `content`; returns `path`.
 
-    Every page has a `title`, a `summary` and a `command` (or None), and the `environment` that it was made in.
+    Every page has a `title`, a `summary` and a `command` (or None), the `environment` that it was made in, and the name
+    of its `data`, the file beside it.
     """
     loader = PackageLoader("e3pruner.report", ".")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters["shown"] = shown
     drawn = {name: Markup(svg) for name, svg in plots.items()}
     page = jinja.get_template(template).render(plots=drawn, **content)
     with replacing_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def shown(value: Any) -> str:
+    """A value of a page's lists of facts as text: three significant digits, and no brackets."""
+    if value is None:
+        return "–"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value)) or "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {shown(item)}" for name, item in value.items()) or "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)

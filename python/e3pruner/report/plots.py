@@ -125,6 +125,7 @@ def recovery(results: Results) -> Figure:
             axes.plot(steps[window - 1 :], mean, color=COLOURS.series1, label=f"training loss, mean of {window} steps")
     if history["held_out"]:
         axes.plot(*zip(*history["held_out"], strict=True), color=COLOURS.removed, marker="o", label="held-out KL")
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     axes.set(xlabel="training step", ylabel="nats per token")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right")

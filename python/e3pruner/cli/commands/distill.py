@@ -12,7 +12,8 @@ import e3pruner
 from e3pruner.cli import options
 from e3pruner.cli.command import command_line
 from e3pruner.cli.config import parse_options, resolved, result_folder
-from e3pruner.models.loading import load_model, load_tokenizer
+from e3pruner.models.loading import load_model, load_tokenizer, model_folder
+from e3pruner.pipelines.publishing import check_access, push, recovery_sentence, write_card
 from e3pruner.pipelines.results import recovery_results, run_results
 from e3pruner.pipelines.settings import check_recover
 from e3pruner.recovery import TeacherCache
@@ -20,6 +21,7 @@ from e3pruner.recovery.state import STATE, going_on
 from e3pruner.recovery.tracking import TRACKED
 from e3pruner.report import save_results
 from e3pruner.surgery import PruningPlan
+from e3pruner.surgery.plan import PLAN_FILE
 from e3pruner.text.splits import take, token_splits
 
 TRAINING = "training"
@@ -53,6 +55,7 @@ def distill(
     device: options.Device = "auto",
     dtype: options.SavedDtype = options.Dtype.AUTO,
     trust_remote_code: options.TrustRemoteCode = False,
+    push_to_hub: options.PushToHub = None,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -73,6 +76,9 @@ def distill(
     settings |= parse_options(recover, "--recover")
     check_recover(settings, track)
     chosen = PruningPlan.load(plan) if plan else None
+    check_access(push_to_hub)
+    of_model = model_folder(model) / PLAN_FILE
+    made_by = chosen or (PruningPlan.load(of_model) if of_model.is_file() else None)
     with result_folder(ctx, out, force) as folder:
         tokenizer = load_tokenizer(teacher or model, trust_remote_code=trust_remote_code)
         source: Any = (
@@ -101,9 +107,16 @@ def distill(
         title = f"{model}, distilled from {teacher or teacher_cache}"
         about = run_results(title, resolved(ctx)) | {"command": command_line()}
         save_results(about | recovery_results(result), folder)
+        if made_by is not None:
+            made_by.save(folder / PLAN_FILE)
+        how = recovery_sentence(str(teacher or teacher_cache), text, result.steps)
+        figures = [{"name": "recovered", **result.held_out[-1]}]
+        write_card(folder, model, made_by, command_line(), recovered=how, figures=figures)
         # The state first: should the rest be cut short, the same command trains again instead of finding half of it.
         (training / STATE).unlink()
         shutil.rmtree(training)
+    if push_to_hub is not None:
+        push(out, push_to_hub)
     last = result.held_out[-1]
     divergence = f"KL {last['kl']:.3f}, " if "kl" in last else ""
     print(f"{out}: held-out {divergence}perplexity {last['perplexity']:.2f} after {result.steps} steps")

@@ -14,28 +14,38 @@ from e3pruner.cli.tables import console, rich_table
 from e3pruner.evaluation.target import check_target
 from e3pruner.models.device import usable_device
 from e3pruner.models.loading import load_model, load_tokenizer
-from e3pruner.profiling.ceilings import measure_ceilings
+from e3pruner.profiling.ceilings import probes
 from e3pruner.profiling.fit import check_loading_fits
 from e3pruner.profiling.model.page import decoder_page
 from e3pruner.profiling.model.profile import profile_decoder
 from e3pruner.profiling.operations.page import operations_page
 from e3pruner.profiling.operations.profile import CASES, DTYPES, PROVIDERS, check_choices, profile_operations
-from e3pruner.profiling.page import Page, write_page
+from e3pruner.profiling.page import Page, doubts_of, verdict, write_page
 from e3pruner.profiling.step.page import step_page
 from e3pruner.profiling.step.profile import profile_steps
 from e3pruner.report import describe_environment
 from e3pruner.text.sequences import as_sequences
 from e3pruner.text.splits import take, token_splits
+from e3pruner.timing import Conditions, watched
 
 app = typer.Typer(name="profile", no_args_is_help=True, help="See where the time and the bytes go.")
 
+_MOST_STEPS = 20
+
 Subject = Annotated[str, typer.Argument(metavar="MODEL", help="As --model elsewhere: a folder, or `smollm2`.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds, at least, in which all take turns.")]
+Limit = Annotated[
+    float,
+    typer.Option(min=0, help="Seconds after which no further round begins, whether every time is known to 2 % or not."),
+]
 
 
-def show(page: Page, out: Path) -> None:
+def show(page: Page, conditions: Conditions, out: Path) -> None:
     """Prints the page's tables. Only once the result is where it belongs: a pipe may close before they end."""
     terminal = console()
+    doubts = doubts_of(page, conditions)
+    for line in (page.summary, verdict(doubts), *(f"- {doubt}" for doubt in doubts)):
+        terminal.print(line, highlight=False, markup=False)
     for section in page.sections:
         for table in section.tables:
             terminal.print(rich_table(table.title, table.headings, table.rows))
@@ -51,6 +61,7 @@ def model(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens written after it, one at a time.")] = 16,
     rounds: Rounds = 5,
+    limit: Limit = 120,
     removed: Annotated[
         list[int] | None, typer.Option(min=1, help="Measure without so many layers; may be repeated.")
     ] = None,
@@ -71,22 +82,24 @@ def model(
     with result_folder(ctx, out, force) as folder:
         check_loading_fits(model, device, dtype, trust_remote_code=trust_remote_code)
         network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
-        profile = profile_decoder(
-            network,
-            batch=batch,
-            prompt=prompt,
-            tokens=tokens,
-            rounds=rounds,
-            removed=removed or (4, 8, 12),
-            seed=seed,
-            folder=folder,
-        )
-        ceilings = measure_ceilings(network.device, (network.dtype,))
+        with watched() as conditions:
+            profile = profile_decoder(
+                network,
+                batch=batch,
+                prompt=prompt,
+                tokens=tokens,
+                rounds=rounds,
+                limit=limit,
+                removed=removed or (4, 8, 12),
+                seed=seed,
+                folder=folder,
+                tried=probes(network.device, (network.dtype,)),
+            )
         name = str(network.dtype).removeprefix("torch.")
         title = f"{model}: {profile.layers} layers, {name}, {batch} × {prompt} tokens"
-        page = decoder_page(profile, title, ceilings, name, speedup)
-        write_page(page, folder, describe_environment(), command_line())
-    show(page, out)
+        page = decoder_page(profile, title, name, speedup)
+        write_page(page, folder, describe_environment(), command_line(), conditions)
+    show(page, conditions, out)
 
 
 @app.command("step", cls=Command)
@@ -101,6 +114,7 @@ def step(
     length: options.Length = 256,
     batch: options.Batch = 4,
     rounds: Rounds = 3,
+    limit: Limit = 120,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
@@ -117,24 +131,28 @@ def step(
         splits = token_splits(
             load_tokenizer(model, trust_remote_code=trust_remote_code), text, length=length, seed=seed
         )
-        sequences = take(as_sequences(splits.training).input_ids, batch * (rounds + 3), "--batch")
+        there = as_sequences(splits.training).input_ids
+        wanted = min(len(there), batch * (_MOST_STEPS + 3)) if limit else 0
+        sequences = take(there, max(wanted, batch * (rounds + 3)), "--batch")
         check_loading_fits(model, device, dtype, trust_remote_code=trust_remote_code)
         network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
-        profile = profile_steps(
-            network,
-            sequences,
-            drop=drop,
-            fraction=fraction,
-            protect=protect or (),
-            batch=batch,
-            rounds=rounds,
-            seed=seed,
-            folder=folder,
-        )
+        with watched() as conditions:
+            profile = profile_steps(
+                network,
+                sequences,
+                drop=drop,
+                fraction=fraction,
+                protect=protect or (),
+                batch=batch,
+                rounds=rounds,
+                limit=limit,
+                seed=seed,
+                folder=folder,
+            )
         title = f"{model}: one search step and one recovery step, {batch} × {length} tokens"
         page = step_page(profile, title)
-        write_page(page, folder, describe_environment(), command_line())
-    show(page, out)
+        write_page(page, folder, describe_environment(), command_line(), conditions)
+    show(page, conditions, out)
 
 
 @app.command("ops", cls=Command)
@@ -153,6 +171,8 @@ def ops(
     dtype: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(DTYPES)}; may be repeated. The first two.")
     ] = None,
+    rounds: Rounds = 5,
+    limit: Limit = 120,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     force: options.Force = False,
@@ -165,17 +185,20 @@ def ops(
     dtypes = dtype or list(DTYPES)[:2]
     check_choices({"--op": (op, CASES), "--provider": (provider, PROVIDERS), "--dtype": (dtypes, DTYPES)})
     with result_folder(ctx, out, force) as folder:
-        found = profile_operations(
-            operations=op,
-            providers=provider,
-            dtypes=dtypes,
-            rows=rows,
-            vocabulary=vocabulary,
-            hidden=hidden,
-            device=str(usable_device(device)),
-            seed=seed,
-            folder=folder,
-        )
+        with watched() as conditions:
+            found = profile_operations(
+                operations=op,
+                providers=provider,
+                dtypes=dtypes,
+                rows=rows,
+                vocabulary=vocabulary,
+                hidden=hidden,
+                device=str(usable_device(device)),
+                seed=seed,
+                rounds=rounds,
+                limit=limit,
+                folder=folder,
+            )
         page = operations_page(found, f"Operations on {rows} tokens, {hidden} wide, {vocabulary:,} entries")
-        write_page(page, folder, describe_environment(), command_line())
-    show(page, out)
+        write_page(page, folder, describe_environment(), command_line(), conditions)
+    show(page, conditions, out)

@@ -10,9 +10,10 @@ import typer
 from e3pruner import PruningPlan
 from e3pruner import prune as prune_model
 from e3pruner.cli import options
-from e3pruner.cli.command import stderr
+from e3pruner.cli.command import command_line, stderr
 from e3pruner.cli.config import result_folder
 from e3pruner.models.loading import Dtype, checked_folder, copy_tokenizer, load_model, tokenizer_files
+from e3pruner.pipelines.publishing import check_access, push, write_card
 from e3pruner.surgery.adapter import ADAPTER_CONFIG, prune_adapter
 from e3pruner.surgery.plan import PLAN_FILE
 
@@ -28,6 +29,7 @@ def prune(
     ] = None,
     dtype: options.DtypeOption = Dtype.AUTO,
     trust_remote_code: options.TrustRemoteCode = False,
+    push_to_hub: options.PushToHub = None,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -45,14 +47,15 @@ def prune(
         raise ValueError(f"--dtype {dtype}: {model} is cut as files and keeps its bytes; leave it out")
     if adapter is not None and not _is_adapter(adapter):
         raise ValueError(f"--adapter {adapter} holds no {ADAPTER_CONFIG}")
+    check_access(push_to_hub)
     with result_folder(ctx, out, force) as folder:
+        as_files = model.endswith(".gguf") or _is_adapter(Path(model))
         if dtype != Dtype.AUTO:
             loaded = load_model(model, "cpu", dtype, trust_remote_code=trust_remote_code)
             prune_model(loaded, chosen).save_pretrained(folder)
             copy_tokenizer(model, folder)
             chosen.save(folder / PLAN_FILE)
         else:
-            as_files = model.endswith(".gguf") or _is_adapter(Path(model))
             source = Path(model) if as_files else checked_folder(model, trust_remote_code)
             cut = prune_model(source, chosen, out=folder / "cut", trust_remote_code=trust_remote_code)
             for path in sorted(cut.iterdir()):
@@ -62,6 +65,10 @@ def prune(
                 stderr.print(f"{model} has no tokenizer beside it, so {out} has none either")
         if adapter is not None:
             prune_adapter(adapter, chosen, folder / "adapter", base=str(out))
+        if not as_files:
+            write_card(folder, model, chosen, command_line())
+    if push_to_hub is not None:
+        push(out, push_to_hub)
     print(f"{out}: {len(chosen.kept)} of {chosen.num_layers} layers kept, removed {chosen.removed}")
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +13,10 @@ from transformers import PreTrainedModel
 
 from e3kernels.profiling import named_range
 from e3pruner.compat import CACHE
+from e3pruner.profiling.ceilings import synchronizer
 from e3pruner.runtime import LayerSkipRuntime
 from e3pruner.runtime.layer_skip import Keep
-
-Name = TypeVar("Name", bound=Hashable)
-Result = TypeVar("Result")
+from e3pruner.timing import Estimate
 
 
 class Speed(NamedTuple):
@@ -82,33 +79,9 @@ def run(engine: Engine, ids: Tensor, tokens: int) -> Speed:
     return Speed(read - began, (now(synchronize) - read) / tokens)
 
 
-def in_turns(actions: Mapping[Name, Callable[[], Result]], rounds: int) -> dict[Name, list[Result]]:
-    """What each action returned in each of `rounds`, in which all take turns so that drift hits all alike, in an order
-    drawn anew, so that none always follows the same other; one round before them does not count.
-    """
-    results: dict[Name, list[Result]] = {name: [] for name in actions}
-    order, draw = list(actions), random.Random(0)
-    for _ in range(rounds + 1):
-        draw.shuffle(order)
-        for name in order:
-            results[name].append(actions[name]())
-    return {name: mine[1:] for name, mine in results.items()}
-
-
-def faster_half(rounds: Sequence[Result], seconds: Callable[[Result], float]) -> list[Result]:
-    """The rounds up to the median, which are averaged: what else the machine does only adds time, and their mean
-    scatters two thirds as much as the median of all.
-    """
-    return sorted(rounds, key=seconds)[: (len(rounds) + 1) // 2]
-
-
-def typical_speed(rounds: Sequence[Speed]) -> Speed:
-    """The mean of the `faster_half`, of each phase by itself."""
-    return Speed(*(statistics.mean(faster_half(column, float)) for column in zip(*rounds, strict=True)))
-
-
-def synchronizer(device: torch.device) -> Callable[[], None] | None:
-    return None if device.type == "cpu" else lambda: torch.accelerator.synchronize(device)
+def speed_of(rounds: Sequence[Speed]) -> dict[str, Estimate]:
+    """The estimates of both phases, by their names."""
+    return {phase: Estimate.of_times([getattr(each, phase) for each in rounds]) for phase in Speed._fields}
 
 
 def now(synchronize: Callable[[], None] | None) -> float:

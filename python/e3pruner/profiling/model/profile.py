@@ -19,17 +19,17 @@ import e3kernels
 from e3kernels.profiling import MemoryTimeline, Profile, RangeRecorder, Timeline
 from e3pruner.models import find_layers, output_head
 from e3pruner.models.stack import evaluating, returning_dicts
+from e3pruner.profiling.ceilings import Ceilings, Probe, ceilings_of, synchronizer
+from e3pruner.profiling.ceilings import Key as ProbeKey
+from e3pruner.profiling.doubts import PARTS
 from e3pruner.profiling.fit import check_decoding_fits
 from e3pruner.profiling.model.engines import (
     Eager,
     Engine,
     Runtime,
     Speed,
-    faster_half,
-    in_turns,
     run,
-    synchronizer,
-    typical_speed,
+    speed_of,
 )
 from e3pruner.profiling.model.parts import part_of, parts_of, ranged_parts
 from e3pruner.profiling.operators import operator_seconds
@@ -37,6 +37,7 @@ from e3pruner.profiling.process_memory import peak_above_inputs
 from e3pruner.profiling.work import Work, WorkCounter
 from e3pruner.runtime import LayerSkipRuntime
 from e3pruner.surgery import prune
+from e3pruner.timing import Estimate, faster_half, in_turns
 
 PHASES = ("prefill", "decode")
 Key = tuple[str, int | None, str]  # phase, layer (None: outside the layers), part
@@ -52,7 +53,9 @@ class DecoderProfile:
     where `runtime_refusal` says why the runtime does not take the model. whole: {engine: Speed}, nothing attached.
     removed: {layers removed: {engine: Speed}}, the pruned models' own; empty where `removal_refusal` says why.
     weights: bytes by part. memory: the traced pass, peak: the process's own growth meanwhile, None where Linux does
-    not tell.
+    not tell. estimates: the spread of all this, by (engine, phase), ((layers removed, engine), phase), (engine, phase,
+    part), the runtime's part "layers" being all of them, and ("eager", phase, layer). ceilings: what the machine can
+    do, from the same rounds; None if it was not measured.
     """
 
     layers: int
@@ -66,6 +69,22 @@ class DecoderProfile:
     memory: MemoryTimeline
     peak: int | None
     traced: Profile = field(repr=False)
+    estimates: dict[tuple[Any, ...], Estimate] = field(default_factory=dict)
+    ceilings: Ceilings | None = None
+
+    def knows_layers(self, engine: str, phase: str) -> bool:
+        """Whether what the layers take is known well enough to predict from: by the clock, if the parts add up to the
+        whole; by leaving out, if the interval of their time holds neither nothing nor everything.
+        """
+        whole = getattr(self.whole[engine], phase)
+        if engine == "eager":
+            return abs(self.sum_of_parts(engine, phase) / whole - 1) <= PARTS
+        return self.knows_part(phase, "layers")
+
+    def knows_part(self, phase: str, part: str) -> bool:
+        """Whether the interval of the runtime's `part` holds no nonsense: less than nothing, or more than the whole."""
+        estimate = self.estimates.get(("runtime", phase, part))
+        return estimate is None or estimate.between(0, getattr(self.whole["runtime"], phase))
 
     def layer_seconds(self, engine: str, phase: str) -> list[float]:
         """Seconds of each layer, all its parts together."""
@@ -116,15 +135,18 @@ def profile_decoder(
     prompt: int = 128,
     tokens: int = 16,
     rounds: int = 5,
+    limit: float = 0.0,
     removed: Sequence[int] = (4, 8, 12),
     seed: int = 0,
     folder: str | Path | None = None,
+    tried: Mapping[ProbeKey, Probe] | None = None,
 ) -> DecoderProfile:
     """Profile `model` reading `batch` random prompts of `prompt` tokens and writing `tokens` more, one at a time.
 
     Runs on Hugging Face's eager forward and, where it takes the model, on `LayerSkipRuntime`. Models without each of
-    `removed` numbers of layers (those below the model's) are measured in the same rounds. A Chrome trace of one run
-    is kept in `folder`, if given.
+    `removed` numbers of layers (those below the model's) are measured in the same rounds, and so are the kernels
+    `tried` (see `ceilings.probes`): `rounds` of them, and as many more as it takes until every time is known to 2 % or
+    `limit` seconds have passed. A Chrome trace of one run is kept in `folder`, if given.
 
     Raises ValueError for counts below 1, and for a shape that does not fit in memory, from an estimate.
     """
@@ -143,9 +165,15 @@ def profile_decoder(
         actions: dict[Any, Callable[[], Any]] = {
             key: partial(run, engine, ids, tokens) for key, engine in engines.items()
         }
-        measured = in_turns(actions | {"parts": partial(_ranged, model, ids, tokens)}, rounds)
-        parts = _typical_parts(measured.pop("parts"))
-        speed = {key: typical_speed(values) for key, values in measured.items()}
+        tried = tried or {}
+        limits: dict[Any, Callable[[], Any]] = {key: probe.seconds for key, probe in tried.items()}
+        parts_action = {"parts": partial(_ranged, model, ids, tokens)}
+        measured = in_turns(actions | parts_action | limits, rounds, limit=limit, settled=partial(_settled, engines))
+        parts = _typical_parts(measured["parts"])
+        runs = {key: measured[key] for key in engines}
+        known = {(key, phase): e for key, values in runs.items() for phase, e in speed_of(values).items()}
+        speed = {key: Speed(*(known[key, phase].value for phase in PHASES)) for key in engines}
+        ablated = _ablated(runs, layers) if runtimes else {}
         work = _work(model, ids, tokens)
         growth, traced = _traced(model, ids, tokens, folder)
     outside = _python_share(traced, parts, speed["eager"], tokens)
@@ -157,7 +185,7 @@ def profile_decoder(
             for key, seconds in parts.items()
         },
         whole={engine: speed[engine] for engine in ("eager", "runtime") if engine in speed},
-        runtime=_ablated(speed, layers) if runtimes else {},
+        runtime={key: estimate.value for key, estimate in ablated.items() if key[1] != "layers"},
         runtime_refusal=runtime_refusal,
         removed={n: {name: speed[count, name] for count, name in pruned if count == n} for n, _ in pruned},
         removal_refusal=removal_refusal,
@@ -165,6 +193,10 @@ def profile_decoder(
         memory=MemoryTimeline.of(traced.trace, {"weights": sum(weights.values())}),
         peak=growth,
         traced=traced,
+        estimates=known
+        | {("runtime", *key): estimate for key, estimate in ablated.items()}
+        | _spread_of_parts(measured["parts"]),
+        ceilings=ceilings_of(tried, measured) if tried else None,
     )
 
 
@@ -221,6 +253,20 @@ def _typical_parts(rounds: Sequence[dict[Key, float]]) -> dict[Key, float]:
     return found
 
 
+def _spread_of_parts(rounds: Sequence[dict[Key, float]]) -> dict[tuple[Any, ...], Estimate]:
+    """The estimate of each part in all layers together, and of each layer with all its parts."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for row in rounds:
+        total: dict[tuple[Any, ...], float] = defaultdict(float)
+        for (phase, layer, part), seconds in row.items():
+            total["eager", phase, part] += seconds
+            if layer is not None:
+                total["eager", phase, layer] += seconds
+        for key, seconds in total.items():
+            found.setdefault(key, []).append(seconds)
+    return {key: Estimate.of_times(values) for key, values in found.items()}
+
+
 def _by_part(values: dict[tuple[str, ...], float], tokens: int) -> dict[Key, float]:
     """Values by path of ranges, summed by phase, layer and part; those of "decode" a token's."""
     total: dict[Key, float] = defaultdict(float)
@@ -241,7 +287,7 @@ def _work(model: PreTrainedModel, ids: Tensor, tokens: int) -> dict[Key, Work]:
 def _traced(model: PreTrainedModel, ids: Tensor, tokens: int, folder: str | Path | None) -> tuple[int | None, Profile]:
     """The growth of the process while the prompt is read and the tokens written, and a trace of it."""
     growth = peak_above_inputs(lambda: run(Eager(model), ids, tokens))
-    with ranged_parts(model), e3kernels.profile(folder) as traced:
+    with ranged_parts(model), e3kernels.profile(folder, force=True) as traced:
         run(Eager(model), ids, tokens)
     return growth, traced
 
@@ -252,25 +298,32 @@ def _python_share(traced: Profile, parts: dict[Key, float], whole: Speed, tokens
     return {key: max(0.0, seconds - inside.get(key, 0.0)) for key, seconds in parts.items()}
 
 
-def _ablated(speed: Mapping[Any, Speed], layers: int) -> dict[tuple[str, str], float]:
+def _settled(engines: Mapping[Any, Engine], results: Mapping[Any, Sequence[Any]]) -> bool:
+    return all(estimate.settled for key in engines for estimate in speed_of(results[key]).values())
+
+
+def _ablated(runs: Mapping[Any, Sequence[Speed]], layers: int) -> dict[tuple[str, str], Estimate]:
     """The runtime's parts, from runs without every second attention, FFN or layer.
 
     The fused step is one parallel region with no clock inside, so that parts are only seen by leaving them out. Half of
-    them stay, so that what is left does not suddenly fit into a cache. Of the four runs, with all or half of the
-    attention and all or half of the FFN, the least-squares fit of rest + attention + FFN: each part is the mean of what
-    it adds with and without half of the other.
+    them stay, so that what is left does not suddenly fit into a cache. Of the four runs of a round, with all or half of
+    the attention and all or half of the FFN, the least-squares fit of rest + attention + FFN: each part is the mean of
+    what it adds with and without half of the other. "layers": attention and FFN together.
     """
-    found = {}
+    found: dict[tuple[str, str], Estimate] = {}
     scale = layers / (layers // 2)
+    names = ("runtime", "half the attention", "half the ffn", "half the layers")
     for phase in PHASES:
-        whole, half_attention, half_ffn, half_layers = (
-            getattr(speed[name], phase) for name in ("runtime", "half the attention", "half the ffn", "half the layers")
-        )
-        attention = scale * (whole - half_attention + half_ffn - half_layers) / 2
-        ffn = scale * (whole - half_ffn + half_attention - half_layers) / 2
-        fitted = (3 * whole + half_attention + half_ffn - half_layers) / 4
-        found[phase, "attention"], found[phase, "ffn"] = attention, ffn
-        found[phase, "rest"] = fitted - attention - ffn
+        rows: dict[str, list[float]] = defaultdict(list)
+        for turn in zip(*(runs[name] for name in names), strict=True):
+            whole, half_attention, half_ffn, half_layers = (getattr(speed, phase) for speed in turn)
+            attention = scale * (whole - half_attention + half_ffn - half_layers) / 2
+            ffn = scale * (whole - half_ffn + half_attention - half_layers) / 2
+            fitted = (3 * whole + half_attention + half_ffn - half_layers) / 4
+            parts = {"attention": attention, "ffn": ffn, "rest": fitted - attention - ffn, "layers": attention + ffn}
+            for part, seconds in parts.items():
+                rows[part].append(seconds)
+        found |= {(phase, part): Estimate.of_differences(values) for part, values in rows.items()}
     return found
 
 

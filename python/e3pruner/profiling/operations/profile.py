@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +17,20 @@ import e3kernels as e3k
 from e3kernels import backends, textbook
 from e3kernels.contract import BACKENDS
 from e3kernels.profiling import named_range
-from e3pruner.profiling.ceilings import Ceilings, measure_ceilings, seconds_of
+from e3pruner.profiling.ceilings import (
+    Ceilings,
+    Key,
+    Probe,
+    ceilings_of,
+    copies,
+    fastest,
+    probes,
+    synchronizer,
+)
+from e3pruner.profiling.doubts import above_ceiling, unsettled
 from e3pruner.profiling.fit import check_fits
 from e3pruner.profiling.operations.gradients import errors_of, gradient_of
+from e3pruner.timing import Estimate, Timed, in_turns
 
 EAGER = "eager"
 PROVIDERS = (*BACKENDS, EAGER)
@@ -26,6 +38,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _TOP_K = 10
 _LAYERS = 30
 _CHECKED_ROWS = 16  # an error in fp64 costs time
+_FEW = 3  # rounds that say nothing of each other
+Name = TypeVar("Name")
 
 
 class Case(NamedTuple):
@@ -43,8 +57,9 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class OperationRow:
-    """seconds: value and gradient. host: of the same call on the smallest tensors. rate: work a second. share: of the
-    ceiling that bounds it. errors: of value and gradient against fp64, relative to the largest entry; None where the
+    """seconds: value and gradient; quartiles: of the rounds. host: of the same call on the smallest tensors, where
+    that is known. rate: work a second. limit: what the machine does at most with as much work, measured in the same
+    rounds; share: of it. errors: of value and gradient against fp64, relative to the largest entry; None where the
     provider draws other random numbers.
     """
 
@@ -52,19 +67,22 @@ class OperationRow:
     provider: str
     dtype: str
     seconds: float
-    host: float
+    quartiles: tuple[float, float]
+    host: float | None
     rate: float
     unit: str
+    limit: float
     share: float
     errors: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class OperationsProfile:
-    """The rows and the ceilings that they are held against; the ceilings are measured first."""
+    """The rows and the machine's limits for tensors beyond the caches; doubts: what of it is not reliable, and why."""
 
     rows: list[OperationRow]
     ceilings: Ceilings
+    doubts: list[str] = field(default_factory=list)
 
 
 class Sizes(NamedTuple):
@@ -85,11 +103,17 @@ def profile_operations(
     hidden: int = 576,
     device: str = "cpu",
     seed: int = 0,
+    rounds: int = 5,
+    limit: float = 0.0,
     folder: Path | None = None,
 ) -> OperationsProfile:
     """Times value and gradient of each operation with each provider: the backends of `e3kernels`, and "eager", the
     formula as a textbook writes it. Without `providers`, all that serve on `device`. One traced call of each is kept
     as a Chrome trace in `folder`, if given.
+
+    The providers of an operation take turns with the kernels that its ceiling is measured by, for `rounds` rounds, and
+    as many more as it takes until each is known to 2 % or `limit` seconds have passed, of which every operation gets
+    its share.
 
     Raises ValueError for an operation, provider or dtype that is not known, or a shape that does not fit in memory;
     RuntimeError for a provider asked for that cannot serve.
@@ -100,21 +124,30 @@ def profile_operations(
     need = 4 * (10 * rows * vocabulary + 2 * vocabulary * hidden)
     check_fits(need, on, f"rows={rows} with vocabulary={vocabulary}")
     chosen = [DTYPES[name] for name in dtypes]
-    ceilings = measure_ceilings(on, tuple(chosen))
-    measured, calls = [], []
+    turns = Turns(rounds, limit / (1 + len(chosen) * len(operations or CASES)))
+    tried = probes(on, chosen)
+    ceilings = ceilings_of(tried, turns.take({key: probe.seconds for key, probe in tried.items()}))
+    measured, calls, doubts = [], [], []
     for operation in operations or list(CASES):
         for dtype in chosen:
             tensors = _prepared(operation, sizes, dtype, on, seed)
-            for provider in providers or _serving(operation, on, dtype):
-                row, call = _measure(operation, provider, dtype, tensors, on, ceilings)
-                measured.append(row)
-                calls.append((f"{operation} {row.dtype} {provider}", call))
+            serving = providers or _serving(operation, on, dtype)
+            found, said = _measure(operation, serving, dtype, tensors, on, tried, turns)
+            measured += found
+            doubts += said
+            calls += [
+                (
+                    f"{operation} {row.dtype} {row.provider}",
+                    _with_backend(_call(tensors.case, row.provider), row.provider),
+                )
+                for row in found
+            ]
     if folder is not None:
-        with e3k.profile(folder):
+        with e3k.profile(folder, force=True):
             for name, call in calls:
                 with named_range(name):
                     call()
-    return OperationsProfile(measured, ceilings)
+    return OperationsProfile(measured, ceilings, doubts)
 
 
 def check_choices(given: Mapping[str, tuple[Sequence[str] | None, Collection[str]]]) -> None:
@@ -149,31 +182,78 @@ def _prepared(operation: str, sizes: Sizes, dtype: torch.dtype, device: torch.de
     )
 
 
+class Turns(NamedTuple):
+    """How long one group of actions is measured."""
+
+    rounds: int
+    limit: float
+
+    def take(self, actions: Mapping[Name, Callable[[], float]]) -> dict[Name, list[float]]:
+        """The seconds of every action in every round, until all are known."""
+        return in_turns(actions, self.rounds, limit=self.limit, settled=all_settled)
+
+
+def all_settled(seconds: Mapping[Any, Sequence[float]]) -> bool:
+    return all(Estimate.of_times(values).settled for values in seconds.values())
+
+
 def _measure(
     operation: str,
-    provider: str,
+    providers: Sequence[str],
     dtype: torch.dtype,
     tensors: _Prepared,
     device: torch.device,
-    ceilings: Ceilings,
-) -> tuple[OperationRow, Callable[[], object]]:
-    case = tensors.case
-    call = _call(case, provider)
-    with nullcontext() if provider == EAGER else e3k.use_backend(provider):
-        seconds = seconds_of(call, device)
-        host = seconds_of(_call(tensors.smallest, provider), device, budget=0.05)
-        draws_otherwise = (operation, provider) == ("gumbel_topk", EAGER)
-        errors = None if draws_otherwise else _errors(tensors, provider)
-    name = str(dtype).removeprefix("torch.")
-    rate = case.work / seconds
-    ceiling = ceilings.gemm[name] if case.unit == "FLOP" else ceilings.copy
-    row = OperationRow(operation, provider, name, seconds, host, rate, case.unit, rate / ceiling, errors)
-    return row, _with_backend(call, provider)
+    tried: Mapping[Key, Probe],
+    turns: Turns,
+) -> tuple[list[OperationRow], list[str]]:
+    """A row for each provider, and what of them is to be doubted."""
+    case, name, synchronize = tensors.case, str(dtype).removeprefix("torch."), synchronizer(device)
+    if case.unit == "FLOP":
+        bound = f"matrix product {name}"
+        limits = {key: probe for key, probe in tried.items() if key[0] == bound}
+    else:  # a copy of as many bytes, which may fit into a cache as the operation's do
+        bound, limits = "copy", copies(torch.empty(max(1, int(case.work) // 8), device=device), synchronize)
+    actions: dict[Any, Callable[[], float]] = {key: probe.seconds for key, probe in limits.items()}
+    for provider in providers:
+        with chosen_backend(provider):
+            for what, of in (("call", case), ("host", tensors.smallest)):
+                actions[provider, what] = Timed(_with_backend(_call(of, provider), provider), synchronize)
+    seconds = turns.take(actions)
+    limit, of_limit = fastest(limits, {key: seconds[key] for key in limits}, bound)
+    rows, doubts = [], []
+    for provider in providers:
+        call, host = (Estimate.of_times(seconds[provider, what]) for what in ("call", "host"))
+        with chosen_backend(provider):
+            draws_otherwise = (operation, provider) == ("gumbel_topk", EAGER)
+            errors = None if draws_otherwise else _errors(tensors, provider)
+        rate, label = case.work / call.value, f"{operation}, {name}, {provider}"
+        known = host.value if host.between(0, math.inf) or host.rounds < _FEW else None
+        row = OperationRow(
+            operation,
+            provider,
+            name,
+            call.value,
+            (call.low, call.high),
+            known,
+            rate,
+            case.unit,
+            limit,
+            rate / limit,
+            errors,
+        )
+        rows.append(row)
+        doubts += unsettled({label: call})
+        doubts += above_ceiling(label, call, of_limit, row.share)
+    return rows, doubts
+
+
+def chosen_backend(provider: str) -> AbstractContextManager[object]:
+    return nullcontext() if provider == EAGER else e3k.use_backend(provider)
 
 
 def _with_backend(call: Callable[[], object], provider: str) -> Callable[[], object]:
     def chosen() -> object:
-        with nullcontext() if provider == EAGER else e3k.use_backend(provider):
+        with chosen_backend(provider):
             return call()
 
     return chosen

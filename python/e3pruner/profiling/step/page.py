@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 from e3pruner.profiling import plots
+from e3pruner.profiling.doubts import PHASES, apart, unsettled
 from e3pruner.profiling.model.page import memory_row, memory_section
-from e3pruner.profiling.page import Page, Section, Table, figures, percent
+from e3pruner.profiling.page import Page, Section, Table, figures, percent, spread
 from e3pruner.profiling.step.profile import StepProfile, StepProfiles
 
 
@@ -16,10 +17,25 @@ def step_page(profiles: StepProfiles, title: str) -> Page:
     sections = []
     for kind in dict.fromkeys(p.kind for p in profiles.steps):
         sections += _sections(kind, [p for p in profiles.steps if p.kind == kind])
-    summary = "What a step of the mask search and one of the recovery consist of, with the fused losses and without."
+    summary = _headline(profiles.steps)
     if profiles.recovery_refusal is not None:
         summary += f" Not measured: the recovery ({profiles.recovery_refusal})."
-    return Page(title, summary, sections, [row for p in profiles.steps for row in _rows(p)])
+    doubts = [doubt for p in profiles.steps for doubt in _doubts(p)]
+    return Page(title, summary, sections, [row for p in profiles.steps for row in _rows(p)], doubts)
+
+
+def _headline(steps: list[StepProfile]) -> str:
+    """How long each kind of step takes with either kind of losses."""
+    sentences = []
+    for kind in dict.fromkeys(p.kind for p in steps):
+        times = " and ".join(f"{figures([p.seconds])[0]} s with {p.losses} losses" for p in steps if p.kind == kind)
+        sentences.append(f"A {kind} step takes {times}.")
+    return " ".join(sentences)
+
+
+def _doubts(profile: StepProfile) -> list[str]:
+    name = f"the {profile.kind} step with {profile.losses} losses"
+    return unsettled({name: profile.estimate}) + apart(name, profile.covered, 1.0, PHASES)
 
 
 def _sections(kind: str, profiles: list[StepProfile]) -> list[Section]:
@@ -39,7 +55,8 @@ def _sections(kind: str, profiles: list[StepProfile]) -> list[Section]:
         "By the clock around each phase. The fused loss computes its gradient in the same pass, so that part of what "
         "eager losses leave to the backward pass is in its loss."
     )
-    time = Section(f"The {kind} step", note, [table], {f"phases-{kind}": partial(plots.phase_bars, bars)})
+    spreads = {f"{p.losses} losses": p.estimate for p in profiles}
+    time = Section(f"The {kind} step", note, [table], {f"phases-{kind}": partial(plots.phase_bars, bars, spreads)})
     held = [_memory(kind, p) for p in profiles]
     return [time, *held]
 
@@ -53,7 +70,7 @@ def _memory(kind: str, profile: StepProfile) -> Section:
 def _summary(profiles: list[StepProfile]) -> dict[str, list[str]]:
     return {
         "sum of the phases": [*figures([1e3 * p.seconds * p.covered for p in profiles])],
-        "the step": [*figures([1e3 * p.seconds for p in profiles])],
+        "the step (quartiles)": [spread(p.estimate) for p in profiles],
         "tokens/s": [*figures([p.tokens / p.seconds for p in profiles])],
         "peak MiB": [*figures([sum(p.memory.peak().values()) / 2**20 for p in profiles])],
     }
@@ -67,6 +84,8 @@ def _rows(profile: StepProfile) -> list[dict[str, Any]]:
         "kind": "step",
         **common,
         "seconds": profile.seconds,
+        "quartiles": [profile.estimate.low, profile.estimate.high],
+        "rounds": profile.estimate.rounds,
         "sum_of_parts": profile.covered,
         "tokens_per_s": rate,
     }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,23 +30,26 @@ from e3pruner.mask_search.units import units_of
 from e3pruner.models import OutputHead, find_layers
 from e3pruner.models.stack import check_indices
 from e3pruner.precision import autocast_dtype
+from e3pruner.profiling.ceilings import synchronizer
 from e3pruner.profiling.fit import check_training_fits
-from e3pruner.profiling.model.engines import synchronizer
 from e3pruner.profiling.model.profile import middle
 from e3pruner.profiling.process_memory import peak_above_inputs
 from e3pruner.recovery import DistillOptions, LiveTeacher, Teacher, distill
 from e3pruner.recovery.teacher import narrowed
 from e3pruner.surgery import prune
+from e3pruner.timing import Estimate, faster_half, in_turns
 
 STEP = "step"
+LOSSES = ("fused", "eager")
 
 
 @dataclass
 class StepProfile:
     """One kind of step ("search" or "recovery") with "fused" or "eager" losses.
 
-    seconds: of a step, the median; phases: of them in each named phase; their sum leaves out what no phase covers.
-    tokens: that go through a model in a step. memory, growth: of the traced run, and the process's own growth.
+    seconds: of a step, the mean of the faster half of the rounds, of which `estimate` tells the spread; phases: of them
+    in each named phase; their sum leaves out what no phase covers. tokens: that go through a model in a step. memory,
+    growth: of the traced run, and the process's own growth.
     """
 
     kind: str
@@ -55,6 +60,7 @@ class StepProfile:
     memory: MemoryTimeline
     growth: int | None
     traced: Profile = field(repr=False)
+    estimate: Estimate
 
     @property
     def covered(self) -> float:
@@ -78,10 +84,13 @@ def profile_steps(
     protect: Sequence[int] = (),
     batch: int = 4,
     rounds: int = 3,
+    limit: float = 0.0,
     seed: int = 0,
     folder: Path | None = None,
 ) -> StepProfiles:
-    """Profiles of `rounds` steps, after one that does not count, on token ids (N, S), `batch` sequences per step.
+    """Profiles of steps on token ids (N, S), `batch` sequences per step, with fused and with eager losses in turn: for
+    `rounds` rounds after one that does not count, and as many more as it takes until both are known to 2 %, `limit`
+    seconds have passed for each kind of step, or the sequences are used up.
 
     The search draws and measures masks without `drop` layers (8 unless told), or a `fraction` of all, and none of
     `protect`; the recovery trains a student that lacks the middle ones of those that may go.
@@ -101,15 +110,10 @@ def profile_steps(
     gone = [free[place] for place in middle(len(free), count)]
     kept = [layer for layer in range(layers) if layer not in gone]
     refusal = _recovery_refusal(model, kept)
-    found = []
-    measured: dict[str, list[float]] = {}
-    for losses in ("fused", "eager"):
-        traces = folder if losses == "fused" else None
-        run = _Run(model, sequences, losses, kept, protected, batch, rounds, seed, traces, measured)
-        found.append(_search(run._replace(folder=run.folder and run.folder / "search")))
-        if refusal is None:
-            found.append(_recovery(run._replace(folder=run.folder and run.folder / "recovery")))
-    return StepProfiles(found, refusal)
+    run = _Run(model, sequences, kept, protected, batch, rounds, limit, seed, folder)
+    searched = _search(run)
+    recovered = _recovery(run) if refusal is None else []
+    return StepProfiles([profile for pair in zip_longest(searched, recovered) for profile in pair if profile], refusal)
 
 
 class _Run(NamedTuple):
@@ -117,47 +121,79 @@ class _Run(NamedTuple):
 
     model: PreTrainedModel
     sequences: Tensor
-    losses: str
     kept: list[int]  # by the student
     protected: list[int]
     batch: int
     rounds: int
+    limit: float
     seed: int
     folder: Path | None
-    measured: dict[str, list[float]]  # by the search's importance start
+
+    @property
+    def most(self) -> int:
+        """The rounds that there is text for, besides the one that does not count and those of memory and trace."""
+        return len(self.sequences) // self.batch - 3
+
+    def traced(self, kind: str, losses: str) -> Path | None:
+        """Where the trace of a step goes, if it is kept."""
+        return self.folder / kind if self.folder is not None and losses == "fused" else None
 
 
-def _search(run: _Run) -> StepProfile:
-    model, rounds = run.model, run.rounds
-    with _started(run) as (problem, running):
+class _Step(NamedTuple):
+    """Seconds of one step, and of each phase directly inside it."""
 
-        def step() -> None:
-            with named_range(STEP):
-                next(running)
+    seconds: float
+    phases: dict[str, float]
 
-        step()
-        problem.account.clear()  # the teacher's passes belong to the steps, which make them
-        with RangeRecorder(synchronizer(model.device)) as recorder:
-            for _ in range(rounds):
-                step()
-        tokens = round(problem.account.cost / rounds)
-        growth = peak_above_inputs(step)
-        with e3kernels.profile(run.folder) as traced:
+
+def _measured(run: _Run, steps: Mapping[str, Callable[[], object]]) -> dict[str, list[_Step]]:
+    """The rounds of every one of `steps`, in turns: the last range "step" that a call leaves."""
+
+    def recorded(step: Callable[[], object]) -> _Step:
+        with RangeRecorder(synchronizer(run.model.device)) as recorder:
             step()
-        weights = sum(p.nbytes for p in model.parameters())
+        return _last_step(recorder.ranges)
+
+    def settled(rounds: Mapping[str, list[_Step]]) -> bool:
+        return all(Estimate.of_times([step.seconds for step in steps]).settled for steps in rounds.values())
+
+    actions = {losses: partial(recorded, step) for losses, step in steps.items()}
+    return in_turns(actions, run.rounds, most=run.most, limit=run.limit, settled=settled)
+
+
+def _search(run: _Run) -> list[StepProfile]:
+    model, found = run.model, []
     own = sum(p.nbytes for p in model.parameters())
-    before = {"weights": own if weights == own else own + weights}
-    seconds, phases = _of_steps(recorder.ranges)
-    memory = MemoryTimeline.of(traced.trace, before)
-    return StepProfile("search", run.losses, seconds, phases, tokens, memory, growth, traced)
+    with ExitStack() as stack:
+        measured: dict[str, list[float]] = {}
+        started = {losses: stack.enter_context(_started(run, losses, measured)) for losses in LOSSES}
+
+        def step(losses: str) -> None:
+            with named_range(STEP):
+                next(started[losses][1])
+
+        for problem, _ in started.values():
+            problem.account.clear()  # the teacher's passes belong to the steps, which make them
+        rounds = _measured(run, {losses: partial(step, losses) for losses in LOSSES})
+        tokens = {losses: round(started[losses][0].account.cost / (len(rounds[losses]) + 1)) for losses in LOSSES}
+        weights = sum(p.nbytes for p in model.parameters())
+        before = {"weights": own if weights == own else own + weights}
+        for losses in LOSSES:
+            growth = peak_above_inputs(partial(step, losses))
+            with e3kernels.profile(run.traced("search", losses), force=True) as traced:
+                step(losses)
+            memory = MemoryTimeline.of(traced.trace, before)
+            times = _typical(rounds[losses])
+            found.append(StepProfile("search", losses, *times[:2], tokens[losses], memory, growth, traced, times[2]))
+    return found
 
 
 @contextmanager
-def _started(run: _Run) -> Iterator[tuple[SearchProblem, Search]]:
-    """A search that has its importance start behind it. What that measured is taken from `run.measured`, or put there;
-    then no batch has met the teacher, and every step is one on new text.
+def _started(run: _Run, losses: str, measured: dict[str, list[float]]) -> Iterator[tuple[SearchProblem, Search]]:
+    """A search that has its importance start behind it. What that measured is taken from `measured`, or put there; then
+    no batch has met the teacher, and every step is one on new text.
     """
-    text = Calibration(run.sequences[: run.batch * (run.rounds + 3)].split(run.batch), run.model.device)
+    text = Calibration(run.sequences[: run.batch * (run.most + 3)].split(run.batch), run.model.device)
 
     def search() -> tuple[SearchProblem, Search]:
         problem = SearchProblem(
@@ -166,16 +202,16 @@ def _started(run: _Run) -> Iterator[tuple[SearchProblem, Search]]:
             units=units_of(run.model, len(find_layers(run.model)) - len(run.kept), run.protected),
             seed=run.seed,
             dtype=autocast_dtype("auto", run.model.device),
-            measurements=Measurements(dict(run.measured)),
-            divergences=divergences if run.losses == "fused" else _eager_divergences,
+            measurements=Measurements(dict(measured)),
+            divergences=divergences if losses == "fused" else _eager_divergences,
         )
-        return problem, METHODS["gumbel-topk"](problem, steps=run.rounds + 3)
+        return problem, METHODS["gumbel-topk"](problem, steps=run.most + 3)
 
-    if not run.measured:
+    if not measured:
         problem, running = search()
         with problem:
             next(running)
-        run.measured.update(problem.measurements.measured)
+        measured.update(problem.measurements.measured)
     problem, running = search()
     with problem:
         next(running)
@@ -191,40 +227,45 @@ def _recovery_refusal(model: PreTrainedModel, kept: list[int]) -> str | None:
     return None
 
 
-def _recovery(run: _Run) -> StepProfile:
-    model = run.model
-    student = prune(model, run.kept).float()
+def _recovery(run: _Run) -> list[StepProfile]:
+    model, found = run.model, []
+    students = {losses: prune(model, run.kept).float() for losses in LOSSES}
 
-    def train(steps: int) -> None:
-        with _teacher(model, run.losses) as teacher:
-            distill(student, teacher=teacher, data=run.sequences, steps=steps, batch_size=run.batch, seed=run.seed)
+    def train(losses: str) -> None:
+        """Two steps, of which the second is that of a run under way."""
+        with _teacher(model, losses) as teacher:
+            options: dict[str, Any] = {"steps": 2, "batch_size": run.batch, "seed": run.seed}
+            distill(students[losses], teacher=teacher, data=run.sequences, **options)
 
-    with RangeRecorder(synchronizer(model.device)) as recorder:
-        train(run.rounds + 1)
-    seconds, phases = _of_steps(recorder.ranges, skip=1)
-    growth = peak_above_inputs(lambda: train(2))
-    with e3kernels.profile(run.folder) as traced:
-        train(2)
-    before = {"weights": sum(p.nbytes for each in (model, student) for p in each.parameters())}
-    memory = MemoryTimeline.of(traced.trace, before)
+    rounds = _measured(run, {losses: partial(train, losses) for losses in LOSSES})
     tokens = run.batch * run.sequences.shape[1]
-    return StepProfile("recovery", run.losses, seconds, phases, tokens, memory, growth, traced)
+    for losses, student in students.items():
+        growth = peak_above_inputs(partial(train, losses))
+        with e3kernels.profile(run.traced("recovery", losses), force=True) as traced:
+            train(losses)
+        before = {"weights": sum(p.nbytes for each in (model, student) for p in each.parameters())}
+        memory, times = MemoryTimeline.of(traced.trace, before), _typical(rounds[losses])
+        found.append(StepProfile("recovery", losses, *times[:2], tokens, memory, growth, traced, times[2]))
+    return found
 
 
-def _of_steps(ranges: list[Range], skip: int = 0) -> tuple[float, dict[str, float]]:
-    """Median seconds of the steps, and of each phase directly inside them."""
-    steps = sorted((r for r in ranges if r.name == STEP), key=lambda r: r.start)[skip:]
-    rows = []
-    for step in steps:
-        inside = [r for r in ranges if step.start <= r.start and r.end <= step.end]
-        total: dict[str, float] = {}
-        for path, seconds in Timeline(inside).seconds().items():
-            if len(path) > 1:
-                total[path[1]] = total.get(path[1], 0.0) + seconds
-        rows.append(total)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    median = {name: statistics.median(row.get(name, 0.0) for row in rows) for name in names}
-    return statistics.median(step.end - step.start for step in steps), median
+def _last_step(ranges: list[Range]) -> _Step:
+    step = max((r for r in ranges if r.name == STEP), key=lambda r: r.start)
+    inside = [r for r in ranges if step.start <= r.start and r.end <= step.end]
+    phases: dict[str, float] = {}
+    for path, seconds in Timeline(inside).seconds().items():
+        if len(path) > 1:
+            phases[path[1]] = phases.get(path[1], 0.0) + seconds
+    return _Step(step.end - step.start, phases)
+
+
+def _typical(rounds: list[_Step]) -> tuple[float, dict[str, float], Estimate]:
+    """Seconds of a step and of its phases, all of the same rounds, so that they add up; and the former's spread."""
+    estimate = Estimate.of_times([step.seconds for step in rounds])
+    fast = faster_half(rounds, lambda step: step.seconds)
+    names = list(dict.fromkeys(name for step in rounds for name in step.phases))
+    phases = {name: statistics.mean(step.phases.get(name, 0.0) for step in fast) for name in names}
+    return estimate.value, phases, estimate
 
 
 def _eager_divergences(head: OutputHead, teacher: Tensor, students: Sequence[Tensor]) -> list[float]:

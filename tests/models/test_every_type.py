@@ -1,0 +1,26 @@
+"""A model type of each family through the sweep of all of them (`python -m tests.sweep`): exact, whatever its class."""
+
+import pytest
+from sweep.checks import examine
+from transformers import AutoModelForCausalLM
+
+FAMILIES = ["llama", "bert", "bart", "openai-gpt", "xlstm", "recurrent_gemma", "modernbert-decoder", "minicpm3"]
+UNFIT = {
+    "rwkv": "rescale_every=6",
+    "reformer": "ReformerOutput",
+    "prophetnet": "output head",
+    "xlm": "no decoder stack",
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_type_of_each_family_is_exact(model_type):
+    found = examine(model_type, AutoModelForCausalLM)
+    assert found["outcome"] == "exact", found
+
+
+@pytest.mark.parametrize("model_type", UNFIT)
+def test_a_type_that_cannot_be_pruned_is_refused_before_the_search(model_type):
+    found = examine(model_type, AutoModelForCausalLM)
+    assert found["outcome"] == "refused", found
+    assert UNFIT[model_type] in found["checks"]["search"], found
