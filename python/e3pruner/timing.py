@@ -187,7 +187,7 @@ def _nothing() -> None:
 def _busy() -> float:
     """Seconds that all processors have worked, for whomever."""
     times = psutil.cpu_times()
-    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
 def _own() -> float:
@@ -196,7 +196,7 @@ def _own() -> float:
 
 
 def _load() -> float:
-    return psutil.getloadavg()[0]
+    return float(psutil.getloadavg()[0])
 
 
 def _mhz() -> float | None:

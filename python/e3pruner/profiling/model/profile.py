@@ -78,7 +78,7 @@ class DecoderProfile:
         """
         whole = getattr(self.whole[engine], phase)
         if engine == "eager":
-            return abs(self.sum_of_parts(engine, phase) / whole - 1) <= PARTS
+            return bool(abs(self.sum_of_parts(engine, phase) / whole - 1) <= PARTS)
         return self.knows_part(phase, "layers")
 
     def knows_part(self, phase: str, part: str) -> bool:
