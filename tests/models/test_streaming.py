@@ -7,6 +7,7 @@ from e3pruner.models import find_layers, last_hidden
 from e3pruner.models.loading import Dtype, Placement, load_model
 from e3pruner.models.skipping_forward import SkippingForward
 from e3pruner.models.streaming import computing_in, stream_of
+from e3pruner.recovery.integrations.step import DistillStep
 
 MASKS = [tuple(layer != gone for layer in range(6)) for gone in range(7)]
 DTYPES = [Dtype.AUTO, Dtype.BFLOAT16]
@@ -94,3 +95,19 @@ def test_a_streamed_model_is_evaluated_in_one_sweep(folder):
     before = list(stream_of(model).reads)
     assert e3pruner.evaluate(model, batches, progress=False) == expected
     assert [now - then for now, then in zip(stream_of(model).reads, before, strict=True)] == [1] * 6
+
+
+@pytest.mark.parametrize(
+    "wants",
+    [
+        lambda model, whole, ids: e3pruner.search(model, [ids], drop=2, method="taylor", precision="bf16"),
+        lambda model, whole, ids: e3pruner.distill(model, teacher=whole, data=ids, steps=1),
+        lambda model, whole, ids: DistillStep(model, whole),
+        lambda model, whole, ids: e3pruner.compensate(model, whole, range(6), ids, method="scale"),
+    ],
+    ids=["taylor", "distill", "DistillStep", "compensate"],
+)
+def test_what_wants_the_weights_themselves_is_refused(tmp_path, wants):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is streamed from its files, which forward passes, search and evaluate take"):
+        wants(streamed(str(tmp_path)), load_model(str(tmp_path), "cpu"), tiny_tokens(4))
