@@ -4,6 +4,7 @@ from tiny_models import of_one, tiny_model, tiny_tokens
 
 import e3pruner
 from e3pruner.models import find_layers, last_hidden
+from e3pruner.models.device import rounded_dtype
 from e3pruner.models.loading import Dtype, Placement, load_model
 from e3pruner.models.skipping_forward import SkippingForward
 from e3pruner.models.streaming import computing_in, stream_of
@@ -57,6 +58,20 @@ def test_two_layers_have_a_copy_at_most(folder):
 
 
 @torch.no_grad()
+def test_the_question_which_dtype_it_runs_in_copies_two_layers_at_most(folder):
+    model, most = streamed(folder), []
+    layers = find_layers(model)
+
+    def narrow(*_):
+        most.append(sum(next(each.parameters()).dtype == torch.bfloat16 for each in layers))
+
+    for layer in layers:
+        layer.register_forward_pre_hook(narrow)
+        layer.register_forward_hook(narrow)
+    assert rounded_dtype(model, "bf16") == torch.bfloat16
+    assert max(most) <= 2
+
+
 def test_the_dtype_of_a_block_ends_with_it(folder):
     model, ids = streamed(folder), tiny_tokens()
     before = model(ids).logits
@@ -83,8 +98,9 @@ def test_a_streamed_search_finds_the_same_and_sweeps_once_per_step(folder):
     plan = e3pruner.search(model, tokens.split(2), **options)
     assert plan.removed == expected.removed
     assert plan.history == expected.history  # bit for bit
-    # The head's check, the route, the teacher and the proofs of it and of the first step; then one sweep per step.
-    assert max(stream_of(model).reads) <= len(plan.history) + 8
+    # The dtype's and the head's check, the route, the teacher and the proofs of it and of the first step; then one
+    # sweep per step.
+    assert max(stream_of(model).reads) <= len(plan.history) + 9
 
 
 def test_a_streamed_model_is_evaluated_in_one_sweep(folder):

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from e3pruner.models.head import last_hidden
 from e3pruner.models.stack import evaluating
-from e3pruner.precision import autocast_dtype, weights_in
+from e3pruner.models.streaming import computing_in
+from e3pruner.precision import autocast_dtype
 
 AUTO = "auto"
 
@@ -29,7 +30,7 @@ def usable_device(name: str = AUTO) -> torch.device:
 
 
 def rounded_dtype(model: PreTrainedModel, precision: str) -> torch.dtype | None:
-    """`autocast_dtype` for `weights_in`: the dtype that the weights of `model` are rounded to; None: their own.
+    """`autocast_dtype` for `computing_in`: the dtype that the weights of `model` are rounded to; None: their own.
 
     Some models cannot run so, because they compute or keep something in fp32 beside narrow weights; "auto" is "fp32"
     for them. Raises `ValueError` where "bf16" is asked for, or for another name.
@@ -38,7 +39,7 @@ def rounded_dtype(model: PreTrainedModel, precision: str) -> torch.dtype | None:
     if dtype is None:
         return None
     try:
-        with torch.no_grad(), evaluating(model), weights_in(model.parameters(), dtype):
+        with torch.no_grad(), evaluating(model), computing_in(model, dtype):
             last_hidden(model, torch.arange(8, device=model.device)[None])
     except RuntimeError as error:
         if precision != "auto":
