@@ -9,6 +9,7 @@ from e3pruner.models.loading import Dtype, Placement, load_model
 from e3pruner.models.skipping_forward import SkippingForward
 from e3pruner.models.streaming import computing_in, stream_of
 from e3pruner.recovery.integrations.step import DistillStep
+from e3pruner.recovery.teacher import narrowed
 
 MASKS = [tuple(layer != gone for layer in range(6)) for gone in range(7)]
 DTYPES = [Dtype.AUTO, Dtype.BFLOAT16]
@@ -98,8 +99,7 @@ def test_a_streamed_search_finds_the_same_and_sweeps_once_per_step(folder):
     plan = e3pruner.search(model, tokens.split(2), **options)
     assert plan.removed == expected.removed
     assert plan.history == expected.history  # bit for bit
-    # The dtype's and the head's check, the route, the teacher and the proofs of it and of the first step; then one
-    # sweep per step.
+    # The head's check, whether it runs rounded, the route, the teacher, the proofs; then one sweep per step.
     assert max(stream_of(model).reads) <= len(plan.history) + 9
 
 
@@ -127,3 +127,15 @@ def test_what_wants_the_weights_themselves_is_refused(tmp_path, wants):
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is streamed from its files, which forward passes, search and evaluate take"):
         wants(streamed(str(tmp_path)), load_model(str(tmp_path), "cpu"), tiny_tokens(4))
+
+
+def test_a_streamed_teacher_teaches_what_a_resident_one_does_and_is_not_copied(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    found = []
+    for teacher in (load_model(str(tmp_path), "cpu"), streamed(str(tmp_path))):
+        student = e3pruner.prune(load_model(str(tmp_path), "cpu"), [0, 1, 4, 5])
+        e3pruner.distill(student, teacher=teacher, data=tiny_tokens(4), steps=1, precision="bf16")
+        found.append(student.state_dict())
+    with narrowed(teacher, torch.bfloat16):
+        assert {p.dtype for p in find_layers(teacher).parameters()} == {torch.float32}
+    assert all(torch.equal(weight, found[0][name]) for name, weight in found[1].items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from transformers import PreTrainedModel
 
@@ -11,6 +13,7 @@ from e3pruner.models.streaming import computing_in
 from e3pruner.precision import autocast_dtype
 
 AUTO = "auto"
+_RUNS_ROUNDED: WeakKeyDictionary[PreTrainedModel, dict[torch.dtype, str | None]] = WeakKeyDictionary()
 
 
 def usable_device(name: str = AUTO) -> torch.device:
@@ -38,14 +41,22 @@ def rounded_dtype(model: PreTrainedModel, precision: str) -> torch.dtype | None:
     dtype = autocast_dtype(precision, model.device)
     if dtype is None:
         return None
+    known = _RUNS_ROUNDED.setdefault(model, {})
+    if dtype not in known:
+        known[dtype] = _complaint(model, dtype)
+    if known[dtype] is None:
+        return dtype
+    if precision != "auto":
+        kind = model.config.model_type
+        raise ValueError(f"precision={precision!r}: model ({kind}) does not run with rounded weights: {known[dtype]}")
+    return None
+
+
+def _complaint(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
+    """What `model` says on a few tokens with its weights rounded to `dtype`; None: it runs."""
     try:
         with torch.no_grad(), evaluating(model), computing_in(model, dtype):
             last_hidden(model, torch.arange(8, device=model.device)[None])
     except RuntimeError as error:
-        if precision != "auto":
-            kind, said = model.config.model_type, str(error).partition("\n")[0]
-            raise ValueError(
-                f"precision={precision!r}: model ({kind}) does not run with rounded weights: {said}"
-            ) from error
-        return None
-    return dtype
+        return str(error).partition("\n")[0]
+    return None
