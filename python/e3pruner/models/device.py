@@ -33,7 +33,7 @@ def usable_device(name: str = AUTO) -> torch.device:
 
 
 def rounded_dtype(model: PreTrainedModel, precision: str) -> torch.dtype | None:
-    """`autocast_dtype` for `weights_in`: the dtype that the weights of `model` are rounded to; None: their own.
+    """`autocast_dtype` for `computing_in`: the dtype that the weights of `model` are rounded to; None: their own.
 
     Some models cannot run so, because they compute or keep something in fp32 beside narrow weights; "auto" is "fp32"
     for them. Raises `ValueError` where "bf16" is asked for, or for another name.
