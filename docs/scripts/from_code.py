@@ -17,9 +17,9 @@ those that go."""
 _ENGINES = """# Engines that fix a layer's kind by its number
 
 This page is written by `python docs/scripts/from_code.py`, and a test holds it to the code. The engine, at the commit,
-takes layer i for the entry i of the cycle, over and over, whatever the setting in `config.json` says. `prune` warns by
-name where a cut breaks such a rule, and `search(..., quota=ENGINE)` keeps to it. A type that is not listed has no rule that
-we know of."""
+takes layer i for the entry i of the cycle, over and over, whatever the setting in `config.json` says. `prune` warns
+by name where a cut breaks such a rule, and `search(..., quota=ENGINE)` keeps to it. A type that is not listed has no
+rule that we know of."""
 
 
 def table(*rows: tuple[object, ...]) -> str:
