@@ -97,7 +97,7 @@ FORWARD = (
 
 def test_a_training_step_is_one_graph_that_holds_the_launches():
     """No break, every launch visible, and no graph more for other scalars or more tokens; fake tensors."""
-    graphs, forward, backward = run(str(ROOT / "tests" / "ops" / "traced_step.py"), "cpu").splitlines()[-3:]
+    graphs, forward, backward = run(str(ROOT / "tests" / "triton" / "traced_step.py"), "cpu").splitlines()[-3:]
     assert int(graphs) == 2  # one with the first scalars and size as constants, one for all others
     assert all(name in forward for name in FORWARD)
     assert "gated_residual_gradient" in backward
@@ -106,7 +106,7 @@ def test_a_training_step_is_one_graph_that_holds_the_launches():
 @pytest.mark.slow
 def test_the_launches_of_a_step_on_cuda_tensors_are_one_graph(cuda_guard):
     """The same for fake CUDA tensors, the backward operators called by name."""
-    output = run(str(ROOT / "tests" / "ops" / "traced_step.py"), "cuda", *cuda_guard).splitlines()
+    output = run(str(ROOT / "tests" / "triton" / "traced_step.py"), "cuda", *cuda_guard).splitlines()
     graphs, nodes, on_cpu = output[-3:]
     assert int(graphs) == 2
     # No CPU tensor, which would keep the graph from capture, but the conversion of each float that is an input.
