@@ -13,7 +13,6 @@ from e3pruner.surgery.config import pruned_config
 from e3pruner.surgery.demands import Limit, Order, demands_of
 
 ONE = {"expert_layer_period": 1, "expert_layer_offset": 0}
-HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 3}
 
 
 @torch.no_grad()
@@ -30,7 +29,8 @@ def logits(model, ids):
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [0, 1, 2]),
         ("qwen3_next", {}, [1, 2, 4]),
         ("glm_moe_dsa", {}, [0, 2, 4]),
-        ("minimax", HYBRID, [0, 1]),  # its decays follow from the index, and are stored with the weights
+        # its decays follow from the index, and are stored with the weights
+        ("minimax", {"layer_types": ["linear_attention", "full_attention"] * 3}, [0, 1]),
     ],
 )
 def test_layers_that_meet_the_demands_are_kept_exactly(model_type, changes, kept):
