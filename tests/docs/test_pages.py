@@ -22,7 +22,7 @@ import e3pruner
 from e3pruner.models import smollm2
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>[^\n]*?) -->\n+)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -93,5 +93,5 @@ def test_every_block_is_found():
 
 @pytest.mark.parametrize("name", ["search-options.md", "engine-rules.md"])
 def test_a_page_is_what_the_code_says(name):
-    expected = runpy.run_path(str(ROOT / "docs" / "from_code.py"))["pages"]()[name]
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == expected, "run python docs/from_code.py"
+    code = runpy.run_path(str(ROOT / "docs" / "scripts" / "from_code.py"))
+    assert (code["FOLDER"] / name).read_text(encoding="utf-8") == code["pages"]()[name], "run docs/scripts/from_code.py"

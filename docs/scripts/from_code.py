@@ -1,4 +1,4 @@
-"""Writes the pages that say what the code declares, search-options.md and engine-rules.md: python docs/from_code.py"""
+"""Writes docs/api/search-options.md and engine-rules.md, what the code declares: python docs/scripts/from_code.py"""
 
 import inspect
 from pathlib import Path
@@ -7,18 +7,19 @@ from e3pruner.mask_search import METHODS
 from e3pruner.mask_search.method import Method
 from e3pruner.surgery.engines import FACTS
 
+FOLDER = Path(__file__).parents[1] / "api"
 _METHODS = """# Search methods and their options
 
-This page is written by `python docs/from_code.py`, and a test holds it to the code. An option is given as
+This page is written by `python docs/scripts/from_code.py`, and a test holds it to the code. An option is given as
 `e3pruner.search(..., method=NAME, OPTION=VALUE)`, as `e3 search --method NAME --option OPTION=VALUE`, or under
-`search:` in YAML. [Which one to take](choosing.md) is another page. K is the number of layers that stay, `drop` of
+`search:` in YAML. [Which one to take](../choosing.md) is another page. K is the number of layers that stay, `drop` of
 those that go."""
 _ENGINES = """# Engines that fix a layer's kind by its number
 
-This page is written by `python docs/from_code.py`, and a test holds it to the code. The engine, at the commit, takes
-layer i for the entry i of the cycle, over and over, whatever the setting in `config.json` says. `prune` warns by name
-where a cut breaks such a rule, and `search(..., quota=ENGINE)` keeps to it. A type that is not listed has no rule that
-we know of."""
+This page is written by `python docs/scripts/from_code.py`, and a test holds it to the code. The engine, at the commit,
+takes layer i for the entry i of the cycle, over and over, whatever the setting in `config.json` says. `prune` warns
+by name where a cut breaks such a rule, and `search(..., quota=ENGINE)` keeps to it. A type that is not listed has no
+rule that we know of."""
 
 
 def table(*rows: tuple[object, ...]) -> str:
@@ -53,4 +54,4 @@ def pages() -> dict[str, str]:
 
 if __name__ == "__main__":
     for name, text in pages().items():
-        Path(__file__).with_name(name).write_text(text, encoding="utf-8")
+        (FOLDER / name).write_text(text, encoding="utf-8")
