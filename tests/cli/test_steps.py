@@ -105,7 +105,6 @@ def test_export_loads_without_this_package(pruned: Path, model_folder: Path, sea
     program = """
 import sys
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, work = sys.argv[1:]
 AutoTokenizer.from_pretrained(folder)

@@ -4,6 +4,7 @@ from tiny_models import NUM_LAYERS, VOCAB_SIZE, tiny_model, tiny_tokens
 
 import e3kernels
 import e3pruner
+from e3pruner.models.device import rounded_dtype
 
 
 @pytest.fixture
@@ -11,6 +12,7 @@ def untouched(monkeypatch):
     """A model on which any forward pass fails the test: errors must come before work."""
     model = tiny_model("llama")
     e3pruner.models.output_head(model)
+    rounded_dtype(model, "auto")  # what is known of a model once and for all
     monkeypatch.setattr(type(model.model), "forward", lambda *_, **__: pytest.fail("the model ran"))
     return model
 

@@ -4,9 +4,12 @@ from tiny_models import of_one, tiny_model, tiny_tokens
 
 import e3pruner
 from e3pruner.models import find_layers, last_hidden
+from e3pruner.models.device import rounded_dtype
 from e3pruner.models.loading import Dtype, Placement, load_model
 from e3pruner.models.skipping_forward import SkippingForward
 from e3pruner.models.streaming import computing_in, stream_of
+from e3pruner.recovery.integrations.step import DistillStep
+from e3pruner.recovery.teacher import narrowed
 
 MASKS = [tuple(layer != gone for layer in range(6)) for gone in range(7)]
 DTYPES = [Dtype.AUTO, Dtype.BFLOAT16]
@@ -56,6 +59,20 @@ def test_two_layers_have_a_copy_at_most(folder):
 
 
 @torch.no_grad()
+def test_the_question_which_dtype_it_runs_in_copies_two_layers_at_most(folder):
+    model, most = streamed(folder), []
+    layers = find_layers(model)
+
+    def narrow(*_):
+        most.append(sum(next(each.parameters()).dtype == torch.bfloat16 for each in layers))
+
+    for layer in layers:
+        layer.register_forward_pre_hook(narrow)
+        layer.register_forward_hook(narrow)
+    assert rounded_dtype(model, "bf16") == torch.bfloat16
+    assert max(most) <= 2
+
+
 def test_the_dtype_of_a_block_ends_with_it(folder):
     model, ids = streamed(folder), tiny_tokens()
     before = model(ids).logits
@@ -82,8 +99,8 @@ def test_a_streamed_search_finds_the_same_and_sweeps_once_per_step(folder):
     plan = e3pruner.search(model, tokens.split(2), **options)
     assert plan.removed == expected.removed
     assert plan.history == expected.history  # bit for bit
-    # The head's check, the route, the teacher and the proofs of it and of the first step; then one sweep per step.
-    assert max(stream_of(model).reads) <= len(plan.history) + 8
+    # The head's check, whether it runs rounded, the route, the teacher, the proofs; then one sweep per step.
+    assert max(stream_of(model).reads) <= len(plan.history) + 9
 
 
 def test_a_streamed_model_is_evaluated_in_one_sweep(folder):
@@ -94,3 +111,31 @@ def test_a_streamed_model_is_evaluated_in_one_sweep(folder):
     before = list(stream_of(model).reads)
     assert e3pruner.evaluate(model, batches, progress=False) == expected
     assert [now - then for now, then in zip(stream_of(model).reads, before, strict=True)] == [1] * 6
+
+
+@pytest.mark.parametrize(
+    "wants",
+    [
+        lambda model, whole, ids: e3pruner.search(model, [ids], drop=2, method="taylor", precision="bf16"),
+        lambda model, whole, ids: e3pruner.distill(model, teacher=whole, data=ids, steps=1),
+        lambda model, whole, ids: DistillStep(model, whole),
+        lambda model, whole, ids: e3pruner.compensate(model, whole, range(6), ids, method="scale"),
+    ],
+    ids=["taylor", "distill", "DistillStep", "compensate"],
+)
+def test_what_wants_the_weights_themselves_is_refused(tmp_path, wants):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is streamed from its files, which forward passes, search and evaluate take"):
+        wants(streamed(str(tmp_path)), load_model(str(tmp_path), "cpu"), tiny_tokens(4))
+
+
+def test_a_streamed_teacher_teaches_what_a_resident_one_does_and_is_not_copied(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    found = []
+    for teacher in (load_model(str(tmp_path), "cpu"), streamed(str(tmp_path))):
+        student = e3pruner.prune(load_model(str(tmp_path), "cpu"), [0, 1, 4, 5])
+        e3pruner.distill(student, teacher=teacher, data=tiny_tokens(4), steps=1, precision="bf16")
+        found.append(student.state_dict())
+    with narrowed(teacher, torch.bfloat16):
+        assert {p.dtype for p in find_layers(teacher).parameters()} == {torch.float32}
+    assert all(torch.equal(weight, found[0][name]) for name, weight in found[1].items())

@@ -29,7 +29,6 @@ def described(model: PreTrainedModel, folder: Path) -> str:
         ("llama", {}, True, "6 layers may go", True),
         ("qwen3_moe", {}, True, "6 layers may go", False),
         ("qwen3_next", {}, True, "one of the layers that attend (1, 3, 5) must stay", False),
-        ("minimax", {}, False, "its linear attention decays by the layer's index", False),
         ("gemma2", {"layer_types": ["sliding_attention", "full_attention"] * 3}, True, "6 layers may go", True),
     ],
 )

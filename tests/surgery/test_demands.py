@@ -13,7 +13,6 @@ from e3pruner.surgery.config import pruned_config
 from e3pruner.surgery.demands import Limit, Order, demands_of
 
 ONE = {"expert_layer_period": 1, "expert_layer_offset": 0}
-HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 3}
 
 
 @torch.no_grad()
@@ -49,7 +48,6 @@ def test_layers_that_meet_the_demands_are_kept_exactly(model_type, changes, kept
         ("gemma4_text", {}, [0, 1, 4], r"later layers read the keys and values of layers 2, 3, which must stay"),
         ("qwen3_next", {}, [0, 2, 4], r"one of the layers that attend \(1, 3, 5\) must stay: positions"),
         ("glm_moe_dsa", {}, [1, 2, 3], r"one of layers 0, whose indexers choose for the layers behind them, must stay"),
-        ("minimax", HYBRID, [0, 1], r"linear attention decays by the layer's index and the number of layers"),
     ],
 )
 def test_layers_that_break_a_demand_are_refused_before_anything_is_built(model_type, changes, kept, message):

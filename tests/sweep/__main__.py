@@ -45,9 +45,20 @@ def main() -> None:
     found = sweep(asked.mapping, types)
     print(table(found))
     if asked.out:
-        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-        record = {"mapping": asked.mapping, **versions, "python": platform.python_version(), "types": found}
-        asked.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        asked.out.write_text(json.dumps(_record(asked.mapping, found, asked.out), indent=1) + "\n", encoding="utf-8")
+
+
+def _record(mapping: str, found: dict[str, dict[str, Any]], old: Path) -> dict[str, Any]:
+    """`found` with its commit and versions, over what the record `old` of the same versions says of other types."""
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    head = {"mapping": mapping, **versions, "python": platform.python_version()}
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    known = json.loads(old.read_text(encoding="utf-8")) if old.exists() else {}
+    same = all(known.get(name) == value for name, value in head.items())
+    types = {name: {"commit": known.get("commit")} | each for name, each in known["types"].items()} if same else {}
+    types |= {name: each | {"commit": commit} for name, each in found.items()}
+    return head | {"types": {name: types[name] for name in sorted(types)}}
 
 
 def sweep(mapping: str, types: list[str]) -> dict[str, dict[str, Any]]:

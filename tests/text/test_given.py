@@ -214,7 +214,7 @@ def test_what_cannot_be_told_is_refused_before_any_work(call, data, message, mon
     model = tiny_model("gpt2")
     CALLS["evaluate"](model, IDS)  # the heads are known
     monkeypatch.setattr(type(model.transformer), "forward", lambda *_, **__: pytest.fail("the model ran"))
-    monkeypatch.setattr("e3pruner.models.head._verify", lambda *_: None)
+    monkeypatch.setattr("e3pruner.models.head._factor", lambda *_: 1.0)
     with pytest.raises(ValueError, match=message):
         CALLS[call](model, data)
 

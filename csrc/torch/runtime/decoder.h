@@ -16,7 +16,7 @@ namespace e3 {
 class Decoder {
  public:
   explicit Decoder(std::shared_ptr<Model> model)
-      : model_(std::move(model)), generic_(*model_), fused_(*model_, choose_runtime_table()) {
+      : model_(std::move(model)), generic_(*model_), fused_(*model_, runtime_table_of(wanted_isa())) {
 #ifdef E3_WITH_CUDA
     if (model_->device().is_cuda() && model_->head_dim <= cuda::LayerGraph::kMaxHeadDim)
       graph_ = std::make_unique<GraphDecoder>(*model_);

@@ -95,13 +95,13 @@ def search(
     try_surgery(model, units)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**63 - 1")
-    dtype = rounded_dtype(model, precision)
     run = find_method(method, options)
     _check_fit(run, granularity, counts)
     if masks_at_once is not None:
         check_integer("masks_at_once", masks_at_once, 1)
     check_integer("prefixes_per_call", prefixes_per_call, 1)
     calibration = _calibration(model, token_batches)
+    dtype = rounded_dtype(model, precision)
     ranks = calibration.ranks
     ranks.check_equal(
         "the arguments",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from transformers import PreTrainedModel
 
 from e3pruner.models.head import last_hidden
 from e3pruner.models.stack import evaluating
-from e3pruner.precision import autocast_dtype, weights_in
+from e3pruner.models.streaming import computing_in
+from e3pruner.precision import autocast_dtype
 
 AUTO = "auto"
+_RUNS_ROUNDED: WeakKeyDictionary[PreTrainedModel, dict[torch.dtype, str | None]] = WeakKeyDictionary()
 
 
 def usable_device(name: str = AUTO) -> torch.device:
@@ -29,7 +33,7 @@ def usable_device(name: str = AUTO) -> torch.device:
 
 
 def rounded_dtype(model: PreTrainedModel, precision: str) -> torch.dtype | None:
-    """`autocast_dtype` for `weights_in`: the dtype that the weights of `model` are rounded to; None: their own.
+    """`autocast_dtype` for `computing_in`: the dtype that the weights of `model` are rounded to; None: their own.
 
     Some models cannot run so, because they compute or keep something in fp32 beside narrow weights; "auto" is "fp32"
     for them. Raises `ValueError` where "bf16" is asked for, or for another name.
@@ -37,14 +41,22 @@ def rounded_dtype(model: PreTrainedModel, precision: str) -> torch.dtype | None:
     dtype = autocast_dtype(precision, model.device)
     if dtype is None:
         return None
+    known = _RUNS_ROUNDED.setdefault(model, {})
+    if dtype not in known:
+        known[dtype] = _complaint(model, dtype)
+    if known[dtype] is None:
+        return dtype
+    if precision != "auto":
+        kind = model.config.model_type
+        raise ValueError(f"precision={precision!r}: model ({kind}) does not run with rounded weights: {known[dtype]}")
+    return None
+
+
+def _complaint(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
+    """What `model` says on a few tokens with its weights rounded to `dtype`; None: it runs."""
     try:
-        with torch.no_grad(), evaluating(model), weights_in(model.parameters(), dtype):
+        with torch.no_grad(), evaluating(model), computing_in(model, dtype):
             last_hidden(model, torch.arange(8, device=model.device)[None])
     except RuntimeError as error:
-        if precision != "auto":
-            kind, said = model.config.model_type, str(error).partition("\n")[0]
-            raise ValueError(
-                f"precision={precision!r}: model ({kind}) does not run with rounded weights: {said}"
-            ) from error
-        return None
-    return dtype
+        return str(error).partition("\n")[0]
+    return None

@@ -142,6 +142,17 @@ def stream_of(model: PreTrainedModel) -> Stream | None:
     return _STREAMS.get(find_layers(model))
 
 
+def check_resident(name: str, model: nn.Module, what: str) -> None:
+    """Raises `ValueError` naming `name` for streamed layers, where `what` is done: autograd loses weights that are
+    exchanged between the passes, and what is written to a copy leaves with it.
+    """
+    if any(module in _STREAMS for module in model.modules()):
+        raise ValueError(
+            f"{name} ({type(model).__name__}) is streamed from its files, which forward passes, search and evaluate "
+            f"take; {what} placement='whole'"
+        )
+
+
 def _check_mapped(model: PreTrainedModel, folder: Path) -> None:
     stored: dict[str, tuple[str, list[int]]] = {}
     for file in folder.glob("*.safetensors"):

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from e3pruner.models import find_layers, last_hidden, output_head
 from e3pruner.models.stack import check_unquantised, evaluating
+from e3pruner.models.streaming import check_resident
 from e3pruner.models.sublayers import KINDS, writer
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.loss import DistillLoss, HeldOut
@@ -101,6 +102,7 @@ def compensate(
     kept = list(plan.kept if isinstance(plan, PruningPlan) else plan)
     for name, model in (("pruned", pruned), ("teacher", teacher)):
         check_unquantised(name, model, "to correct weights, load it dequantised, in bfloat16 or float32")
+    check_resident("pruned", pruned, "to correct its weights, load it with")
     layers = len(find_layers(teacher))
     if len(kept) != len(find_layers(pruned)) or kept[-1] >= layers:
         raise ValueError(f"plan keeps layers {kept}; the models have {len(find_layers(pruned))} and {layers}")

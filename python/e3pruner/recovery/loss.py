@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from e3kernels.profiling import named_range
 from e3pruner.evaluation.figures import Figures
 from e3pruner.models import OutputHead, last_hidden, output_head
+from e3pruner.models.streaming import check_resident
 from e3pruner.models.vocabulary import common_vocabulary
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import Teacher
@@ -33,6 +34,7 @@ class DistillLoss:
     tokenizer_size: int | None = None
 
     def __post_init__(self) -> None:
+        check_resident("student", self.student, "to train it, load it with")
         sizes = {"teacher": self.teacher.vocabulary, "student": output_head(self.student).weight.shape[0]}
         known = self.teacher.tokenizer_size if self.tokenizer_size is None else self.tokenizer_size
         self.vocabulary = common_vocabulary(sizes, self.options.vocabulary, known, joint=" and the ")

@@ -14,6 +14,7 @@ import e3kernels as e3k
 from e3pruner.models import OutputHead, last_hidden, output_head
 from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import evaluating
+from e3pruner.models.streaming import stream_of
 from e3pruner.precision import weights_in
 from e3pruner.text.batches import Batch
 from e3pruner.text.given import check_rows
@@ -53,9 +54,12 @@ class Teacher(Protocol):
 
 def narrowed(model: PreTrainedModel, dtype: torch.dtype | None) -> AbstractContextManager[None]:
     """Inside the block the linear layers of `model` hold their weights in `dtype`: the casts that autocast to `dtype`
-    would repeat at every use, done once. Embeddings and the output head stay; so do weights shared with them.
+    would repeat at every use, done once. Embeddings and the output head stay; so do weights shared with them, and
+    streamed layers, which are not all to be in memory.
     """
     kept = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    if (streamed := stream_of(model)) is not None:
+        kept |= {id(p) for p in streamed.layers.parameters()}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in kept]
     return weights_in((p for m in linears for p in m.parameters()), dtype)
 

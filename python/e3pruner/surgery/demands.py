@@ -111,6 +111,8 @@ def _of_indices(text: Any) -> Iterator[Demand]:
             yield Order(kinds, kinds, f"config.{name}={every}: whether a layer {what} follows from its index")
     if text.model_type == "gpt_neox_japanese":
         yield Limit(frozenset([count - 1]), 0, f"layer {count - 1}, the last, alone has a bias behind its attention")
+    if text.model_type == "modernbert-decoder":
+        yield Limit(frozenset([0]), 0, "layer 0, the first, alone has no norm before its attention and must stay")
     reason = _COUNTING.get(text.model_type)
     if getattr(text, "scale_attn_by_inverse_layer_idx", False):
         reason = "config.scale_attn_by_inverse_layer_idx=True: attention is divided by the layer's index + 1"

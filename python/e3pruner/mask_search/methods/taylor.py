@@ -13,6 +13,7 @@ from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.protocol import lowest
 from e3pruner.models.stack import check_unquantised
+from e3pruner.models.streaming import check_resident
 
 
 @search_method("taylor", quotas=True)
@@ -37,6 +38,7 @@ def taylor(problem: SearchProblem) -> Search:
 
 def _saliency(problem: SearchProblem, batch: int) -> list[float]:
     check_unquantised("model", problem.forward.model, "method='taylor' needs the gradients of its weights")
+    check_resident("model", problem.forward.model, "method='taylor' needs the gradients of its weights: load it with")
     rows = problem.rows(batch)
     weights = [list(layer.parameters()) for layer in problem.forward.layers]
     flat = [weight for own in weights for weight in own]
