@@ -59,7 +59,7 @@ def test_text_that_is_not_utf8(tmp_path: Path, model_folder: Path, e3: Command) 
     text.write_bytes(b"caf\xe9 " * 1000)
     result = e3(*search_arguments(tmp_path, model_folder, text))
     assert result.exit_code == 2
-    assert "utf-8" in result.stderr
+    assert "UTF-8" in result.stderr
 
 
 def test_a_model_without_a_decoder_stack(tmp_path: Path, text_file: Path, model_folder: Path, e3: Command) -> None:

@@ -262,7 +262,7 @@ def test_what_is_left_of_the_longer_kinds_follows_unless_balanced(tmp_path: Path
         ({"recoveries": [{"name": "hope"}]}, r"recoveries: .* does nothing"),
         ({"recoveries": ["compensate"], "text": ["manual"]}, r"text=\['manual'\] must name two or more"),
         ({"precision": "fp8"}, r"precision='fp8'"),
-        ({"text": ["nowhere.txt"]}, r"'nowhere.txt' is neither a file nor one of manual, code"),
+        ({"text": ["nowhere.txt"]}, r"text: nowhere.txt is neither a file nor one of manual, code"),
         ({"held_out": 10**6}, r"held_out=1000000: .* unseen tokens"),
     ],
 )

@@ -148,7 +148,11 @@ def test_a_damaged_matrix(change: str, message: str, tmp_path: Path, e3: Command
         (("search", "--search", "steps=x"), "steps='x' is no integer"),
         (("search", "--drop", "2", "--search", "steps=0"), "steps=0"),
         (("search", "--granularity", "layers"), "did you mean 'layer'"),
-        (("search", "--quota", "attention"), "--quota must be NAME=VALUE"),
+        (
+            ("search", "--quota", "attention"),
+            "quota='attention' names no engine; known are llama.cpp, SGLang, vLLM",
+        ),
+        (("search", "--quota", "attention", "--quota", "mlp=1"), "--quota must be NAME=VALUE"),
         (("search", "--device", "cuda:99"), "device='cuda:99' cannot be used here"),
         (("distill", "--teacher", "smollm2", "--recover", "lr=.nan"), "lr=nan must be finite"),
         (("distill", "--teacher", "smollm2", "--recover", "weighting=entropi"), "weighting='entropi' must be one of"),

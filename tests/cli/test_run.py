@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from cli.conftest import Command, pipeline_file
+from huggingface_hub import HfApi
 from recovery.test_tracking import curves
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -37,6 +39,7 @@ def test_two_rounds_leave_one_model(tmp_path: Path, settings: dict[str, Any], e3
     assert [len(curve["train"]) for curve in results["rounds"]] == [3, 3]
     assert AutoModelForCausalLM.from_pretrained(out / "recovered").config.num_hidden_layers == 3
     assert str(out / "recovered") in result.stdout
+    check_card(out / "recovered" / "README.md", out / "e3.yaml")
 
     again = e3("run", out / "e3.yaml", "--out", tmp_path / "again", "--track", "tensorboard")
     assert again.exit_code == 0, again.output
@@ -45,6 +48,44 @@ def test_two_rounds_leave_one_model(tmp_path: Path, settings: dict[str, Any], e3
     for number, curve in enumerate(results["rounds"], start=1):
         tracked = curves(tmp_path / "again" / "tensorboard" / f"round-{number}")
         assert tracked["train/loss"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in curve["train"]]
+
+
+def check_card(card: Path, settings: Path) -> None:
+    """It holds the options of the run, paths by their last names, and the steps that were made: 3 in each round."""
+    text = card.read_text()
+    said = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    given = {name: value for name, value in yaml.safe_load(settings.read_text()).items() if value is not None}
+    given.pop("files")
+    assert said == given | {name: Path(given[name]).name for name in ("model", "text", "out")}
+    assert "in 6 steps, on" in text
+    assert str(card.parents[1]) not in text
+
+
+@pytest.mark.parametrize("name", ["recover", "steps"])
+def test_a_card_counts_the_steps_that_were_made(
+    name: str, tmp_path: Path, settings: dict[str, Any], e3: Command
+) -> None:
+    """`recover: {steps: 2}` wins over `steps: 3`."""
+    changes = {"recover": {"steps": 2}} if name == "recover" else {"steps": 2, "recover": {}}
+    given = pipeline_file(tmp_path, **settings | {"rounds": 1, "drop": 1} | changes)
+    result = e3("run", given, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "in 2 steps, on" in (tmp_path / "out" / "recovered" / "README.md").read_text()
+
+
+def test_the_recovered_model_is_pushed(
+    tmp_path: Path, settings: dict[str, Any], e3: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[Any] = []
+    monkeypatch.setattr(HfApi, "whoami", lambda _: {"name": "owner"})
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **given: pushed.append(given))
+    pipeline = pipeline_file(tmp_path, **settings | {"rounds": 1, "drop": 1, "steps": 1})
+    result = e3("run", pipeline, "--out", tmp_path / "out", "--push-to-hub", "owner/name")
+    assert result.exit_code == 0, result.output
+    assert [(each["repo_id"], each["folder_path"]) for each in pushed] == [
+        ("owner/name", tmp_path / "out" / "recovered")
+    ]
 
 
 def dtypes(folder: Path) -> set[torch.dtype]:

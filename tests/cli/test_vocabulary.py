@@ -35,6 +35,7 @@ TABLE: dict[str, tuple[list[str], dict[str, str]]] = {
     "seed": ([*WRITERS, "generate"], {"prune": "nothing is random"}),
     "device": ([*WEIGHTS, "compare", *PROFILES], {"prune": "it copies files"}),
     "dtype": ([*WEIGHTS, *PROFILES], {}),
+    "placement": (["search", "cache-teacher", "eval"], {}),  # forward passes alone
     "trust_remote_code": ([*WEIGHTS, "compare", "profile model", "profile step", "plan"], {}),
     "vocabulary": (["cache-teacher", "distill", "eval", "profile ops"], {}),
 }

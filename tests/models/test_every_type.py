@@ -5,6 +5,8 @@ from sweep.checks import examine
 from transformers import AutoModelForCausalLM
 
 FAMILIES = ["llama", "bert", "bart", "openai-gpt", "xlstm", "recurrent_gemma", "modernbert-decoder", "minicpm3"]
+# Layers that share weights, count from 1, have settings of their own or break the type's own cache.
+KNOTTED = ["bamba", "cpmant", "dots3_note_text", "gemma4_unified_text", "granitemoehybrid", "qwen4_exp_text", "zamba"]
 UNFIT = {
     "rwkv": "rescale_every=6",
     "reformer": "ReformerOutput",
@@ -13,7 +15,7 @@ UNFIT = {
 }
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILIES + KNOTTED)
 def test_a_type_of_each_family_is_exact(model_type):
     found = examine(model_type, AutoModelForCausalLM)
     assert found["outcome"] == "exact", found

@@ -29,6 +29,8 @@ def logits(model, ids):
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [0, 1, 2]),
         ("qwen3_next", {}, [1, 2, 4]),
         ("glm_moe_dsa", {}, [0, 2, 4]),
+        # its decays follow from the index, and are stored with the weights
+        ("minimax", {"layer_types": ["linear_attention", "full_attention"] * 3}, [0, 1]),
     ],
 )
 def test_layers_that_meet_the_demands_are_kept_exactly(model_type, changes, kept):
@@ -46,6 +48,7 @@ def test_layers_that_meet_the_demands_are_kept_exactly(model_type, changes, kept
         ("ernie4_5_moe", {"moe_layer_interval": 2}, [1, 2], r"config\.moe_layer_interval=2: whether a layer holds exp"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [0, 2], r"layer's index \+ 1; only the last layers may go"),
         ("gemma4_text", {}, [0, 1, 4], r"later layers read the keys and values of layers 2, 3, which must stay"),
+        ("gemma4_text", {}, [1, 2, 3, 4], r"the last layer that stays must attend to all tokens, as layers 1, 2, 5 do"),
         ("qwen3_next", {}, [0, 2, 4], r"one of the layers that attend \(1, 3, 5\) must stay: positions"),
         ("glm_moe_dsa", {}, [1, 2, 3], r"one of layers 0, whose indexers choose for the layers behind them, must stay"),
     ],
@@ -60,7 +63,7 @@ def test_sharing_layers_are_counted_anew():
     """The last two layers of six read the keys and values of layers 2 and 3."""
     config = tiny_model("gemma4_text").config
     assert pruned_config(config, [1, 2, 3, 5]).num_kv_shared_layers == 1
-    assert pruned_config(config, [2, 3]).num_kv_shared_layers == 0
+    assert pruned_config(config, [2, 3, 4, 5]).num_kv_shared_layers == 2
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_vl_moe"])

@@ -58,6 +58,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _PARTIAL = _ROPE | {"partial_rotary_factor": 0.5}
 _NEEDED = {"gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}}
 _CHANGES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 4]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -75,8 +76,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "dots3_note_text": {"head_dim": 16},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "mamba2": {"head_dim": 16},
     "mimo_v2_flash": {"rope_parameters": {"full_attention": _PARTIAL, "sliding_attention": _PARTIAL}},
@@ -112,7 +115,7 @@ def small_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[model_type]
     needed = _NEEDED.get(model_type, {})
     small = _joined(_shrunk(kind(**needed).to_dict()), _CHANGES.get(model_type, {}), changes)
-    for name in ("model_type", "transformers_version", "architectures"):
+    for name in ("model_type", "transformers_version", "architectures", "number_of_conv_states"):  # the last is derived
         small.pop(name, None)
     config = kind(**small)
     return config.decoder if model_type in ("musicgen", "musicgen_melody") else config

@@ -80,11 +80,16 @@ def parse_options(pairs: list[str] | None, name: str = "--option") -> dict[str, 
     return parse_pairs(pairs or [], name)
 
 
+def name_or_pairs(given: list[str] | None, name: str = "--option") -> dict[str, Any] | str | None:
+    """What is given for an option that takes one name or NAME=VALUE pairs; None for nothing."""
+    return given[0] if given and len(given) == 1 and "=" not in given[0] else parse_options(given, name) or None
+
+
 def resolved(ctx: typer.Context) -> dict[str, Any]:
     """Every option of this run by its name in a file, whichever source it came from, as YAML can hold it."""
     options = {option.name: option for option in ctx.command.params}
     return {
-        names_of(options[name])[0]: parse_options(value) if takes_pairs(options[name]) else plain(value)
+        names_of(options[name])[0]: (name_or_pairs(value) or {}) if takes_pairs(options[name]) else plain(value)
         for name, value in ctx.params.items()
         if name not in NOT_CONFIGURATION
     }

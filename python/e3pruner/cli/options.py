@@ -9,6 +9,7 @@ import typer
 
 from e3pruner.cli.config import PAIRS, check_device, load_config
 from e3pruner.models.loading import Dtype as Dtype
+from e3pruner.models.loading import Placement as Placement
 
 Model = Annotated[
     str,
@@ -31,6 +32,14 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that a checkpoint brings. It has all your rights.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Weights' type in memory; auto takes the checkpoint's.")]
+PlacementOption = Annotated[
+    Placement,
+    typer.Option(
+        "--placement",
+        help="whole: all weights on --device; stream: a layer's come there when it is called and leave again, so that "
+        "a model may be larger than the memory.",
+    ),
+]
 SavedDtype = Annotated[Dtype, typer.Option("--dtype", help="Weights' type in what comes out; auto takes --model's.")]
 Text = Annotated[
     Path | None,

@@ -47,6 +47,7 @@ class Method:
         functools.update_wrapper(self, function)
         self.name, self.sublayers, self.quotas = name, sublayers, quotas
         self._function = function
+        self.about = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
         parameters = inspect.signature(function).parameters.values()
         self.options = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 
@@ -73,6 +74,14 @@ class Methods(Mapping[str, Method]):
         ]
         found = [each for module in modules for each in vars(module).values() if isinstance(each, Method)]
         return {method.name: method for method in found}
+
+    def described(self) -> str:
+        """Each of our methods with its options and their defaults, and what it does: text for a docstring."""
+        lines = []
+        for name, method in self._ours.items():
+            options = ", ".join(f"{option}={default!r}" for option, default in method.options.items())
+            lines.append(f"    {name}: {options or 'no options'}\n        {method.about}")
+        return "\n".join(lines)
 
     @functools.cached_property
     def _theirs(self) -> dict[str, EntryPoint]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from e3pruner.models.loading import BUILT_IN, HUB_ID, model_folder
@@ -48,12 +49,14 @@ def write_card(
     plan: PruningPlan | None,
     command: str,
     *,
+    settings: Mapping[str, Any] | None = None,
     recovered: str = "",
     figures: Iterable[Mapping[str, Any]] = (),
 ) -> None:
     """Writes the card of the checkpoint in `folder`, which was made of the model `source` by `command`.
 
-    `recovered`: how, and by which data, it was trained; `figures`: rows that name a model and what was measured of it.
+    `settings`: of the pipeline.yaml that `command` reads, by name. `recovered`: how, and by which data, it was trained;
+    `figures`: rows that name a model and what was measured of it.
     No path of this machine is in it.
     """
     facts = source_facts(source)
@@ -76,6 +79,9 @@ def write_card(
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         parts.append(f"## Figures\n\nMeasured on held-out text by the command below.\n\n{table}")
     parts.append(f"## How to reproduce\n\n```\npip install 'e3kernels[demo]'\n{without_paths(command)}\n```")
+    if settings is not None:
+        given = {name: _without_path(value) for name, value in settings.items() if value is not None}
+        parts.append(f"with this `pipeline.yaml`:\n\n```yaml\n{yaml.safe_dump(given, sort_keys=False)}```")
     parts.append(
         "## Limits\n\nA pruned model is a damaged model: judge it on your own task before you use it. Perplexities are "
         "of the text that the command names, and compare with nothing else. Nobody has looked at its safety."
@@ -91,6 +97,11 @@ def recovery_sentence(teacher: str, text: object, steps: int) -> str:
 
 def _figure(value: Any) -> str:
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _without_path(value: Any) -> Any:
+    """The last name of a path; any other value as it is."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def without_paths(command: str) -> str:

@@ -76,7 +76,11 @@ class Work(Stages):
         splits = parts(text, teacher=dense if options.written else None)
         take(splits.calibration, options.sequences, "--sequences")
         take(splits.held_out, options.held_out, "--held-out")
-        judge = None if options.judge is None else parts(Path(options.judge)).training[: options.sequences]
+        judge = (
+            None
+            if options.judge is None
+            else parts(Path(options.judge), option="--judge").training[: options.sequences]
+        )
         unseen = None
         if options.unseen is not None:
             given = (splits.training, splits.calibration)
@@ -140,7 +144,7 @@ class Work(Stages):
             "recovery": curves[-1],
             "models": [{"name": name, **values, **self.speed(name)} for name, values in models.items()],
         }
-        self.describe(final, results["models"])
+        self.describe(final, results["models"], sum(len(curve["train"]) for curve in curves))
         if options.rivals or options.curve:
             found, figures = {options.method: first, **rivals}, {options.method: models[PRUNED], **masks}
             keys = ("removed", "order", "cost", "seconds")
@@ -153,15 +157,21 @@ class Work(Stages):
             results["generations"] = self.stage("9-generate", self.generate)
         return results | {"seconds": {"0-load": self.loading, **self.seconds()}}
 
-    def describe(self, plan: PruningPlan, models: list[dict[str, Any]]) -> None:
-        """The plan and the card of what the last round leaves."""
-        options = self.options
-        source, rounds = str(options.model), options.rounds
-        command = f"e3 run --model {source} --drop {self.drop} --method {options.method} --steps {options.steps}"
-        trained = recovery_sentence(source, options.text, options.steps * rounds)
+    def describe(self, plan: PruningPlan, models: list[dict[str, Any]], steps: int) -> None:
+        """The plan and the card of what the last round leaves, trained for `steps` over all rounds."""
+        source, settings = str(self.options.model), self.options.settings()
+        trained = recovery_sentence(source, self.options.text, steps)
         for kind, recovered in ((PRUNED, ""), (RECOVERED, trained)):
             plan.save(self.folder / kind / PLAN_FILE)
-            write_card(self.folder / kind, source, plan, command, recovered=recovered, figures=models)
+            write_card(
+                self.folder / kind,
+                source,
+                plan,
+                "e3 run pipeline.yaml",
+                settings=settings,
+                recovered=recovered,
+                figures=models,
+            )
 
     def clean(self) -> None:
         """Deletes what only a resumed run would need."""

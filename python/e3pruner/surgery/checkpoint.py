@@ -69,7 +69,6 @@ def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remot
     proof = _prove(folder, out, kept, sublayers, trust_remote_code)
     warn_of_sublayers(sublayers)
     warn_of_engines(config, kept)
-    warn_of_engines(config, kept)
     if not isinstance(plan, PruningPlan):
         removed = sorted(set(range(names.num_layers)) - set(kept))
         plan = PruningPlan(kept, removed, model_type=config.model_type)

@@ -49,7 +49,7 @@ def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedCo
         if settings.get(name, harmless) != harmless:
             raise ValueError(f"config.{name}={settings[name]!r} ({text.model_type}) cannot be pruned: {reason}")
 
-    overrides = text.to_dict().get("per_layer_config", {})
+    overrides = text.to_dict().get("per_layer_config")
     text.per_layer_config = None  # its indices are those of the dense model
     setting = count_setting(text)
     count = getattr(text, setting)
@@ -63,7 +63,9 @@ def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedCo
     if targets := getattr(pruned, "deepstack_layer_map", None):
         pruned.deepstack_layer_map = [(vision, kept.index(layer)) for vision, layer in targets]
         pruned.spatial_target_layers = [kept.index(layer) for layer in pruned.spatial_target_layers]
-    text.per_layer_config = {kept.index(int(old)): each for old, each in overrides.items() if int(old) in kept} or None
+    renumbered: dict[int | str, dict[str, Any]]
+    renumbered = {kept.index(int(old)): each for old, each in (overrides or {}).items() if int(old) in kept}
+    text.per_layer_config = renumbered or (None if overrides else overrides)  # {} keeps a type's defaults away
     return pruned
 
 
@@ -89,6 +91,8 @@ def _translated(settings: dict[str, Any], kept: Sequence[int], num_layers: int) 
         factor, root = settings["scale_depth"] / math.sqrt(num_layers), math.sqrt(len(kept))
         near = [factor * root, *(math.nextafter(factor * root, end) for end in (-math.inf, math.inf))]
         translated["scale_depth"] = min(near, key=lambda scale: abs(scale / root - factor))
+    if "ple_layer_ids" in settings:  # Qwen4: counted from 1
+        translated["ple_layer_ids"] = [new + 1 for new, old in enumerate(kept) if old + 1 in settings["ple_layer_ids"]]
     if settings.get("num_blocks") == num_layers:  # xLSTM, beside num_hidden_layers
         translated["num_blocks"] = len(kept)
     if "n_recurrent_layers" in settings:  # Dory: layers before, within and behind the loop

@@ -29,6 +29,13 @@ _COUNTING = {
     "beam": "what a layer adds to the residual stream is scaled by the layer's index",
     "diffllama": "the weight of the second attention map follows from the layer's index",
 }
+# Model type: a layer that is like no other, and why.
+_SINGLE = {
+    "gpt_neox_japanese": (-1, "the last, alone has a bias behind its attention"),
+    "modernbert-decoder": (0, "the first, alone has no norm before its attention and must stay"),
+}
+# Their configurations make the last layer one of full attention, whatever they are told.
+_ENDING_IN_FULL_ATTENTION = {"gemma4_text", "gemma4_unified_text", "diffusion_gemma_text"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,16 @@ class Limit:
 
     def broken_by(self, kept: Sequence[int]) -> bool:
         return len(self.members - set(kept)) > self.most
+
+
+@dataclass(frozen=True)
+class End(Limit):
+    """The last layer that stays is one of `ends`; to a search it says more, that the dense model's last one stays."""
+
+    ends: frozenset[int] = frozenset()
+
+    def broken_by(self, kept: Sequence[int]) -> bool:
+        return kept[-1] not in self.ends
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,11 @@ def _of_attention(text: Any) -> Iterator[Demand]:
     if attending and len(attending) < len(kinds):
         reason = f"one of the layers that attend ({_named(attending)}) must stay: positions are counted by its cache"
         yield Limit(attending, len(attending) - 1, reason)
+    hybrid = [layer for layer, kind in enumerate(kinds) if kind == "hybrid"]
+    if text.model_type == "zamba" and hybrid:  # a Zamba without a second one cannot be built
+        yield Limit(frozenset(hybrid[:1]), 0, f"layer {hybrid[0]} holds the weights of all layers that attend")
+        reason = f"two of the layers that share their attention ({_named(frozenset(hybrid))}) must stay"
+        yield Limit(frozenset(hybrid), max(len(hybrid) - 2, 0), reason)
     crossing = frozenset(getattr(text, "cross_attention_layers", None) or ())
     if own := frozenset(range(_count(text))) - crossing if crossing else None:
         yield Limit(own, len(own) - 1, "one layer that attends to the text must stay")
@@ -109,10 +131,15 @@ def _of_indices(text: Any) -> Iterator[Demand]:
             place = every - 1 if offset is None else getattr(text, offset)
             kinds = tuple(layer % every == place for layer in range(count))
             yield Order(kinds, kinds, f"config.{name}={every}: whether a layer {what} follows from its index")
-    if text.model_type == "gpt_neox_japanese":
-        yield Limit(frozenset([count - 1]), 0, f"layer {count - 1}, the last, alone has a bias behind its attention")
-    if text.model_type == "modernbert-decoder":
-        yield Limit(frozenset([0]), 0, "layer 0, the first, alone has no norm before its attention and must stay")
+    if hashed := frozenset(layer - 1 for layer in getattr(text, "ple_layer_ids", None) or ()):  # counted from 1
+        yield Limit(hashed, 0, f"the n-gram tables of layers {_named(hashed)} go by their order, and must stay")
+    if text.model_type in _ENDING_IN_FULL_ATTENTION:
+        ends = frozenset(layer for layer, kind in enumerate(text.layer_types) if kind == "full_attention")
+        said = f"the last layer that stays must attend to all tokens, as layers {_named(ends)} do"
+        yield End(frozenset([count - 1]), 0, said, ends)
+    if text.model_type in _SINGLE:
+        place, what = _SINGLE[text.model_type]
+        yield Limit(frozenset([place % count]), 0, f"layer {place % count}, {what}")
     reason = _COUNTING.get(text.model_type)
     if getattr(text, "scale_attn_by_inverse_layer_idx", False):
         reason = "config.scale_attn_by_inverse_layer_idx=True: attention is divided by the layer's index + 1"

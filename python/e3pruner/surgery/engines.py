@@ -61,17 +61,24 @@ FACTS = (
 ENGINES = tuple(dict.fromkeys(fact.engine for fact in FACTS))
 
 
+def engine_named(engine: str) -> str:
+    """The engine as `FACTS` spell it, in whatever case it is given. Raises ValueError if nothing is known of it."""
+    known = {name.lower(): name for name in ENGINES}
+    if engine.lower() not in known:
+        raise ValueError(
+            f"quota={engine!r} names no engine{did_you_mean(engine, ENGINES)}; known are {', '.join(ENGINES)}; or "
+            "give a number for each kind of layer"
+        )
+    return known[engine.lower()]
+
+
 def orders_of(config: PreTrainedConfig, engine: str) -> list[Order]:
     """What the layers that stay must be for `engine` to run them as they are; empty where no rule of it is known.
 
     Raises ValueError for an engine that nothing is known of.
     """
-    known = {name.lower(): name for name in ENGINES}
-    if engine.lower() not in known:
-        raise ValueError(
-            f"quota={engine!r} names no engine{did_you_mean(engine, ENGINES)}; known are {', '.join(ENGINES)}"
-        )
-    found = (fact.order(config) for fact in FACTS if fact.engine == known[engine.lower()])
+    name = engine_named(engine)
+    found = (fact.order(config) for fact in FACTS if fact.engine == name)
     return [order for order in found if order is not None]
 
 

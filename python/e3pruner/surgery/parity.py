@@ -18,8 +18,9 @@ from e3pruner.models.head import check_finite
 from e3pruner.models.stack import evaluating, find_layers, returning_dicts
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
-# What forward passes change (BigBird's attention_type among it), and what only the logits show the use of.
-_STATE_NAMES = ("training", "gradient_checkpointing", "attention_type", "num_hidden_layers")
+# What forward passes change (BigBird's attention_type among it), what only the logits show the use of, and what is kept
+# for other models (a Gemma assistant reads keys and values; those that later layers read are a demand).
+_STATE_NAMES = ("training", "gradient_checkpointing", "attention_type", "num_hidden_layers", "store_full_length_kv")
 _BATCH, _LENGTH = 2, 12
 
 
@@ -50,22 +51,22 @@ def assert_parity(
         stack.enter_context(skipped(model, removed, sublayers))
         expected = model(input_ids=ids, use_cache=False).logits
         uncached = pruned(input_ids=ids, use_cache=False).logits
-        cached = _decode(pruned, ids, steps)
+        error = _decoding_error(pruned, ids, uncached, steps)
     kind = model.config.model_type
     if not torch.equal(uncached, expected):
         check_finite(model, expected)
-        error = (uncached - expected).abs().max()
+        difference = (uncached - expected).abs().max()
         raise ValueError(
-            f"model ({kind}) cannot be pruned: logits differ by {error:.3g} from those with layers skipped"
+            f"model ({kind}) cannot be pruned: logits differ by {difference:.3g} from those with layers skipped"
         )
-    if cached is None or (error := _relative_error(cached, uncached)) <= _tolerance(uncached.dtype):
+    if not isinstance(error, Exception) and error <= _tolerance(uncached.dtype):
         return
-    own = max(_decoding_error(model, _probe(model, first), steps) for first in range(8))
-    if own <= _tolerance(uncached.dtype):
-        raise ValueError(f"model ({kind}) cannot be pruned: decoding with a cache changes its logits by {error:.2%}")
+    own = _own_decoding_error(model, steps)
+    if not isinstance(own, Exception) and own <= _tolerance(uncached.dtype):
+        raise ValueError(f"model ({kind}) cannot be pruned: decoding with a cache {_effect(error)}")
     warnings.warn(
-        f"model ({kind}): decoding with a cache changes its logits by {own:.2%}, those of the pruned one by "
-        f"{error:.2%}; generate with use_cache=False",
+        f"model ({kind}): decoding with a cache {_effect(own)}; of the pruned one it {_effect(error)}; generate with "
+        "use_cache=False",
         stacklevel=3,
     )
 
@@ -78,20 +79,44 @@ def _probe(model: PreTrainedModel, first: int) -> Tensor:
     return torch.where(ids == (-1 if pad is None else pad), (ids + 1) % config.vocab_size, ids).view(_BATCH, -1)
 
 
-@torch.no_grad()
-def _decoding_error(model: PreTrainedModel, ids: Tensor, steps: int) -> float:
-    """How far decoding moves the logits of `model` itself."""
-    with evaluating(model), returning_dicts(model):
+def _decoding_error(model: PreTrainedModel, ids: Tensor, uncached: Tensor, steps: int) -> float | Exception:
+    """How far decoding with a cache moves the logits of `model`, or what it raises: some caches of transformers do."""
+    try:
         cached = _decode(model, ids, steps)
-        return 0.0 if cached is None else _relative_error(cached, model(input_ids=ids, use_cache=False).logits)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return error
+    return 0.0 if cached is None else _relative_error(cached, uncached)
+
+
+@torch.no_grad()
+def _own_decoding_error(model: PreTrainedModel, steps: int) -> float | Exception:
+    """The same of the dense model: the first error that it raises, else the most of a few probes."""
+    with evaluating(model), returning_dicts(model):
+        probes = [_probe(model, first) for first in range(8)]
+        errors = [_decoding_error(model, ids, model(input_ids=ids, use_cache=False).logits, steps) for ids in probes]
+    raised = [error for error in errors if isinstance(error, Exception)]
+    return raised[0] if raised else max(error for error in errors if not isinstance(error, Exception))
+
+
+def _effect(error: float | Exception) -> str:
+    if isinstance(error, Exception):
+        return f"fails ({type(error).__name__}: {' '.join(str(error).split())})"
+    return f"changes its logits by {error:.2%}"
 
 
 def assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequence[int]) -> None:
     """Raises `ValueError` unless layer i of `pruned` has the settings of `dense[kept[i]]`, and its own index."""
     per_layer = _indices_per_layer(dense)
     for new, old in enumerate(kept):
-        theirs = dict(dense[old].named_modules())
-        for name, module in pruned[new].named_modules():
+        ours, theirs = dict(pruned[new].named_modules()), dict(dense[old].named_modules())
+        if other := sorted(ours.keys() ^ theirs.keys()):
+            raise ValueError(
+                f"layer {old} cannot become layer {new}: its index decides more than its place, and would change "
+                f"which modules it has: {', '.join(other)}"
+            )
+        for name, module in ours.items():
             settings, expected = _settings(module), _settings(theirs[name])
             changed = [key for key in expected if settings.get(key) != expected[key]]
             if changed or type(module) is not type(theirs[name]):

@@ -41,6 +41,8 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Marke
             documents.append(_document(record, tokenizer))
         except ValueError as error:
             raise ValueError(f"{path}, record {number}: {error}") from error
+    if not documents:
+        raise ValueError(f"{path} holds no document")
     return documents
 
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from e3pruner.text.built_in import Document, deal, manual_documents, pack
 from e3pruner.text.documents import ending, holds_documents
+from e3pruner.text.files import naming
 from e3pruner.text.opening import opening
-from e3pruner.text.splits import cut, split_text, take
+from e3pruner.text.splits import file_splits, take
 
 WINDOW = 32  # tokens: what two texts share of this length is the same passage, not the same language
 _MODULE_BYTES = 8_000, 24_000  # of a standard-library module: long enough to be text, no one too large for its split
@@ -51,7 +52,7 @@ def kinds_of_text(
     """
     if len(set(kinds)) != len(kinds) or not kinds:
         raise ValueError(f"text={list(kinds)} must name at least one kind, and none twice")
-    splits = {kind: _splits(tokenizer, kind, length) for kind in kinds}
+    splits = {kind: _splits(tokenizer, kind, length, "text:") for kind in kinds}
     calibration = _in_turns([splits[kind]["calibration"] for kind in kinds], balanced=True)
     training = _in_turns([splits[kind]["training"] for kind in kinds], balanced=balanced)
     seen = torch.cat([windows(calibration), windows(training)]).unique()
@@ -67,7 +68,7 @@ def unseen_text(
     """`held_out` sequences of text of one of the kinds that `kinds_of_text` takes, none of which shares `WINDOW` tokens
     in a row with the sequences (N, T) `seen`. Raises `ValueError` where too little text is left."""
     passages = torch.cat([windows(sequences).flatten() for sequences in seen])
-    return _fresh(_splits(tokenizer, kind, length)["held_out"], passages, kind, held_out)
+    return _fresh(_splits(tokenizer, kind, length, "--unseen")["held_out"], passages, kind, held_out)
 
 
 def _fresh(sequences: Tensor, seen: Tensor, kind: str, held_out: int) -> Tensor:
@@ -108,15 +109,15 @@ _BUILT_IN: dict[str, Callable[[], dict[str, str]]] = {
 }
 
 
-def _splits(tokenizer: PreTrainedTokenizerBase, kind: str, length: int) -> dict[str, Tensor]:
+def _splits(tokenizer: PreTrainedTokenizerBase, kind: str, length: int, option: str) -> dict[str, Tensor]:
     if kind not in _BUILT_IN:
         path = Path(kind)
         if not path.is_file():
-            raise FileNotFoundError(f"text: {kind!r} is neither a file nor one of {', '.join(_BUILT_IN)}")
-        if holds_documents(path):
-            raise ValueError(f"text: {kind!r} holds documents; a comparison reads plain text, which this is not")
-        parts = split_text(path.read_text(encoding="utf-8"))
-        return {name: cut(tokenizer, part, length, f"{kind}, split {name}") for name, part in parts.items()}
+            raise FileNotFoundError(f"{option} {kind} is neither a file nor one of {', '.join(_BUILT_IN)}")
+        with naming(option, path):
+            if holds_documents(path):
+                raise ValueError("it holds documents; plain text is read here, which this is not")
+            return file_splits(tokenizer, path, length)
     documents, begin = _BUILT_IN[kind](), opening(tokenizer)
     splits = {}
     for split, names in deal({name: len(text) for name, text in documents.items()}).items():

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.text.built_in import SHARES, deal, demo_tokens
 from e3pruner.text.documents import holds_documents, pack_documents, read_documents
+from e3pruner.text.files import naming, read_text
 from e3pruner.text.opening import cut_stream, opening, without_opening
 from e3pruner.text.sequences import Rows, Sequences
 
@@ -34,6 +35,7 @@ def token_splits(
     length: int,
     seed: int,
     teacher: PreTrainedModel | None = None,
+    option: str = "--text",
 ) -> Splits:
     """Training, calibration and held-out sequences of `length` tokens from the file `text`, or from the built-in text
     and, with a `teacher`, what it writes itself. Held-out sequences of the kinds of text take turns.
@@ -41,13 +43,19 @@ def token_splits(
     Of JSON lines and data sets the documents are dealt out to the splits whole; see `e3pruner.text.documents`. Each
     sequence begins as the tokenizer's own convention says (see `e3pruner.text.opening`).
 
-    Raises ValueError when a split has not one whole sequence, and for a file that is not UTF-8.
+    Raises ValueError or OSError that begins with `option` and the file: when a split has not one whole sequence, for a
+    file that is empty, not UTF-8 or not there, and for a record that is no document.
     """
     if text is None:
         built_in = demo_tokens(tokenizer, teacher, length=length, seed=seed)
         held_out = chain.from_iterable(zip_longest(*built_in.held_out.values()))
         turns = torch.stack([sequence for sequence in held_out if sequence is not None])
         return Splits(built_in.training, built_in.calibration, turns)
+    with naming(option, text):
+        return _splits(tokenizer, text, length)
+
+
+def _splits(tokenizer: PreTrainedTokenizerBase, text: Path, length: int) -> Splits:
     if holds_documents(text):
         documents = read_documents(text, tokenizer)
         names = deal({str(number): len(document.tokens) for number, document in enumerate(documents)})
@@ -57,8 +65,12 @@ def token_splits(
             for split, numbers in names.items()
         }
         return Splits(packed["training"], packed["calibration"], packed["held_out"])
-    parts = split_text(text.read_text(encoding="utf-8"))
-    return Splits(*(cut(tokenizer, part, length, f"{text}, split {name}") for name, part in parts.items()))
+    return Splits(**file_splits(tokenizer, text, length))
+
+
+def file_splits(tokenizer: PreTrainedTokenizerBase, path: Path, length: int) -> dict[str, Tensor]:
+    """The splits of a file of plain text, by name. Raises ValueError naming a split without one whole sequence."""
+    return {name: cut(tokenizer, part, length, f"split {name}") for name, part in split_text(read_text(path)).items()}
 
 
 def split_text(text: str) -> dict[str, str]:

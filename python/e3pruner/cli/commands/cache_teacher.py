@@ -32,6 +32,7 @@ def cache_teacher(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
+    placement: options.PlacementOption = options.Placement.WHOLE,
     trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
     config: options.Config = None,
@@ -58,7 +59,7 @@ def cache_teacher(
     with result_folder(ctx, out, force) as folder:
         tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
         tokens = token_splits(tokenizer, text, length=length, seed=seed).training
-        model = load_model(teacher, device, dtype, trust_remote_code=trust_remote_code)
+        model = load_model(teacher, device, dtype, placement=placement, trust_remote_code=trust_remote_code)
         need = cache_bytes(len(tokens), length, output_head(model).weight.shape[0], k)
         free = shutil.disk_usage(folder).free
         stderr.print(

@@ -21,6 +21,7 @@ from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
 from e3pruner.pipelines.results import run_results
 from e3pruner.report import save_results
+from e3pruner.text.files import naming, read_text
 from e3pruner.text.splits import batches, take, token_splits
 
 
@@ -50,6 +51,7 @@ def evaluate(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
+    placement: options.PlacementOption = options.Placement.WHOLE,
     trust_remote_code: options.TrustRemoteCode = False,
     out: Annotated[Path | None, typer.Option(help="Folder to keep the figures in, as results.json.")] = None,
     force: options.Force = False,
@@ -75,7 +77,10 @@ def evaluate(
         tokenizer = load_tokenizer(names[0], trust_remote_code=trust_remote_code)
         tokens = token_splits(tokenizer, text, length=length, seed=seed).held_out
         sequences = batches(take(tokens, held_out, "--held-out"), batch)
-        networks = {name: load_model(name, device, dtype, trust_remote_code=trust_remote_code) for name in names}
+        networks = {
+            name: load_model(name, device, dtype, placement=placement, trust_remote_code=trust_remote_code)
+            for name in names
+        }
         sizes = {name: output_head(network).weight.shape[0] for name, network in networks.items()}
         columns = common_vocabulary(sizes, vocabulary, tokenizer_size(tokenizer))  # the same ones for all
         # First, so that a task that is not defined is said before anything is measured.
@@ -110,11 +115,9 @@ def evaluate(
 
 
 def _lines(path: Path) -> list[str]:
-    """Raises ValueError naming the file where no line holds text."""
-    found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not found:
-        raise ValueError(f"--prompts {path} holds no line of text")
-    return found
+    """The lines that hold text. Raises ValueError or OSError naming the option and the file where there are none."""
+    with naming("--prompts", path):
+        return [line for line in read_text(path).splitlines() if line.strip()]
 
 
 def _writer(network: PreTrainedModel) -> PreTrainedModel | e3pruner.LayerSkipRuntime:

@@ -13,6 +13,7 @@ from e3pruner.cli.config import load_config, parse_options
 from e3pruner.cli.tables import print_table
 from e3pruner.mask_search import METHODS
 from e3pruner.pipelines import Pipeline
+from e3pruner.pipelines.publishing import check_access, push
 from e3pruner.pipelines.work import RECOVERED
 
 
@@ -66,6 +67,7 @@ def run(
     device: options.Device = "auto",
     dtype: options.SavedDtype = options.Dtype.AUTO,
     trust_remote_code: options.TrustRemoteCode = False,
+    push_to_hub: options.PushToHub = None,
     force: options.Force = False,
 ) -> None:
     """Search, cut, compensate, recover and report, in one or several rounds, as a YAML file says.
@@ -78,9 +80,12 @@ def run(
 
     `{model: smollm2, drop: 8, rounds: 2, steps: 100, recover: {trainable: all, lr: 2.0e-4}, out: run}`
     """
-    given = {name: value for name, value in ctx.params.items() if name not in ("config", "force")}
+    given = {name: value for name, value in ctx.params.items() if name not in ("config", "force", "push_to_hub")}
     pairs = {name: parse_options(given[name], f"--{name}") for name in ("search", "recover")}
     lists = {name: list(given[name] or []) for name in ("protect", "rivals", "prompts")}
+    check_access(push_to_hub)
     results = Pipeline(**given | pairs | lists).run(force=force, about={"command": command_line()})
+    if push_to_hub is not None:
+        push(out / RECOVERED, push_to_hub)
     print_table(results)
     print(out / RECOVERED)

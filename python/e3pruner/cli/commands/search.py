@@ -10,7 +10,7 @@ from rich.console import Console
 import e3pruner
 from e3pruner.cli import options
 from e3pruner.cli.command import command_line
-from e3pruner.cli.config import parse_options, resolved, result_folder
+from e3pruner.cli.config import name_or_pairs, parse_options, resolved, result_folder
 from e3pruner.evaluation.target import check_target, number_to_drop
 from e3pruner.mask_search import METHODS
 from e3pruner.mask_search.units import GRANULARITIES
@@ -18,6 +18,7 @@ from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.pipelines.results import run_results, search_results
 from e3pruner.pipelines.settings import check_search
 from e3pruner.report import save_results
+from e3pruner.surgery.engines import engine_named
 from e3pruner.surgery.plan import PLAN_FILE
 from e3pruner.text.splits import batches, take, token_splits
 from e3pruner.vocabulary import check_choice
@@ -40,7 +41,11 @@ def search(
     granularity: Annotated[str, typer.Option(help="layer; or sublayer: attentions and MLPs one by one.")] = "layer",
     quota: Annotated[
         list[str] | None,
-        typer.Option(metavar="KIND=NUMBER", help="How many of a kind of layer go, such as sliding_attention=6."),
+        typer.Option(
+            metavar="KIND=NUMBER|ENGINE",
+            help="How many of a kind of layer go, such as sliding_attention=6; or an engine, such as llama.cpp: what "
+            "stays keeps to the kinds that it fixes by index.",
+        ),
     ] = None,
     text: options.Text = None,
     sequences: options.Sequences = 16,
@@ -50,6 +55,7 @@ def search(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
+    placement: options.PlacementOption = options.Placement.WHOLE,
     trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
     config: options.Config = None,
@@ -65,8 +71,12 @@ def search(
     `e3 search --model smollm2 --latency 60 --out searched`
 
     `e3 search --model smollm2 --granularity sublayer --drop 12 --out searched`
+
+    `e3 search --model my-gemma --quota llama.cpp --drop 6 --placement stream --out searched`
     """
-    extra, kinds, protected = parse_options(search, "--search"), parse_options(quota, "--quota") or None, protect or []
+    extra, kinds, protected = parse_options(search, "--search"), name_or_pairs(quota, "--quota"), protect or []
+    if isinstance(kinds, str):
+        engine_named(kinds)
     check_search(method, extra)
     check_choice("granularity", granularity, GRANULARITIES)
     targets = {"drop": drop, "fraction": fraction, "parameters": parameters, "milliseconds": latency}
@@ -75,13 +85,13 @@ def search(
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         splits = token_splits(tokenizer, text, length=length, seed=seed)
         calibration = batches(take(splits.calibration, sequences, "--sequences"), batch)
-        network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
+        network = load_model(model, device, dtype, placement=placement, trust_remote_code=trust_remote_code)
         checkpoint = folder / CHECKPOINT
-        sublayers = granularity == "sublayer"
+        sublayers, counts = granularity == "sublayer", kinds if isinstance(kinds, dict) else None
         plan = e3pruner.search(
             network,
             calibration,
-            number_to_drop(network, protected, quota=kinds, sublayers=sublayers, **targets),
+            number_to_drop(network, protected, quota=counts, sublayers=sublayers, **targets),
             method,
             seed,
             protected,
