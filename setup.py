@@ -87,6 +87,8 @@ class Wheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         report = Path(self.get_finalized_command("build").build_lib) / "e3kernels" / REPORT
+        if not report.exists():  # an editable installation asks before it builds
+            return super().get_tag()
         built = {name: facts["built"] for name, facts in json.loads(report.read_text(encoding="utf-8")).items()}
         self.root_is_pure = not any(built.values())
         tag = super().get_tag()
