@@ -45,7 +45,8 @@ def test_the_command_has_every_option_of_the_pipeline_and_its_default() -> None:
         assert field.name in command
         if field.default not in (dataclasses.MISSING, None) and field.default != []:
             assert command[field.name] == field.default, field.name
-    assert set(command) - {field.name for field in dataclasses.fields(Pipeline)} == {"ctx", "config", "force", "push_to_hub"}
+    of_the_command = {"ctx", "config", "force", "push_to_hub"}
+    assert set(command) - {field.name for field in dataclasses.fields(Pipeline)} == of_the_command
 
 
 @pytest.mark.parametrize(
