@@ -88,3 +88,20 @@ def test_a_search_keeps_to_what_an_engine_fixes(text_file: Path, tmp_path: Path,
     again = e3("search", "--config", tmp_path / "out" / "e3.yaml", "--out", tmp_path / "again")
     assert again.exit_code == 0, again.output
     assert yaml.safe_load((tmp_path / "again" / "e3.yaml").read_text())["quota"] == "LLAMA.cpp"
+
+
+def test_a_streamed_model_writes_by_transformers(text_file: Path, tmp_path: Path, e3: Command) -> None:
+    tokenizer = byte_tokenizer()
+    network = tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=0, max_position_embeddings=512)
+    for part in (network, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    given = ("--model", tmp_path / "model", "--text", text_file, "--length", 32, "--held-out", 2, "--no-speed")
+    found = {}
+    for placement in ("whole", "stream"):
+        result = e3(
+            "eval", *given, "--generate", "--max-new-tokens", 6, "--placement", placement, "--out", tmp_path / placement
+        )
+        assert result.exit_code == 0, result.output
+        found[placement] = results(tmp_path / placement)["writing"][str(tmp_path / "model")]["greedy"]
+    assert "written by transformers" in result.output
+    assert found["stream"] == found["whole"]

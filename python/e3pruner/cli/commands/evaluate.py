@@ -124,6 +124,6 @@ def _writer(network: PreTrainedModel) -> PreTrainedModel | e3pruner.LayerSkipRun
     """What writes fastest: the runtime where it serves the model, which it says where not."""
     try:
         return e3pruner.LayerSkipRuntime(network)
-    except (ImportError, TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:
         print(f"--generate: written by transformers, as the runtime does not serve it: {error}", file=sys.stderr)
         return network
