@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sweep.weights import randomised
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 NUM_LAYERS = 6
@@ -130,21 +131,6 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedMode
     settings = (TINY_CONFIGS | EXTRA_CONFIGS | POSITION_CONFIGS | STATEFUL_CONFIGS)[model_type]
     config = AutoConfig.for_model(model_type, **settings | _TOKENS | changes)
     return randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), seed)
-
-
-def randomised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """`model` with weights that are large and differ everywhere, biases and norms included."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() >= 2:
-                gain = 1.0 if "embed" in name or "wte" in name else 1.5 * parameter.shape[-1] ** -0.5
-                parameter.copy_(gain * noise)
-            else:
-                parameter.add_(0.3 * noise)
-    model.generation_config.eos_token_id = None  # greedy generation runs to its full length
-    return model
 
 
 def tiny_tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:

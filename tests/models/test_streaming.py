@@ -139,3 +139,9 @@ def test_a_streamed_teacher_teaches_what_a_resident_one_does_and_is_not_copied(t
     with narrowed(teacher, torch.bfloat16):
         assert {p.dtype for p in find_layers(teacher).parameters()} == {torch.float32}
     assert all(torch.equal(weight, found[0][name]) for name, weight in found[1].items())
+
+
+def test_weights_that_are_made_of_others_are_refused(tmp_path):
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)  # an expert's tensors each, which the model holds in one
+    with pytest.raises(ValueError, match=r"experts.* of other names; placement='whole'"):
+        streamed(str(tmp_path))

@@ -15,6 +15,8 @@ import torch
 from transformers import MusicgenForCausalLM, MusicgenMelodyForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .weights import randomised
+
 LAYERS, OTHER_LAYERS, VOCABULARY, WINDOW = 6, 2, 99, 4
 
 _COUNTS = "num_hidden_layers n_layers? num_layers num_blocks layers ((en|de)coder|num_(en|de)coder)_layers"
@@ -125,18 +127,7 @@ def small_model(config: PreTrainedConfig, auto: Any, seed: int = 0) -> PreTraine
     """A random model in fp32 and evaluation mode; its weights are large and differ, biases and norms included."""
     torch.manual_seed(seed)
     build = _CLASSES[config.model_type]._from_config if config.model_type in _CLASSES else auto.from_config
-    model = build(config, attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() >= 2:
-                gain = 1.0 if "embed" in name or "wte" in name else 1.5 * parameter.shape[-1] ** -0.5
-                parameter.copy_(gain * noise)
-            else:
-                parameter.add_(0.3 * noise)
-    model.generation_config.eos_token_id = None  # greedy generation runs to its full length
-    return model
+    return randomised(build(config, attn_implementation="eager").eval(), seed)
 
 
 def _joined(settings: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from e3pruner.models.files.shards import read_shards
 from e3pruner.models.stack import find_layers, stack_name
 from e3pruner.precision import weights_in
 
@@ -154,19 +154,18 @@ def check_resident(name: str, model: nn.Module, what: str) -> None:
 
 
 def _check_mapped(model: PreTrainedModel, folder: Path) -> None:
-    stored: dict[str, tuple[str, list[int]]] = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118, it is no mapping
-                part = opened.get_slice(name)
-                stored[name] = part.get_dtype(), part.get_shape()
+    stored = {name: tensor.entry for shard in read_shards(folder) for name, tensor in shard.tensors.items()}
     prefix = stack_name(model) + "."
     for name, parameter in model.named_parameters():
-        if name.startswith(prefix) and stored.get(name) != (_NAMES.get(parameter.dtype), list(parameter.shape)):
+        wanted = {"dtype": _NAMES.get(parameter.dtype), "shape": list(parameter.shape)}
+        if name.startswith(prefix) and stored.get(name) != wanted:
             raise ValueError(
-                f"placement='stream': {folder} does not hold {name} as the model does ({parameter.dtype}, "
-                f"{list(parameter.shape)}), but {stored.get(name, 'under another name')}; save it once with "
-                "save_pretrained and stream that, or choose another placement"
+                f"placement='stream': {folder} does not hold {name} as the model does ({wanted}), but "
+                + (
+                    f"as {dict(stored[name])}; save it once with save_pretrained in the model's dtype and stream that"
+                    if name in stored
+                    else "makes it of tensors of other names; placement='whole' loads it"
+                )
             )
 
 

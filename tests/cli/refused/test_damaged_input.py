@@ -34,7 +34,7 @@ def copy_of(model: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def refused(result: Any, message: str) -> None:
+def assert_refused(result: Any, message: str) -> None:
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.output
@@ -66,7 +66,7 @@ def test_a_damaged_config(
     model = copy_of(model_folder, tmp_path / "model", **changes)
     PruningPlan.of_removed([3], 6).save(tmp_path / "pruning.json")
     out = ("--out", tmp_path / "out")
-    refused(e3("prune", "--model", model, "--plan", tmp_path / "pruning.json", *out), message)
+    assert_refused(e3("prune", "--model", model, "--plan", tmp_path / "pruning.json", *out), message)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "pruning.json"}
 
 
@@ -74,7 +74,7 @@ def test_a_damaged_config(
 def test_a_damaged_tokenizer(content: str, model_folder: Path, tmp_path: Path, e3: Command) -> None:
     model = copy_of(model_folder, tmp_path / "model")
     (model / "tokenizer.json").write_text(content)
-    refused(e3("generate", "--model", model, "--prompt", "a"), "tokenizer")
+    assert_refused(e3("generate", "--model", model, "--prompt", "a"), "tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_damaged_configuration_file(
     config = tmp_path / "options.yaml"
     config.write_text(text)
     command = ("search", "--model", model_folder, "--text", text_file, "--config", config, "--out", tmp_path / "out")
-    refused(e3(*command), message)
+    assert_refused(e3(*command), message)
     assert [path.name for path in tmp_path.iterdir()] == ["options.yaml"]
 
 
@@ -133,7 +133,7 @@ def test_a_damaged_matrix(change: str, message: str, tmp_path: Path, e3: Command
     whole = {"methods": "methods: [greedy]", "drop": "drop: [2]", "seeds": "seeds: [0]"}
     whole[change.partition(":")[0]] = change
     (tmp_path / "matrix.yaml").write_text("\n".join(whole.values()))
-    refused(e3("compare", tmp_path / "matrix.yaml", "--out", tmp_path / "out"), message)
+    assert_refused(e3("compare", tmp_path / "matrix.yaml", "--out", tmp_path / "out"), message)
     assert [path.name for path in tmp_path.iterdir()] == ["matrix.yaml"]
 
 
@@ -166,13 +166,13 @@ def test_a_bad_value_is_named_and_leaves_nothing(
 ) -> None:
     command, *options = arguments
     place = ("--model", model_folder, "--text", text_file, "--length", 32, "--out", tmp_path / "out")
-    refused(e3(command, *options, *place), message)
+    assert_refused(e3(command, *options, *place), message)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_numbers_may_have_exponents_without_a_point(tmp_path: Path, e3: Command) -> None:
     result = e3("distill", "--model", tmp_path, "--teacher", tmp_path, "--recover", "lr=2e-4", "--out", tmp_path / "a")
-    refused(result, "neither a folder with a config.json")
+    assert_refused(result, "neither a folder with a config.json")
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_weights_that_lack_a_tensor(model_folder: Path, tmp_path: Path, e3: Comm
     tensors = load_file(model / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    refused(e3("generate", "--model", model, "--prompt", "a"), "model.layers.2.mlp.up_proj.weight")
+    assert_refused(e3("generate", "--model", model, "--prompt", "a"), "model.layers.2.mlp.up_proj.weight")
 
 
 def test_keys_of_a_file_are_the_options_of_the_command_line(tmp_path: Path, e3: Command) -> None:

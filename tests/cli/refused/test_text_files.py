@@ -42,7 +42,7 @@ def faulty(folder: Path, fault: str) -> Path:
     return path
 
 
-def refused(result, option: str, path: Path, said: str) -> None:
+def assert_refused(result, option: str, path: Path, said: str) -> None:
     assert result.exit_code == 2, result.output
     assert f"{option} {path}{said}" in " ".join(result.stderr.split())
     assert not (path.parent / "out").exists()
@@ -54,7 +54,7 @@ def refused(result, option: str, path: Path, said: str) -> None:
 def test_text(command: str, fault: str, model_folder: Path, tmp_path: Path, e3: Command) -> None:
     path, model = faulty(tmp_path, fault), "--model" if command == "search" else "--teacher"
     result = e3(command, model, model_folder, "--text", path, *SMALL, "--out", tmp_path / "out")
-    refused(result, "--text", path, FAULTS[fault][2])
+    assert_refused(result, "--text", path, FAULTS[fault][2])
 
 
 @pytest.mark.parametrize("fault", PLAIN)
@@ -63,15 +63,15 @@ def test_text_of_another_kind(fault: str, model_folder: Path, text_file: Path, t
     settings = {"model": str(model_folder), "text": str(text_file), "rounds": 1}
     said = " is neither a file nor one of manual, code, library" if fault == "missing" else FAULTS[fault][2]
     unseen = e3("run", pipeline_file(tmp_path, **settings, unseen=str(path)), "--out", tmp_path / "out")
-    refused(unseen, "--unseen", path, said)
+    assert_refused(unseen, "--unseen", path, said)
     judge = e3(
         "run", pipeline_file(tmp_path, **settings, judge=str(path), compensate="auto"), "--out", tmp_path / "out"
     )
-    refused(judge, "--judge", path, FAULTS[fault][2])
+    assert_refused(judge, "--judge", path, FAULTS[fault][2])
 
 
 @pytest.mark.parametrize("fault", PROMPTS)
 def test_prompts(fault: str, model_folder: Path, tmp_path: Path, e3: Command) -> None:
     path = faulty(tmp_path, fault)
     result = e3("eval", "--model", model_folder, "--generate", "--prompts", path, "--out", tmp_path / "out")
-    refused(result, "--prompts", path, FAULTS[fault][2])
+    assert_refused(result, "--prompts", path, FAULTS[fault][2])
