@@ -78,12 +78,12 @@ def last_hidden(
     """The hidden states (B, T, H) that the output head receives; no cache is kept.
 
     `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding, on any side; `position_ids`
-    (B, T) of packed documents, each counted from 0; `inputs`: what else `model` takes.
+    (B, T) of packed documents, each counted from 0; `inputs`: what else `model` takes, such as the pixels of images.
 
     It is what the model's own forward pass hands to the head, whatever lies between the layers and it: a norm, a
     factor, BERT's transform. Raises `ValueError` where the head is not called with (B, T, H).
     """
-    inputs |= position_arguments(model, attention_mask, position_ids)
+    inputs |= position_arguments(model, attention_mask, position_ids, beside=bool(inputs))
     with returning_dicts(model), without_head(model) as received:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
     return only_hidden(model, received)
@@ -114,12 +114,15 @@ def only_hidden(model: PreTrainedModel, received: list[Tensor]) -> Tensor:
 
 
 def position_arguments(
-    model: PreTrainedModel, attention_mask: Tensor | None, position_ids: Tensor | None
+    model: PreTrainedModel, attention_mask: Tensor | None, position_ids: Tensor | None, *, beside: bool = False
 ) -> dict[str, Tensor]:
     """What tells `model` where its tokens stand: `position_ids` as given, else counted over the tokens of
     `attention_mask` (B, T), so that padding on the left shifts none. Nothing without either, nor for a model that finds
-    positions by its mask alone (ALiBi).
+    positions by its mask alone (ALiBi), nor where it takes them from what it is given `beside` the tokens: rows and
+    columns of an image.
     """
+    if position_ids is None and beside and any(hasattr(module, "get_rope_index") for module in model.modules()):
+        return {}
     if position_ids is None and attention_mask is not None:
         if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
             return {}

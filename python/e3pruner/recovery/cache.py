@@ -272,7 +272,7 @@ def _top(
     # Autocast on a CPU refuses to stack fp16: it is for the model only.
     autocast = torch.autocast(teacher.device.type, dtype, enabled=dtype is not None)
     with autocast:
-        hidden = last_hidden(teacher, batch.input_ids, batch.attention_mask, batch.position_ids)[:, :-1]
+        hidden = last_hidden(teacher, **batch.inputs)[:, :-1]
     logprobs, ids = [], []
     for sequence in hidden:  # one at a time: (S − 1, V) logits are all that is ever materialised
         with autocast:
