@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .shrink import LAYERS
 
+_TOWERS = ("vision", "visual", "image", "video", "audio", "former")
 # What a layer returns behind the hidden state, by model type: the argument in which it was given it, None for nothing.
 _STATE: dict[str, list[Any]] = {
     "zaya": [1],
@@ -32,7 +33,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == LAYERS
     ]
-    own = [module for name, module in found if not any(other in name for other in ("vision", "image", "audio"))]
+    own = [module for name, module in found if not any(other in name for other in _TOWERS)]
     if not own:
         raise LookupError(f"no list of {LAYERS} layers")
     return own[0]

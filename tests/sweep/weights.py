@@ -17,5 +17,6 @@ def randomised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
                 parameter.copy_(gain * noise)
             else:
                 parameter.add_(0.3 * noise)
-    model.generation_config.eos_token_id = None  # greedy generation runs to its full length
+    if model.can_generate():
+        model.generation_config.eos_token_id = None  # greedy generation runs to its full length
     return model
