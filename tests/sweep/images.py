@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 IMAGE_TOKEN, SIZE, PATCH, GRID = 90, 16, 4, 4
-_BEFORE = 2  # tokens of text before the image
+_BEFORE = 6  # tokens of text before the image
 Batch = dict[str, Tensor]
 
 
@@ -21,7 +21,7 @@ class NoImageError(Exception):
 
 @torch.no_grad()
 def with_images(model: PreTrainedModel, ids: Tensor) -> Batch:
-    """`ids` (B, T) with an image behind the second token of every row, and all that the model is told of it.
+    """`ids` (B, T) with an image behind the first tokens of every row, and all that the model is told of it.
 
     It is read: other pixels give other logits, all of them finite. Raises NoImageError with what each form came to.
     """
@@ -62,7 +62,10 @@ def _forms(model: PreTrainedModel, rows: int) -> Iterator[Batch]:
         for shape in ((3 * depth * PATCH**2,), (3, PATCH, PATCH), (3 * PATCH**2,), (6 * PATCH**2,)):
             yield beside | {"pixel_values": pixels(rows * GRID**2, *shape)}
     if "image_grid_hw" in takes:
-        yield {"pixel_values": pixels(rows * GRID**2, 3 * PATCH**2), "image_grid_hw": torch.tensor([[GRID, GRID]] * rows)}
+        yield {
+            "pixel_values": pixels(rows * GRID**2, 3 * PATCH**2),
+            "image_grid_hw": torch.tensor([[GRID, GRID]] * rows),
+        }
     if "image_patches" in takes:
         yield {"image_patches": pixels(rows, GRID**2, 3 * PATCH**2)}
     if "spatial_shapes" in takes:

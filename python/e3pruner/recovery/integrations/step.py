@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3kernels.profiling import named_range
 from e3pruner.models import output_head
-from e3pruner.models.head import check_packing, only_hidden, position_arguments, without_head
+from e3pruner.models.head import check_packing, in_dtype_of, only_hidden, position_arguments, without_head
 from e3pruner.models.inputs import extras_for
 from e3pruner.models.stack import returning_dicts
 from e3pruner.models.vocabulary import tokenizer_size
@@ -132,7 +132,8 @@ class DistillStep:
         weights it has freed when the gradient of an output arrives.
         """
         student = self.loss.student
-        where = position_arguments(student, mask, positions, beside=bool(extras))
+        beside = in_dtype_of(student, extras or {})
+        where = position_arguments(student, mask, positions, beside=bool(beside))
         with ExitStack() as stack:
             stack.enter_context(returning_dicts(student))
             received = stack.enter_context(without_head(student))
@@ -141,7 +142,7 @@ class DistillStep:
                 output["hidden_states"] = (only_hidden(student, received),)
 
             stack.callback(student.register_forward_hook(show, prepend=True).remove)  # before FSDP's own
-            wrapper(input_ids=ids, attention_mask=mask, use_cache=False, **where, **(extras or {}))
+            wrapper(input_ids=ids, attention_mask=mask, use_cache=False, **where, **beside)
         return only_hidden(student, received)
 
     @torch.no_grad()
