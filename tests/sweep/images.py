@@ -59,7 +59,7 @@ def _forms(model: PreTrainedModel, rows: int) -> Iterator[Batch]:
     if "image_grid_thw" in takes:
         depth = getattr(vision, "temporal_patch_size", 1)
         beside["image_grid_thw"] = torch.tensor([[1, GRID, GRID]] * rows)
-        for shape in ((3 * depth * PATCH**2,), (3, PATCH, PATCH), (3 * PATCH**2,), (6 * PATCH**2,)):
+        for shape in ((3 * depth * PATCH**2,), (3, PATCH, PATCH), (3 * PATCH**2,), (6 * PATCH**2,), (8, 8, 3)):
             yield beside | {"pixel_values": pixels(rows * GRID**2, *shape)}
     if "image_grid_hw" in takes:
         yield {
@@ -68,6 +68,7 @@ def _forms(model: PreTrainedModel, rows: int) -> Iterator[Batch]:
         }
     if "image_patches" in takes:
         yield {"image_patches": pixels(rows, GRID**2, 3 * PATCH**2)}
+    yield {"pixel_values": pixels(rows, 2, PATCH, PATCH, 3)}
     if "spatial_shapes" in takes:
         beside["pixel_attention_mask"] = torch.ones(rows, GRID**2, dtype=torch.int64)
     if "spatial_shapes" in takes or "image_position_ids" in takes:
@@ -75,7 +76,11 @@ def _forms(model: PreTrainedModel, rows: int) -> Iterator[Batch]:
     if "target_sizes" in takes:
         yield beside | {"pixel_values": pixels(rows, 3, PATCH, PATCH * GRID**2)}
         yield beside | {"pixel_values": pixels(1, 3, PATCH, rows * PATCH * GRID**2)}
-    for shape in ((3, SIZE, SIZE), (1, 3, SIZE, SIZE), (1, 1, 3, SIZE, SIZE), (2, 3, SIZE, SIZE), (3, 3, SIZE, SIZE)):
+    if "pixel_attention_mask" in takes and "pixel_attention_mask" not in beside:
+        whole = torch.ones(rows, 1, SIZE, SIZE, dtype=torch.int64)
+        yield {"pixel_attention_mask": whole, "pixel_values": pixels(rows, 1, 3, SIZE, SIZE)}
+        yield {"pixel_attention_mask": whole[:, 0], "pixel_values": pixels(rows, 3, SIZE, SIZE)}
+    for shape in ((3, SIZE, SIZE), (1, 3, SIZE, SIZE), (1, 4, 3, SIZE, SIZE), (2, 3, SIZE, SIZE), (3, 3, SIZE, SIZE)):
         yield beside | {"pixel_values": pixels(rows, *shape)}
         yield {n: v for n, v in beside.items() if n != "image_sizes"} | {"pixel_values": pixels(rows, *shape)}
 
@@ -93,7 +98,7 @@ def _beside(rows: int) -> Batch:
         "qformer_input_ids": torch.arange(5).expand(rows, -1),
         "qformer_attention_mask": torch.ones(rows, 5, dtype=torch.int64),
         "aspect_ratio_ids": torch.ones(rows, 1, dtype=torch.int64),
-        "aspect_ratio_mask": torch.ones(rows, 1, 1, dtype=torch.int64),
+        "aspect_ratio_mask": torch.ones(rows, 1, 4, dtype=torch.int64),
     }
 
 
@@ -109,7 +114,7 @@ def _placed(model: PreTrainedModel, ids: Tensor, form: Batch) -> Batch:
     if "image_attention_mask" in takes:
         batch["image_attention_mask"] = torch.ones(*ids.shape, 1, dtype=torch.int64)
     if "cross_attention_mask" in takes:
-        batch["cross_attention_mask"] = torch.ones(*ids.shape, 1, 1, dtype=torch.int64)
+        batch["cross_attention_mask"] = torch.ones(*ids.shape, 1, 4, dtype=torch.int64)
     if "image_embeds_position_mask" in takes:
         places = torch.arange(ids.shape[1])
         held = (places >= _BEFORE) & (places < _BEFORE + getattr(model.config, "latent_query_num", 0))
@@ -119,7 +124,8 @@ def _placed(model: PreTrainedModel, ids: Tensor, form: Batch) -> Batch:
 
 def _features(model: PreTrainedModel, form: Batch) -> int:
     """How many features the images of `form` have; 0 for a model that reads them elsewhere than among its tokens."""
-    read = getattr(model.base_model, "get_image_features", getattr(model, "get_image_features", None))
+    names = ("get_image_features", "get_video_features")
+    read = next((getattr(each, n) for n in names for each in (model.base_model, model) if hasattr(each, n)), None)
     if read is None or not _placeholders(model):
         return 0
     takes = _takes(read)
@@ -130,7 +136,7 @@ def _features(model: PreTrainedModel, form: Batch) -> int:
 
 
 def _placeholders(model: PreTrainedModel) -> bool:
-    named = ("image_token_id", "image_token_index")
+    named = ("image_token_id", "image_token_index", "video_token_index")
     known = any(getattr(model.config, name, None) == IMAGE_TOKEN for name in named)
     return known or IMAGE_TOKEN in (getattr(model.config, "vocabulary_map", None) or {}).values()
 

@@ -69,7 +69,12 @@ _OF_MROPE = {"text_config": {"rope_parameters": _MROPE}}
 _WINDOWED = {"vision_config": {"window_size": 16}}
 _TILES = {"image_grid_pinpoints": [[16, 16], [16, 32], [32, 16]]}
 _CHANGES: dict[str, dict[str, Any]] = {
-    "apertus1p5": {"audio_config": {"codebook_dim": 32}},
+    "apertus1p5": {
+        "audio_config": {"codebook_dim": 32, "codebook_size": 8},
+        "vision_config": {"codebook_size": 8},
+        "image_token_offset": 70,
+        "audio_token_offset": 78,
+    },
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "chameleon": {"vocabulary_map": {"<image>": 90} | {f"IMGIMG{chr(65 + i)}Z": i + 10 for i in range(10)}},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
@@ -79,19 +84,23 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}}},
     "exaone4_5": _WINDOWED,
+    "fast_vlm": {"vision_config": {"hidden_size": 3072}},
     "glm46v": _OF_MROPE,
     "glm4v": _OF_MROPE,
     "glm4v_moe": {"text_config": {"rope_parameters": _PARTIAL | {"mrope_section": [1, 1, 0]}}},
     "glm5_next": {"text_config": {"index_kpool": 2}},
     "glm_ocr": _OF_MROPE,
     "glmga": _OF_MROPE,
-    "granite4_vision": {
+    "granite4_vision": _TILES
+    | {
         "deepstack_layer_map": [[-2, 0], [-1, 2]],
         "spatial_target_layers": [1, 3, 4, 5],
         "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},
     },
     "hunyuan_vl": {"text_config": {"head_dim": 8, "rope_parameters": _MROPE}},
     "hyperclovax_vision_v2": _WINDOWED,
+    "instructblipvideo": {"video_token_index": 90},
     "kosmos-2": {"latent_query_num": 4},
     "llama4": {
         "vision_config": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
@@ -102,9 +111,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "llava_onevision": _TILES,
     "mllama": {"vision_config": {"intermediate_layers_indices": [1, 2], "vision_output_dim": 96}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [4, 2]}},
-    "muse_spark": {"vision_config": {"num_hidden_layers": 4}},
+    "muse_spark": {
+        "vision_config": {"num_hidden_layers": 4, "layer_types": ["window_attention", "full_attention"] * 2}
+    },
     "paddleocr_vl": _OF_MROPE,
-    "qwen2_5_omni_thinker": _OF_MROPE | _WINDOWED,
+    "qwen2_5_omni_thinker": _OF_MROPE | _WINDOWED | {"vision_start_token_id": 93},
     "qwen2_5_vl": _OF_MROPE | _WINDOWED,
     "qwen2_vl": _OF_MROPE,
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 93},
@@ -114,6 +125,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
     "dory": {
         "num_hidden_layers": 6,
         "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -221,6 +233,8 @@ def _small(name: str, value: Any, count: int, chosen: Sequence[int]) -> Any:
     if name in ("image_size", "patch_size") and isinstance(value, list | tuple):
         return [min({"image_size": 16, "patch_size": 4}[name], each) for each in value]
     if isinstance(value, list | tuple):
+        if name == "downsample_channels":  # the last is what reads them
+            return [32] * len(value)
         if name == "mrope_section":
             return [2, 1, 1]
         if count > LAYERS and len(value) == count:

@@ -22,6 +22,7 @@ _STATE: dict[str, list[Any]] = {
     "zaya": [1],
     "glm_moe_dsa": ["prev_topk_indices"],
     "hy_v4": ["prev_topk_indices"],
+    "hy_v4_vl_text": ["prev_topk_indices"],
     "rwkv": ["state"],
     "xlnet": [1],
 }

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from e3pruner.models.head import last_hidden
-from e3pruner.models.stack import evaluating
+from e3pruner.models.stack import evaluating, speaker_of
 from e3pruner.models.streaming import computing_in
 from e3pruner.precision import autocast_dtype
 
@@ -56,7 +56,7 @@ def _complaint(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
     """What `model` says on a few tokens with its weights rounded to `dtype`; None: it runs."""
     try:
         with torch.no_grad(), evaluating(model), computing_in(model, dtype):
-            last_hidden(model, torch.arange(8, device=model.device)[None])
+            last_hidden(speaker_of(model), torch.arange(8, device=model.device)[None])
     except RuntimeError as error:
         return str(error).partition("\n")[0]
     return None

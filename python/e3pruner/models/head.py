@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from e3pruner.models.stack import calling, decoder_of, evaluating, returning_dicts
+from e3pruner.models.stack import calling, decoder_of, evaluating, returning_dicts, speaker_of
 from e3pruner.models.streaming import named_weights
 
 # Settings that multiply the logits (1) or divide them (-1).
@@ -186,8 +186,9 @@ def _factor(model: PreTrainedModel) -> float:
     product = math.prod(factor**exponent for factor, exponent in factors if isinstance(factor, int | float))
     ids = torch.arange(8, device=linear.weight.device)[None] % linear.weight.shape[0]
     received: list[Tensor] = []
-    with evaluating(model), returning_dicts(model), calling(linear, partial(_noting, received, linear.forward)):
-        expected = model(input_ids=ids, use_cache=False).logits.float()
+    speaker = speaker_of(model)
+    with evaluating(speaker), returning_dicts(speaker), calling(linear, partial(_noting, received, linear.forward)):
+        expected = speaker(input_ids=ids, use_cache=False).logits.float()
     hidden = only_hidden(model, received)
     # A missed factor changes logits by its own size; rounding in the order of operations by a few ulp.
     tolerance = 8 * torch.finfo(linear.weight.dtype).eps * expected.abs().max()
