@@ -14,6 +14,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from .truth import Batch, bypassed, logits
 
 OUTCOMES = ("exact", "refused", "late", "raw", "wrong", "not built")
 _LENGTH, _PROMPT, _PLANS, _PADDED = 24, 6, 3, 5
+# What some types are told of all images of a batch at once, which does not tell one row's from another's.
+_WHOLE = {"target_sizes", "image_token_pooling"}
 _HOME = str(Path(e3pruner.__file__).parent)
 
 
@@ -71,7 +74,9 @@ class Case:
             try:
                 self.batches.append(with_images(model, ids))
                 self.images = "ok"
-                if "target_sizes" in self.batches[-1]:  # whose pixels do not tell one row's from another's
+                if {"target_sizes", "image_token_pooling"} & self.batches[
+                    -1
+                ].keys():  # whose pixels do not tell one row's from another's
                     self.apart = [with_images(model, row[None]) for row in ids]
             except NoImageError as error:
                 self.images = f"not built: {_said(error)}"
@@ -179,7 +184,7 @@ def _generate(case: Case) -> str:
         for prompt in (_first(batch, longer + _PROMPT), _padded(_first(batch, longer + 2 * _PROMPT))):
             for removed, pruned in _plans(case):
                 with bypassed(case.model, removed, batch):
-                    expected = _steps(case.model, prompt, use_cache=False)
+                    expected = _steps_without_cache(case.model, prompt)
                 error = _cache_error(pruned, prompt, expected)
                 if isinstance(error, Exception):
                     dense_error = _cache_error(case.model, prompt, expected)
@@ -210,7 +215,7 @@ def _own_cache_error(model: PreTrainedModel, batch: Batch) -> float:
         other = torch.randint(3, VOCABULARY - 9, ids.shape, generator=torch.Generator().manual_seed(seed))
         prompt = batch | {"input_ids": torch.where(ids == IMAGE_TOKEN, ids, other)}
         prompt = _padded(prompt) if seed % 2 else prompt | {"attention_mask": torch.ones_like(ids)}
-        errors.append(_distance(_steps(model, prompt), _steps(model, prompt, use_cache=False)))
+        errors.append(_distance(_steps(model, prompt), _steps_without_cache(model, prompt)))
     return max(errors)
 
 
@@ -270,6 +275,23 @@ def _steps(model: PreTrainedModel, prompt: Batch, **options: Any) -> Tensor:
     given |= {"max_new_tokens": _PROMPT, "output_logits": True, "return_dict_in_generate": True}
     given |= {"suppress_tokens": list(range(IMAGE_TOKEN, VOCABULARY))}  # text alone
     return torch.stack(model.generate(**given, **options).logits, dim=1)
+
+
+def _steps_without_cache(model: PreTrainedModel, prompt: Batch) -> Tensor:
+    """The same without a cache: of `generate`, or where that has the model within use one, or fails, pass by pass."""
+    if model.main_input_name == "input_ids":
+        with suppress(RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            return _steps(model, prompt, use_cache=False)
+    batch, steps = {"attention_mask": torch.ones_like(prompt["input_ids"])} | prompt, []
+    for _ in range(_PROMPT):
+        steps.append(logits(model, batch)[:, -1])
+        token = steps[-1][:, :IMAGE_TOKEN].argmax(-1, keepdim=True)
+        shape = batch["input_ids"].shape
+        longer = {n: v for n, v in batch.items() if v.shape[:2] == shape and not n.startswith("qformer")}
+        longer = {n: torch.cat([v, torch.zeros_like(v[:, :1])], dim=1) for n, v in longer.items()}
+        longer["input_ids"][:, -1:], longer["attention_mask"][:, -1] = token, 1
+        batch |= longer
+    return torch.stack(steps, dim=1)
 
 
 def _divergence(dense: Tensor, pruned: Tensor, batch: Batch, *, last: bool = True) -> float:

@@ -66,6 +66,13 @@ def _forms(model: PreTrainedModel, rows: int) -> Iterator[Batch]:
             "pixel_values": pixels(rows * GRID**2, 3 * PATCH**2),
             "image_grid_hw": torch.tensor([[GRID, GRID]] * rows),
         }
+    if "image_token_pooling" in takes:
+        yield {
+            "pixel_values": pixels(rows, GRID**2, 3 * PATCH**2),
+            "image_token_pooling": torch.arange(rows * GRID**2).view(-1, GRID),
+            "image_grids": torch.tensor([[2, 2, 0, 0]] * rows),
+            "image_num_crops": torch.ones(rows, dtype=torch.int64),
+        }
     if "image_patches" in takes:
         yield {"image_patches": pixels(rows, GRID**2, 3 * PATCH**2)}
     yield {"pixel_values": pixels(rows, 2, PATCH, PATCH, 3)}
@@ -105,8 +112,9 @@ def _beside(rows: int) -> Batch:
 def _placed(model: PreTrainedModel, ids: Tensor, form: Batch) -> Batch:
     """`ids` with so many placeholders in every row as there are features of its image, and what is told per token."""
     takes = _takes(model.forward)
-    count = _features(model, form) // len(ids)
-    hole = torch.full((len(ids), count), IMAGE_TOKEN)
+    known = _placeholders(model)
+    count = _features(model, form) // len(ids) if known else getattr(model.config, "latent_query_num", 0)
+    hole = torch.full((len(ids), count), IMAGE_TOKEN if known else 5)
     ids = torch.cat([ids[:, :_BEFORE], hole, ids[:, _BEFORE:]], dim=1)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **form}
     for name in {"token_type_ids", "mm_token_type_ids"} & takes.keys():
@@ -117,19 +125,21 @@ def _placed(model: PreTrainedModel, ids: Tensor, form: Batch) -> Batch:
         batch["cross_attention_mask"] = torch.ones(*ids.shape, 1, 4, dtype=torch.int64)
     if "image_embeds_position_mask" in takes:
         places = torch.arange(ids.shape[1])
-        held = (places >= _BEFORE) & (places < _BEFORE + getattr(model.config, "latent_query_num", 0))
+        held = (places >= _BEFORE) & (places < _BEFORE + count)
         batch["image_embeds_position_mask"] = held.long().expand(len(ids), -1)
     return batch
 
 
 def _features(model: PreTrainedModel, form: Batch) -> int:
-    """How many features the images of `form` have; 0 for a model that reads them elsewhere than among its tokens."""
+    """How many features the images of `form` have."""
     names = ("get_image_features", "get_video_features")
     read = next((getattr(each, n) for n in names for each in (model.base_model, model) if hasattr(each, n)), None)
-    if read is None or not _placeholders(model):
+    if read is None:
         return 0
     takes = _takes(read)
     found: Any = read(**{name: value for name, value in form.items() if name in takes})
+    if hasattr(found, "deepstack_features"):
+        found = found.deepstack_features[0][-1]
     found = getattr(found, "pooler_output", found)
     parts = found if isinstance(found, list | tuple) else [found]
     return sum(part.numel() // part.shape[-1] for part in parts)

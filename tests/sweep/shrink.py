@@ -78,7 +78,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "chameleon": {"vocabulary_map": {"<image>": 90} | {f"IMGIMG{chr(65 + i)}Z": i + 10 for i in range(10)}},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 4}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 4, "num_experts_per_tok": 2}
+        | {"max_position_embeddings": 256}
+    },
     "emu3": {
         "vocabulary_map": {"<image>": 90, "<|extra_200|>": 89} | {f"<|visual token {i:06d}|>": i + 3 for i in range(64)}
     },
@@ -110,10 +113,12 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "llava_next_video": _TILES,
     "llava_onevision": _TILES,
     "mllama": {"vision_config": {"intermediate_layers_indices": [1, 2], "vision_output_dim": 96}},
-    "molmo2": {"adapter_config": {"vision_feature_layer": [4, 2]}},
-    "muse_spark": {
-        "vision_config": {"num_hidden_layers": 4, "layer_types": ["window_attention", "full_attention"] * 2}
+    "molmo2": {
+        "adapter_config": {"vision_feature_layer": [4, 2]},
+        "vision_config": {"image_size": [16, 16], "num_position_embeddings": 16},
     },
+    "muse_glimmer": {"out_hidden_size": 128},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4}, "out_hidden_size": 128},
     "paddleocr_vl": _OF_MROPE,
     "qwen2_5_omni_thinker": _OF_MROPE | _WINDOWED | {"vision_start_token_id": 93},
     "qwen2_5_vl": _OF_MROPE | _WINDOWED,

@@ -39,13 +39,14 @@ def batch_of(inputs: Mapping[str, Any]) -> Batch:
     labels = inputs.get("labels", input_ids)[:, 1:]
     if mask is not None:
         check_mask("attention_mask", mask)
+        mask = None if mask.all() else mask  # and nothing counts positions by it
     if positions is not None:
         if positions.shape != input_ids.shape:
             found, wanted = tuple(positions.shape), tuple(input_ids.shape)
             raise ValueError(f"position_ids has shape {found}; input_ids ask for {wanted}")
-        if mask is not None and not mask.all():
+        if mask is not None:
             raise ValueError("attention_mask holds padding beside position_ids; pack without padding, or leave one out")
-        mask, labels = None, labels.masked_fill(positions[:, 1:] == 0, IGNORED)
+        labels = labels.masked_fill(positions[:, 1:] == 0, IGNORED)
     if mask is not None:
         labels = labels.masked_fill(beside_padding(mask), IGNORED)
     extras = {name: value for name, value in inputs.items() if name not in Batch._fields and isinstance(value, Tensor)}
