@@ -138,9 +138,10 @@ def _features(model: PreTrainedModel, form: Batch) -> int:
         return 0
     takes = _takes(read)
     found: Any = read(**{name: value for name, value in form.items() if name in takes})
-    if hasattr(found, "deepstack_features"):
+    if getattr(found, "pooler_output", None) is not None:
+        found = found.pooler_output
+    elif hasattr(found, "deepstack_features"):  # of each layer that is given some
         found = found.deepstack_features[0][-1]
-    found = getattr(found, "pooler_output", found)
     parts = found if isinstance(found, list | tuple) else [found]
     return sum(part.numel() // part.shape[-1] for part in parts)
 
@@ -156,7 +157,7 @@ def _takes(function: Any) -> Any:
 
 
 def _negated(batch: Batch) -> Batch:
-    return {name: -value if value.is_floating_point() else value for name, value in batch.items()}
+    return {name: -3 * value if value.is_floating_point() else value for name, value in batch.items()}
 
 
 def _shapes(form: Batch) -> str:

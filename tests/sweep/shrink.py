@@ -76,7 +76,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "audio_token_offset": 78,
     },
     "aria": {"projector_patch_to_query_dict": {16: 4}},
-    "chameleon": {"vocabulary_map": {"<image>": 90} | {f"IMGIMG{chr(65 + i)}Z": i + 10 for i in range(10)}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 90} | {f"IMGIMG{chr(65 + i)}Z": i + 10 for i in range(10)},
+        "vq_config": {"num_embeddings": 10},
+    },
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
     "deepseek_ocr2": {
         "text_config": {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 4, "num_experts_per_tok": 2}

@@ -89,7 +89,11 @@ def last_hidden(
     """
     inputs = in_dtype_of(model, inputs) | position_arguments(model, attention_mask, position_ids, beside=bool(inputs))
     with returning_dicts(model), without_head(model) as received:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+        try:
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+        except IndexError:  # of a model that writes into columns of the logits (Chameleon)
+            if not received:
+                raise
     return only_hidden(model, received)
 
 
