@@ -2,7 +2,7 @@
 
 import pytest
 from sweep.checks import examine
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 FAMILIES = ["llama", "bert", "bart", "openai-gpt", "xlstm", "recurrent_gemma", "modernbert-decoder", "minicpm3"]
 # Layers that share weights, count from 1, have settings of their own or break the type's own cache.
@@ -13,6 +13,17 @@ UNFIT = {
     "prophetnet": "output head",
     "xlm": "no decoder stack",
 }
+
+
+# A factor behind the head, images of an attention of their own, and a model that does not run without one.
+WITH_IMAGES = ["aya_vision", "mllama", "blip-2"]
+
+
+@pytest.mark.parametrize("model_type", WITH_IMAGES)
+def test_an_image_text_type_is_exact_with_images(model_type):
+    found = examine(model_type, AutoModelForImageTextToText)
+    assert found["outcome"] == "exact", found
+    assert found["checks"]["images"] == "ok"
 
 
 @pytest.mark.parametrize("model_type", FAMILIES + KNOTTED)

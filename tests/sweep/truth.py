@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .shrink import LAYERS
 
 Batch = dict[str, Tensor]  # of the forward pass: input_ids (B, T) and what goes with them
-_TOWERS = ("vision", "visual", "image", "video", "audio", "former")
+_TOWERS = ("vision", "visual", "image", "video", "audio", "qformer")
 # What a layer returns behind the hidden state, by model type: the argument in which it was given it, None for nothing.
 _STATE: dict[str, list[Any]] = {
     "zaya": [1],
