@@ -8,6 +8,8 @@ PACKAGES = {
     "accelerate": "accelerate",
     "filelock": "filelock",
     "huggingface-hub": "huggingface_hub",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
     "numpy": "numpy",
     "psutil": "psutil",
     "pyyaml": "yaml",
