@@ -86,7 +86,7 @@ include csrc/fuzz.mk
 # The documentation as a site -> site/; warnings are errors. It needs neither torch nor the package: a small environment.
 docs:
 	test -x $(VENV)-docs/bin/mkdocs || ($(PYTHON) -m venv $(VENV)-docs && \
-	  $(VENV)-docs/bin/pip install -q 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1.0')
+	  $(VENV)-docs/bin/pip install -q 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1.0' 'ruff>=0.11')
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
 clean:
