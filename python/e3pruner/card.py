@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from e3pruner.models.loading import BUILT_IN, HUB_ID, model_folder
 
@@ -49,7 +49,7 @@ def _metadata(card: Path) -> dict[str, Any]:
     if not card.is_file():
         return {}
     try:
-        given: dict[str, Any] = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        given = metadata_load(card) or {}
     except (ValueError, yaml.YAMLError) as error:
         warnings.warn(f"{card} cannot be read, so licence and tags are not taken over from it: {error}", stacklevel=4)
         return {}

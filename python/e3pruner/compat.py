@@ -1,6 +1,6 @@
 """What is version-dependent in transformers: the name of a model's key-value cache, and how a checkpoint is read.
 
-Tried with transformers 5.24.
+Tried with transformers 5.23 and 5.24.
 """
 
 from __future__ import annotations

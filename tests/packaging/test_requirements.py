@@ -13,7 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from e3pruner.requirements import PACKAGES
+from e3pruner.pipelines.settings import check_recover
+from e3pruner.requirements import EXTRAS, PACKAGES, require
 
 ROOT = Path(__file__).parents[2]
 LOSSES = """
@@ -97,6 +98,22 @@ def test_the_command_needs_the_packages_of_the_extra_and_no_other(beside, tmp_pa
     done = beside(["torch", *PACKAGES], str(script), "--version")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("e3kernels ")
+
+
+@pytest.mark.parametrize("module", EXTRAS)
+def test_a_package_of_another_extra_is_asked_for_by_its_command(module, monkeypatch):
+    monkeypatch.setattr("e3pruner.requirements.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{module} is not installed: pip install 'e3kernels\[\w+\]'"):
+        require(module)
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][EXTRAS[module]]
+    names = {name for text in extra for name in needed_by(Requirement(text).name)}
+    assert module.replace("_", "-") in names
+
+
+def test_adapters_without_peft_are_refused_before_the_search(monkeypatch):
+    monkeypatch.setattr("e3pruner.requirements.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"peft is not installed: pip install 'e3kernels\[lora\]'"):
+        check_recover({"trainable": "lora"})
 
 
 def test_the_extra_names_what_is_looked_for():
