@@ -25,7 +25,7 @@ def info() -> dict[str, Any]:
     """
     return {
         "versions": {name: _version(name) for name in ("e3kernels", "triton", "transformers")}
-        | {"torch": torch.__version__, "python": platform.python_version()},
+        | {"torch": str(torch.__version__), "python": platform.python_version()},
         "cpu": {
             "name": _processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),
