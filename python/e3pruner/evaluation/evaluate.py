@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.evaluation.figures import Figures
-from e3pruner.models import find_layers, output_head
+from e3pruner.models import OutputHead, find_layers, output_head
 from e3pruner.models.device import rounded_dtype
 from e3pruner.models.skipping_forward import each_last_hidden
 from e3pruner.models.stack import evaluating
 from e3pruner.models.streaming import computing_in
 from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
 from e3pruner.text.given import Given, batches_of, is_whole
+from e3pruner.text.sequences import Sequences
 
 _PASS_TOKENS = 4096  # of one forward pass, where one batch is all there is
 
@@ -32,6 +35,7 @@ def evaluate(
     vocabulary: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     precision: str = "fp32",
+    by_sequence: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure `model` on text: every token but the first of each sequence is predicted from those before it.
@@ -39,7 +43,8 @@ def evaluate(
     token_batches: as in `e3pruner.search`; one batch may be of any size. Padding counts in no figure; of text with
     labels, such as `Packed` documents, they alone are predicted. teacher: the model to compare with, for example the
     dense one. precision: "fp32" computes in the type of the weights, "bf16" with the weights rounded to bfloat16
-    meanwhile, "auto" in bf16 where the processor multiplies it. progress: show a bar on standard error.
+    meanwhile, "auto" in bf16 where the processor multiplies it. by_sequence: keep each sequence's own figures too, by
+    which two models can be compared in pairs, see `e3pruner.evaluation.paired`. progress: show a bar on standard error.
 
     vocabulary: the columns of both models' logits that count, from the first on; what is behind them is cut, for models
     that pad their vocabularies differently. Unless told, all, where both have as many; else those that both have, if
@@ -48,7 +53,8 @@ def evaluate(
     Returns "perplexity" = exp of the mean cross-entropy in nats, "tokens" (predicted ones), "layers", "parameters"
     (tied ones count once), and with a teacher "kl", the mean KL(teacher ‖ model) in nats per token over the full
     vocabulary, and "top1_agreement", the share of positions where both rank the same token first. Logits exist one tile
-    at a time.
+    at a time. `by_sequence` adds "sequences": {"tokens": [...], "perplexity": [...], ...}, one value for each sequence,
+    in their order.
 
     Raises `ValueError` for token batches as `e3pruner.search` does and for a teacher with a vocabulary of another size
     whose columns neither `vocabulary` nor `tokenizer` tells apart, and `FloatingPointError` naming the batch if a
@@ -64,29 +70,49 @@ def evaluate(
     if is_whole(token_batches):
         batches = list(batches[0].split(max(1, _PASS_TOKENS // batches[0].shape[1])))
     dtypes = [rounded_dtype(each, precision) for each in models]
-    figures = Figures()
+    figures, of_each = Figures(), []
     with ExitStack() as stack:
         for each, dtype in zip(models, dtypes, strict=True):
             stack.enter_context(evaluating(each))
             stack.enter_context(computing_in(each, dtype))
-        rows = [batch.trimmed() for batch in batches]
-        hidden = [each_last_hidden(each, [batch.to(each.device).inputs for batch in rows]) for each in models]
+        trimmed = [batch.trimmed() for batch in batches]
+        hidden = [each_last_hidden(each, [batch.to(each.device).inputs for batch in trimmed]) for each in models]
         for number, (batch, *states) in enumerate(
             track(
-                zip(rows, *hidden, strict=True),
+                zip(trimmed, *hidden, strict=True),
                 "evaluate",
-                total=len(rows),
+                total=len(trimmed),
                 console=Console(stderr=True),
                 disable=not progress,
                 transient=True,
             )
         ):
-            student, *others = [batch.to(state.device).at_predicted(state) for state in states]
-            figures.add(heads[0], student, batch.predicted, (heads[1], others[0]) if others else None)
+            size = 1 if by_sequence else len(batch)
+            for rows, *parts in zip(batch.split(size), *(state.split(size) for state in states), strict=True):
+                found = _figures(heads, rows, parts)
+                figures.merge(found)
+                of_each.append(found)
             if math.isnan(figures.cross_entropy + figures.kl):
                 raise FloatingPointError(f"token_batches[{number}]: the loss is NaN")
-    return figures.means() | {
-        "tokens": figures.tokens,
-        "layers": len(find_layers(model)),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
+    kept = {"sequences": _columns(of_each)} if by_sequence else {}
+    return (
+        figures.means()
+        | kept
+        | {
+            "tokens": figures.tokens,
+            "layers": len(find_layers(model)),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+    )
+
+
+def _figures(heads: Sequence[OutputHead], batch: Sequences, states: Sequence[Tensor]) -> Figures:
+    figures = Figures()
+    student, *others = [batch.to(state.device).at_predicted(state) for state in states]
+    figures.add(heads[0], student, batch.predicted, (heads[1], others[0]) if others else None)
+    return figures
+
+
+def _columns(of_each: Sequence[Figures]) -> dict[str, list[float]]:
+    rows = [{"tokens": each.tokens, **each.means()} for each in of_each]
+    return {name: [row[name] for row in rows] for name in rows[0]}
