@@ -70,7 +70,7 @@ class Healing:
         check_unquantised("model", model, "the healed objective trains it; load it dequantised")
         if training is None:
             raise ValueError("objective='healed' needs training: the text that every mask's model learns from")
-        options = {"batch_size": 1, "precision": precision} | dict(recover or {})
+        options: dict[str, Any] = {"batch_size": 1, "precision": precision} | dict(recover or {})
         check_options("recover", options, DistillOptions)
         if taken := sorted({"steps", "eval_every", "ema"} & options.keys()):
             raise ValueError(f"recover={options}: {', '.join(taken)} follow from the tokens of a rung; leave them out")

@@ -37,7 +37,7 @@ class Study:
         self._masks = prior.new_empty(0, len(prior))
         self._batches = torch.empty(0, dtype=torch.int64)
         self._scores = prior.new_empty(0)
-        self._to_learn = 2 * len(prior)  # measurements of several units, before the model's spreads are learnt again
+        self._to_learn = 2.0 * len(prior)  # measurements of several units, before the model's spreads are learnt again
 
     @classmethod
     def of_measured(cls, problem: SearchProblem, batches: Sequence[int] = (0,)) -> Study:
@@ -49,10 +49,10 @@ class Study:
         for key in sorted(problem.measurements.measured):
             # What another search has left in the same file would make this one another search.
             if key.startswith("kl ") and not problem.account.owes(key):
-                _, batch, bits = key.split()
+                _, number, bits = key.split()
                 gone = [unit for unit, runs in enumerate(bits) if runs == "0"]
                 if gone and set(gone) <= set(problem.free):
-                    masks.setdefault(int(batch), []).append(removal_mask(problem, gone))
+                    masks.setdefault(int(number), []).append(removal_mask(problem, gone))
         for batch in sorted(masks):
             study.add(torch.stack(masks[batch]), batch)
         study.fit()

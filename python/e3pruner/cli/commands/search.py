@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,8 @@ from e3pruner.cli.command import command_line
 from e3pruner.cli.config import name_or_pairs, parse_options, resolved, result_folder
 from e3pruner.evaluation.target import check_target, number_to_drop
 from e3pruner.mask_search import METHODS
+from e3pruner.mask_search.healed import RUNGS, parse_rungs
+from e3pruner.mask_search.search import OBJECTIVES
 from e3pruner.mask_search.units import GRANULARITIES
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.pipelines.results import run_results, search_results
@@ -52,6 +54,13 @@ def search(
     length: options.Length = 256,
     batch: options.Batch = 4,
     search: options.Search = None,
+    objective: Annotated[
+        str, typer.Option(help="raw: the cut model's divergence; healed: what is left of it after a short recovery.")
+    ] = "raw",
+    rungs: Annotated[
+        str, typer.Option(help="With healed: MASKSxTOKENS,...: so many masks are recovered on so many tokens.")
+    ] = RUNGS,
+    recover: Annotated[list[str] | None, options.recover_option("--recover")] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
@@ -72,12 +81,21 @@ def search(
 
     `e3 search --model smollm2 --granularity sublayer --drop 12 --out searched`
 
+    `e3 search --model smollm2 --objective healed --rungs 8x4096,4x8192 --out searched`
+
     `e3 search --model my-gemma --quota llama.cpp --drop 6 --placement stream --out searched`
     """
     extra, kinds, protected = parse_options(search, "--search"), name_or_pairs(quota, "--quota"), protect or []
     if isinstance(kinds, str):
         engine_named(kinds)
     check_search(method, extra)
+    check_choice("objective", objective, OBJECTIVES)
+    parse_rungs(rungs)
+    healing: dict[str, Any] = {"objective": objective}
+    if objective == "healed":
+        healing |= {"rungs": rungs, "recover": parse_options(recover, "--recover")}
+    elif recover:
+        raise ValueError("--recover is of --objective healed")
     check_choice("granularity", granularity, GRANULARITIES)
     targets = {"drop": drop, "fraction": fraction, "parameters": parameters, "milliseconds": latency}
     check_target(**targets)
@@ -98,6 +116,8 @@ def search(
             granularity=granularity,
             quota=kinds,
             checkpoint=checkpoint,
+            training=splits.training if objective == "healed" else None,
+            **healing,
             **extra,
         )
         plan.save(folder / PLAN_FILE)
@@ -106,7 +126,8 @@ def search(
         save_results(about | search_results(plan), folder)
         checkpoint.unlink()
     parts = "".join(f", {kind} of {layers}" for kind, layers in plan.sublayers.items() if layers)
+    after = f", {plan.metrics['healed_kl']:.3f} after a recovery" if objective == "healed" else ""
     Console(highlight=False, soft_wrap=True).print(
         f"{out / PLAN_FILE}: remove {plan.removed}{parts}; "
-        f"KL {plan.metrics['kl']:.3f} nats per token on the calibration text"
+        f"KL {plan.metrics['kl']:.3f} nats per token on the calibration text{after}"
     )
