@@ -8,6 +8,8 @@ that is fatal to remove keeps a logit far above the noise.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,7 @@ def gumbel_topk(
     finalists: int = 8,
     start: str = "kl",
     tolerance: float = 0.0005,
+    warm: list[list[int]] | None = None,
 ) -> Search:
     """Importance start, steps of `samples` masks on one batch each until nothing better is expected, a final choice
     and exchanges on all calibration tokens.
@@ -59,7 +62,8 @@ def gumbel_topk(
        are the lowest I_l, and, of whole layers, the lowest block influence and the run of neighbours that turns the
        hidden state least, which cost a dense pass and often know better which layers may go together. With `start`
        "bi", "uniform" or "random" (in 0 … 1) such values alone take their place, scaled to add up to the KL of their
-       mask, and the model trusts them less.
+       mask, and the model trusts them less. Beside them stands what is nearest to each of `warm`, lists of units that
+       a search for another number of them has removed.
     2. Each step draws masks, the K largest of θ + κ·g, eight times as many as it measures; runs of neighbouring layers,
        whole or filled up with the cheapest others, stand beside them. Of those that are new to the step's batch it
        takes the ones with the lowest predicted divergence less three standard deviations of its difference from the
@@ -89,7 +93,9 @@ def gumbel_topk(
     importance = starts[0] if start == "kl" else _in_nats(problem, starts[0])
     study = Study(problem, importance, None if start == "kl" else Spreads(linear=GUESSED_SPREAD))
     study.measure_alone(start_batches)
-    first = torch.stack([removal_mask(problem, lowest(problem, values)) for values in starts]).unique(dim=0)
+    begun = [lowest(problem, values) for values in starts]
+    begun += [_nearest(problem, units, importance) for units in warm or []]
+    first = torch.stack([removal_mask(problem, units) for units in begun]).unique(dim=0)
     model, best = study.model, first[study.model.predict(first).argmin()]
     yield {"importance": importance, "removed": removed_units(problem, best)}
 
@@ -126,6 +132,13 @@ def gumbel_topk(
         if not len(near) or problem.account.cost > _SHARE * greedy:
             return list(record["removed"])
         rivals, tried = torch.cat([best[None], near]), torch.cat([tried, near])
+
+
+def _nearest(problem: SearchProblem, units: list[int], values: list[float]) -> list[int]:
+    """The units that may go, most of `units` among them and otherwise those of lowest `values`."""
+    if not set(units) <= set(range(problem.units.count)):
+        raise ValueError(f"warm names {units}; the model has the units 0 to {problem.units.count - 1}")
+    return cast(list[int], problem.units.cheapest(values, like=units))  # `units_of` has seen that there is one
 
 
 def _runs(problem: SearchProblem, costs: Tensor) -> Tensor:
