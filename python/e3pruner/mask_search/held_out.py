@@ -45,6 +45,6 @@ def _means(problem: SearchProblem, hidden: Tensor, batch: int) -> list[float]:
         student, target = map(row.at_predicted, states)
         figures = Figures()
         figures.add(problem.head, student, row.predicted, (problem.head, target))
-        whole.merge(figures)
+        whole += figures
         each.append(figures.kl / figures.tokens)
     return [total / whole.tokens for total in (whole.kl, whole.cross_entropy, whole.agreements)] + each
