@@ -7,10 +7,12 @@ from transformers import AutoModelForCausalLM
 FAMILIES = ["llama", "bert", "bart", "openai-gpt", "xlstm", "recurrent_gemma", "modernbert-decoder", "minicpm3"]
 # Layers that share weights, count from 1, have settings of their own or break the type's own cache.
 KNOTTED = ["bamba", "cpmant", "dots3_note_text", "gemma4_unified_text", "granitemoehybrid", "qwen4_exp_text", "zamba"]
+# One tensor for all layers, modules that are exchanged when the model is called, several hidden states for the head,
+# adapters inside the weights that layers share.
+KNOTTED += ["gemma3n_text", "big_bird", "prophetnet", "zamba2"]
 UNFIT = {
     "rwkv": "rescale_every=6",
     "reformer": "ReformerOutput",
-    "prophetnet": "output head",
     "xlm": "no decoder stack",
 }
 

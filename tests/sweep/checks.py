@@ -58,11 +58,17 @@ def examine(model_type: str, auto: Any) -> dict[str, Any]:
     try:
         model = small_model(small_config(model_type), auto)
         case = Case(model, auto)
+    except Exception as error:
+        return {"outcome": "not built", "checks": {"build": _said(error)}}
+    questions = _QUESTIONS
+    try:
         if not logits(model, case.ids).isfinite().all():
             raise ArithmeticError("its logits are not finite")
     except Exception as error:
-        return {"outcome": "not built", "checks": {"build": _said(error)}}
-    found = {name: _asked(question, case) for name, question in _QUESTIONS.items()}
+        questions = {name: _QUESTIONS[name] for name in ("prune", "search")}  # it may be refused before it is called
+        if not _asked(_prune, case).startswith("refused"):
+            return {"outcome": "not built", "checks": {"build": _said(error)}}
+    found = {name: _asked(question, case) for name, question in questions.items()}
     kinds = {said.partition(":")[0] for said in found.values()}
     outcome = next((kind for kind in ("wrong", "raw", "late", "refused") if kind in kinds), "exact")
     return {"outcome": outcome, "checks": found}

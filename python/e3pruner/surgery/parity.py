@@ -16,11 +16,16 @@ from e3pruner.compat import CACHE
 from e3pruner.models.gates import skipped
 from e3pruner.models.head import check_finite
 from e3pruner.models.stack import evaluating, find_layers, returning_dicts
+from e3pruner.surgery.config import renumbered_inside
 
-_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
+_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "seed")  # BigBird's: of its random attention in training
 # What forward passes change (BigBird's attention_type among it), what only the logits show the use of, and what is kept
 # for other models (a Gemma assistant reads keys and values; those that later layers read are a demand).
-_STATE_NAMES = ("training", "gradient_checkpointing", "attention_type", "num_hidden_layers", "store_full_length_kv")
+# num_fwd_mem_blocks: how many layers share a block of Zamba 2.
+_STATE_NAMES = (
+    *("training", "gradient_checkpointing", "attention_type", "num_hidden_layers"),
+    *("store_full_length_kv", "num_fwd_mem_blocks"),
+)
 _BATCH, _LENGTH = 2, 12
 
 
@@ -40,7 +45,7 @@ def assert_parity(
     the last `steps` tokens one by one with a cache, or with whatever state the model hands from call to call, gives the
     logits of one pass without, up to rounding; where it does not for `model` itself either, a warning says so.
     """
-    assert_same_settings(find_layers(model), find_layers(pruned), kept)
+    assert_same_settings(model, pruned, kept)
     ids = _probe(pruned, 5)
     removed = sorted(set(range(len(find_layers(model)))) - set(kept))
     with ExitStack() as stack:
@@ -106,11 +111,15 @@ def _effect(error: float | Exception) -> str:
     return f"changes its logits by {error:.2%}"
 
 
-def assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequence[int]) -> None:
-    """Raises `ValueError` unless layer i of `pruned` has the settings of `dense[kept[i]]`, and its own index."""
+def assert_same_settings(model: PreTrainedModel, smaller: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Raises `ValueError` unless layer i of `smaller` has the settings of layer kept[i] of `model`, and its index."""
+    dense, pruned = find_layers(model), find_layers(smaller)
     per_layer = _indices_per_layer(dense)
     for new, old in enumerate(kept):
-        ours, theirs = dict(pruned[new].named_modules()), dict(dense[old].named_modules())
+        ours, theirs = dict(pruned[new].named_modules()), {}
+        for name, module in dense[old].named_modules():
+            if (now := renumbered_inside(model.config, kept, name)) is not None:
+                theirs[now] = module
         if other := sorted(ours.keys() ^ theirs.keys()):
             raise ValueError(
                 f"layer {old} cannot become layer {new}: its index decides more than its place, and would change "
@@ -126,7 +135,7 @@ def assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequ
                     f"{name or 'the layer'}: {what or type(module).__name__}"
                 )
             for key in _INDEX_NAMES:
-                if (index := getattr(theirs[name], key, None)) is None:
+                if (index := getattr(theirs[name], key, None)) in (None, -1):  # it has none, or is told when called
                     continue
                 if getattr(module, key, None) != (new if index == old else index + (new - old) * per_layer):
                     raise ValueError(f"layer {new} ({name or type(module).__name__}) bears the index of another layer")
