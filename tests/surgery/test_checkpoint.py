@@ -168,8 +168,11 @@ def with_prediction_layers(folder: Path, *layers: int) -> dict[str, torch.Tensor
     return more
 
 
-def test_layers_of_multi_token_prediction_follow_the_last_one(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "dense", "deepseek_v3")
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
+def test_layers_of_multi_token_prediction_follow_the_last_one(model_type: str, tmp_path: Path) -> None:
+    folder = tmp_path / "dense"
+    config = small_config(model_type, num_nextn_predict_layers=1)
+    small_model(config, AutoModelForCausalLM).save_pretrained(folder)
     more = with_prediction_layers(folder, 6)
     with pytest.warns(UserWarning, match=r"layers \[6\], of multi-token prediction, become \[3\]"):
         prune(folder, KEPT, out=tmp_path / "cut")

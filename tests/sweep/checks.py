@@ -11,7 +11,7 @@ import random
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,15 @@ class Case:
         self.pruned: dict[tuple[int, ...], PreTrainedModel] = {}
 
 
-def examine(model_type: str, auto: Any) -> dict[str, Any]:
-    """{"outcome", "checks": {check: "ok" or what came instead}} of one model type."""
+def examine(model_type: str, auto: Any, checks: Sequence[str] = ()) -> dict[str, Any]:
+    """{"outcome", "checks": {check: "ok" or what came instead}} of one model type; all of them unless named."""
     warnings.simplefilter("ignore")
     try:
         model = small_model(small_config(model_type), auto)
         case = Case(model, auto)
     except Exception as error:
         return {"outcome": "not built", "checks": {"build": _said(error)}}
-    questions = _QUESTIONS
+    questions = {name: _QUESTIONS[name] for name in checks or _QUESTIONS}
     try:
         if not logits(model, case.ids).isfinite().all():
             raise ArithmeticError("its logits are not finite")
