@@ -102,6 +102,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe", "mlp"]},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
+    "rwkv": {"rescale_every": 0},
     "reformer": {"axial_pos_embds": False},
     "xlstm": {
         "qk_dim_factor": 1.0,
@@ -116,6 +117,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     | {"num_mem_blocks": 2}
     | {"attention_hidden_size": 64, "use_shared_attention_adapter": True, "adapter_rank": 4},
 }
+# What the small model of a type is not, which its row of the page says.
+NOTES = {"rwkv": "of rescale_every=0; other values are refused with that advice"}
 # Classes that transformers' own table gives the configuration of a larger model, which they cannot read.
 _CLASSES = {"musicgen_decoder": MusicgenForCausalLM, "musicgen_melody_decoder": MusicgenMelodyForCausalLM}
 
@@ -133,6 +136,7 @@ class _Tower(PreTrainedModel):
 
 if not is_timm_available():
     AutoModel.register(Gemma3nVisionConfig, _Tower, exist_ok=True)
+    NOTES["gemma3n"] = "its vision tower, of timm, is stood in for"
 
 _PATTERNS = [(re.compile(pattern), value) for pattern, value in _SIZES.items()]
 

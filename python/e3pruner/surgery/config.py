@@ -23,7 +23,11 @@ _INDEX_SETS = (
 )
 # Setting: (its value that treats all layers alike, what any other value does).
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "rescale_every": (0, "every so many layers halve the hidden state; set it to 0, which changes rounding only"),
+    "rescale_every": (
+        0,
+        "every so many layers halve the hidden state; load it by from_pretrained(..., rescale_every=0), or say so in "
+        "config.json, which changes rounding only",
+    ),
 }
 _ADAPTER = re.compile(r"_adapter_list\.(\d+)(?!\d)")
 

@@ -33,6 +33,7 @@ _COUNTING = {
 _SINGLE = {
     "gpt_neox_japanese": (-1, "the last, alone has a bias behind its attention"),
     "modernbert-decoder": (0, "the first, alone has no norm before its attention and must stay"),
+    "rwkv": (0, "the first, alone has a norm of the embeddings and must stay"),
 }
 # Their configurations make the last layer one of full attention, whatever they are told.
 _ENDING_IN_FULL_ATTENTION = {"gemma4_text", "gemma4_unified_text", "diffusion_gemma_text"}

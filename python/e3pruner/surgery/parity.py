@@ -88,11 +88,11 @@ def _decoding_error(model: PreTrainedModel, ids: Tensor, uncached: Tensor, steps
     """How far decoding with a cache moves the logits of `model`, or what it raises: some caches of transformers do."""
     try:
         cached = _decode(model, ids, steps)
+        return 0.0 if cached is None else _relative_error(cached, uncached)  # RWKV mixes the rows of a batch up
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         return error
-    return 0.0 if cached is None else _relative_error(cached, uncached)
 
 
 @torch.no_grad()
