@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from e3pruner.compat import sharing_modes
 from e3pruner.models.stack import count_setting
 
 # Kinds of `layer_types` whose layers keep no keys and values: a state of fixed size, or nothing.
@@ -139,7 +140,7 @@ def _of_attention(text: Any) -> Iterator[Demand]:
 
 def _of_shared_state(text: Any) -> Iterator[Demand]:
     """Layers that read what an earlier one of their kind wrote, the last that ran."""
-    modes = [str(mode) for mode in getattr(text, "kv_sharing_modes", None) or ()]
+    modes = sharing_modes(text)
     ropes = getattr(text, "no_rope_layers", None) or [1] * len(modes)
     kinds = list(zip(text.layer_types, ropes, strict=True)) if modes else []
     for kind in dict.fromkeys(kinds):

@@ -19,6 +19,7 @@ from e3pruner.models.stack import evaluating, find_layers, returning_dicts
 from e3pruner.surgery.config import renumbered_inside
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "seed")  # BigBird's: of its random attention in training
+_SOURCE = "kv_shared_layer_index"  # of older transformers: whose keys and values a layer reads
 # What forward passes change (BigBird's attention_type among it), what only the logits show the use of, and what is kept
 # for other models (a Gemma assistant reads keys and values; those that later layers read are a demand).
 # num_fwd_mem_blocks: how many layers share a block of Zamba 2.
@@ -127,6 +128,8 @@ def assert_same_settings(model: PreTrainedModel, smaller: PreTrainedModel, kept:
             )
         for name, module in ours.items():
             settings, expected = _settings(module), _settings(theirs[name])
+            if (source := expected.get(_SOURCE)) in kept:
+                expected[_SOURCE] = kept.index(source)
             changed = [key for key in expected if settings.get(key) != expected[key]]
             if changed or type(module) is not type(theirs[name]):
                 what = ", ".join(f"{key} from {expected[key]!r} to {settings.get(key)!r}" for key in changed)
