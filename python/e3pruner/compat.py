@@ -37,7 +37,7 @@ CACHE_NAMES = ("cache", _OLD)
 
 
 def sharing_modes(text: PreTrainedConfig) -> list[str]:
-    """Of every layer "store" if later ones of its kind read its keys and values, "reuse" and more if it reads such, else
+    """Of every layer "store" if later ones of its kind read its keys and values, "reuse…" if it reads such, else
     "None"; [] where none does. Older transformers say no more than how many layers, the last ones, read.
     """
     modes, readers = getattr(text, "kv_sharing_modes", None), getattr(text, "num_kv_shared_layers", 0)
