@@ -105,18 +105,27 @@ def test_the_plain_loop_minimises_the_mean_over_all_tokens(model_type):
     loss, shown = step.backward_loss(student, batch_of(inputs))
     loss.backward()
     step.finish(student.parameters())
-    actual = {name: p.grad.clone() for name, p in student.named_parameters()}
+    learning = {name: p for name, p in student.named_parameters() if p.grad is not None}  # TrOCR's has layers to spare
+    actual = {name: p.grad.clone() for name, p in learning.items()}
     student.zero_grad()
     p, q = (m(inputs["input_ids"]).logits[:, :-1].log_softmax(-1) for m in (teacher, student))
     valid = inputs["labels"][:, 1:] != -100
     expected = (p.detach().exp() * (p.detach() - q)).sum(-1)[valid].mean()
     expected.backward()
     torch.testing.assert_close(shown, expected.detach())
-    torch.testing.assert_close(actual, {name: p.grad for name, p in student.named_parameters()}, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(actual, {name: p.grad for name, p in learning.items()}, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4), (1, 8)])
 def test_transformers_trainer_equals_the_plain_loop(teacher, tmp_path, batch_size, accumulation):
+    losses, logged = trained_as_by_the_plain_loop(teacher, tmp_path, batch_size, accumulation, 1e-5)
+    if accumulation == 1:
+        assert logged == pytest.approx(losses, abs=1e-4)
+
+
+def trained_as_by_the_plain_loop(teacher, tmp_path, batch_size, accumulation, atol):
+    """The losses of both, once their weights have been found equal."""
+
     class Trainer(InOrder, trainer.DistillTrainer):
         pass
 
@@ -130,17 +139,15 @@ def test_transformers_trainer_equals_the_plain_loop(teacher, tmp_path, batch_siz
     )
     run.train()
     expected, losses = plain_loop(teacher)
-    torch.testing.assert_close(weights(student), expected, rtol=1e-5, atol=1e-5)
-    if accumulation == 1:
-        logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-        assert logged == pytest.approx(losses, abs=1e-4)
+    torch.testing.assert_close(weights(student), expected, rtol=1e-5, atol=atol)
+    return losses, [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("model_type", ["opt", "trocr", "llama4_text"])
 def test_transformers_trainer_takes_types_of_other_shapes(model_type, tmp_path):
-    test_transformers_trainer_equals_the_plain_loop(
-        small_model(small_config(model_type), AutoModelForCausalLM), tmp_path, batch_size=8, accumulation=1
-    )
+    teacher = small_model(small_config(model_type), AutoModelForCausalLM)
+    losses, logged = trained_as_by_the_plain_loop(teacher, tmp_path, 8, 1, 1e-4)
+    assert logged == pytest.approx(losses, rel=1e-3)
 
 
 def test_transformers_trainer_evaluates_with_the_same_loss(teacher, tmp_path):
