@@ -18,14 +18,15 @@ from e3pruner.models.head import check_finite
 from e3pruner.models.stack import evaluating, find_layers, returning_dicts
 from e3pruner.surgery.config import renumbered_inside
 
-_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "seed")  # BigBird's: of its random attention in training
+_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 _SOURCE = "kv_shared_layer_index"  # of older transformers: whose keys and values a layer reads
-# What forward passes change (BigBird's attention_type among it), what only the logits show the use of, and what is kept
+# What forward passes change (BigBird's attention_type among it; its random attention, in training alone, has the layer's
+# index as seed), what only the logits show the use of, and what is kept
 # for other models (a Gemma assistant reads keys and values; those that later layers read are a demand).
 # num_fwd_mem_blocks: how many layers share a block of Zamba 2.
 _STATE_NAMES = (
     *("training", "gradient_checkpointing", "attention_type", "num_hidden_layers"),
-    *("store_full_length_kv", "num_fwd_mem_blocks"),
+    *("store_full_length_kv", "num_fwd_mem_blocks", "seed"),
 )
 _BATCH, _LENGTH = 2, 12
 
