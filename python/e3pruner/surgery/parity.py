@@ -20,10 +20,9 @@ from e3pruner.surgery.config import renumbered_inside
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 _SOURCE = "kv_shared_layer_index"  # of older transformers: whose keys and values a layer reads
-# What forward passes change (BigBird's attention_type among it; its random attention, in training alone, has the layer's
-# index as seed), what only the logits show the use of, and what is kept
-# for other models (a Gemma assistant reads keys and values; those that later layers read are a demand).
-# num_fwd_mem_blocks: how many layers share a block of Zamba 2.
+# What forward passes change (BigBird's attention_type among it), what only the logits show the use of, what is kept for
+# other models (a Gemma assistant reads keys and values; those that later layers read are a demand), how many layers
+# share a block (Zamba 2), and the seed of random attention in training, which is the layer's index (BigBird).
 _STATE_NAMES = (
     *("training", "gradient_checkpointing", "attention_type", "num_hidden_layers"),
     *("store_full_length_kv", "num_fwd_mem_blocks", "seed"),
