@@ -33,7 +33,7 @@ def logits(model, ids):
         ("qwen3_next", {}, [1, 2, 4]),
         ("glm_moe_dsa", {}, [0, 2, 4]),
         ("glm_moe_dsa", {}, [3, 5]),  # nobody is left who reads the choice of layer 0
-        ("gemma4_text", {}, [1, 2, 5]),  # nor the keys and values of layer 3
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, [1, 2, 5]),  # nor the keys and values of layer 3
         ("gemma4_text", {"hidden_size_per_layer_input": 8}, [1, 2, 3, 5]),
         # its decays follow from the index, and are stored with the weights
         ("minimax", {"layer_types": ["linear_attention", "full_attention"] * 3}, [0, 1]),
