@@ -13,7 +13,7 @@ import random
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
@@ -28,7 +28,7 @@ from e3pruner.recovery.integrations.step import DistillStep, batch_of
 from e3pruner.recovery.options import DistillOptions
 
 from .images import IMAGE_TOKEN, NoImageError, takes_images, with_images
-from .shrink import LAYERS, VOCABULARY, small_config, small_model
+from .shrink import LAYERS, NOTES, VOCABULARY, small_config, small_model
 from .truth import Batch, bypassed, logits
 
 OUTCOMES = ("exact", "refused", "late", "raw", "wrong", "not built")
@@ -60,38 +60,52 @@ class Case:
         self.images = "not asked"
         self.apart: list[Batch] = []
         self.pruned: dict[tuple[int, ...], PreTrainedModel] = {}
+        self.failed: Exception | None = None  # of a model that runs on neither
+        text = {"input_ids": ids}
         if model.config.is_encoder_decoder:  # which is refused
-            self.batches.append({"input_ids": ids})
+            self.batches.append(text)
             return
-        failed: Exception | None = None
         try:
-            if not logits(model, {"input_ids": ids}).isfinite().all():
+            if not logits(model, text).isfinite().all():
                 raise ArithmeticError("its logits are not finite")
-            self.batches.append({"input_ids": ids})
+            self.batches.append(text)
         except Exception as error:
-            failed = error
+            self.failed = error
         if takes_images(model):
-            try:
-                self.batches.append(with_images(model, ids))
-                self.images = "ok"
-                if {"target_sizes", "image_token_pooling"} & self.batches[
-                    -1
-                ].keys():  # whose pixels do not tell one row's from another's
-                    self.apart = [with_images(model, row[None]) for row in ids]
-            except NoImageError as error:
-                self.images = f"not built: {_said(error)}"
-        if not self.batches:
-            raise failed or ArithmeticError("nothing to ask it with")
+            self._add_images(ids)
+        if self.batches:
+            self.failed = None
+        else:
+            self.batches.append(text)
+
+    def _add_images(self, ids: Tensor) -> None:
+        try:
+            self.batches.append(with_images(self.model, ids))
+            self.images = "ok"
+            if _WHOLE & self.batches[-1].keys():
+                self.apart = [with_images(self.model, row[None]) for row in ids]
+        except NoImageError as error:
+            self.images = f"not built: {_said(error)}"
 
 
-def examine(model_type: str, auto: Any) -> dict[str, Any]:
-    """{"outcome", "checks": {check: "ok" or what came instead}} of one model type."""
+def examine(model_type: str, auto: Any, checks: Sequence[str] = (), **changes: Any) -> dict[str, Any]:
+    """{"outcome", "checks": {check: "ok" or what came instead}} of one model type, all of them unless named; `changes`
+    of its small configuration."""
     warnings.simplefilter("ignore")
     try:
-        case = Case(small_model(small_config(model_type), auto), auto)
+        case = Case(small_model(small_config(model_type, **changes), auto), auto)
     except Exception as error:
         return {"outcome": "not built", "checks": {"build": _said(error)}}
-    found = {name: _asked(question, case) for name, question in _QUESTIONS.items()} | {"images": case.images}
+    questions = {name: _QUESTIONS[name] for name in checks or _QUESTIONS}
+    if case.failed is not None:
+        questions = {name: _QUESTIONS[name] for name in ("prune", "search")}  # it may be refused before it is called
+        if not _asked(_prune, case).startswith("refused"):
+            return {"outcome": "not built", "checks": {"build": _said(case.failed)}}
+    found = {name: _asked(question, case) for name, question in questions.items()}
+    if case.images != "not asked":
+        found["images"] = case.images
+    if model_type in NOTES:
+        found["note"] = f"ok: {NOTES[model_type]}"
     kinds = {said.partition(":")[0] for said in found.values()}
     outcome = next((kind for kind in ("wrong", "raw", "late", "refused", "not built") if kind in kinds), "exact")
     return {"outcome": outcome, "checks": found}
