@@ -108,12 +108,13 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "granite4_vision": _TILES
     | {
         "deepstack_layer_map": [[-2, 0], [-1, 2]],
-        "spatial_target_layers": [1, 3, 4, 5],
+        "spatial_target_layers": [0, 1, 2, 3],
         "downsample_rate": "1/2",
         "vision_config": {"hidden_size": 64},
     },
     "hunyuan_vl": {"text_config": {"head_dim": 8, "rope_parameters": _MROPE}},
     "hyperclovax_vision_v2": _WINDOWED,
+    "idefics2": {"text_config": {"max_position_embeddings": 256}},
     "instructblipvideo": {"video_token_index": 90},
     "kosmos-2": {"latent_query_num": 4},
     "llama4": {
