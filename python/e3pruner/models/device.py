@@ -42,7 +42,8 @@ def rounded_dtype(
     """`autocast_dtype` for `computing_in`: the dtype that the weights of `model` are rounded to; None: their own.
 
     Some models cannot run so, because they compute or keep something in fp32 beside narrow weights; "auto" is "fp32"
-    for them. It is tried on `inputs`, which hold images where the model shall see some, else on a few tokens. Raises `ValueError` where "bf16" is asked for, or for another name.
+    for them. It is tried on `inputs`, which hold images where the model shall see some, else on a few tokens. Raises
+    `ValueError` where "bf16" is asked for, or for another name.
     """
     dtype = autocast_dtype(precision, model.device)
     if dtype is None:
