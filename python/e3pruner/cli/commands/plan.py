@@ -58,7 +58,8 @@ def _print_forecast(sizes: Sizes, ahead: Forecast) -> None:
         [need.stage, need.placement, _bytes(need.memory), "yes" if need.fits else "no", _seconds(need.seconds)]
         for need in ahead.needs
     ]
-    title = f"{ahead.drop} {'layer' if ahead.drop == 1 else 'layers'} removed on {on.name}, {_bytes(on.memory)} per device"
+    removed = "1 layer" if ahead.drop == 1 else f"{ahead.drop} layers"
+    title = f"{removed} removed on {on.name}, {_bytes(on.memory)} per device"
     columns = ["stage", "placement", "memory per device", "fits", "time, at least"]
     console().print(rich_table(title, columns, rows))
     known = "measured now" if on.measured else "half of its data sheet's products and bytes a second"
