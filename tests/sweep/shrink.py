@@ -193,7 +193,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
 # What the small model of a type is not, which its row of the page says.
 NOTES = {"rwkv": "of rescale_every=0; other values are refused with that advice"}
 # Classes that transformers' own table gives the configuration of a larger model, which they cannot read.
-_CLASSES = {"evolla": EvollaForProteinText2Text} | {
+_CLASSES = {
+    "evolla": EvollaForProteinText2Text,
     "musicgen_decoder": MusicgenForCausalLM,
     "musicgen_melody_decoder": MusicgenMelodyForCausalLM,
 }
