@@ -287,8 +287,18 @@ def test_no_exchange_of_the_choice_is_better_on_all_of_the_text(seed):
     assert plan.metrics["kl"] <= min(scores) * 1.01
 
 
-def test_runs_of_neighbours_are_among_what_a_search_starts_from():
-    model, batches = deep_model(1), tiny_tokens(8, 64).split(4)
-    plan = e3pruner.search(model, batches, 5, precision="fp32", progress=False)
-    finalists = next(record["finalists"] for record in plan.history if "finalists" in record)
-    assert any(max(units) - min(units) == 4 for units in finalists)
+def test_a_run_whose_layers_only_undo_each_other_is_found():
+    """Alone each of the three is among the dearest to remove; together they are removed for nothing."""
+    model = tiny_model("llama", num_hidden_layers=10)
+    shift = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for share, layer in zip((2, -1, -1), e3pruner.find_layers(model)[4:7], strict=True):
+            for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                matrix.weight.zero_()
+                matrix.bias.zero_()
+            layer.mlp.down_proj.bias.copy_(20 * share * shift)
+    alone = run("leave-one-out", model, drop=3, precision="fp32")
+    assert not {4, 5, 6} & set(alone.removed)
+    plan = run("gumbel-topk", model, drop=3, precision="fp32")
+    assert plan.removed == [4, 5, 6]
+    assert plan.metrics["kl"] == pytest.approx(0, abs=1e-5)
