@@ -84,10 +84,9 @@ def renumbered_inside(config: PreTrainedConfig, kept: Sequence[int], name: str) 
     hybrid = getattr(config.get_text_config(decoder=True), "hybrid_layer_ids", None)
     if not hybrid or (found := _ADAPTER.search(name)) is None:
         return name
-    left = [place for place, layer in enumerate(hybrid) if layer in kept]
-    return (
-        f"{name[: found.start(1)]}{left.index(int(found[1]))}{name[found.end(1) :]}" if int(found[1]) in left else None
-    )
+    number = int(found[1])
+    new = sum(layer in kept for layer in hybrid[:number])
+    return f"{name[: found.start(1)]}{new}{name[found.end(1) :]}" if hybrid[number] in kept else None
 
 
 def _translated(settings: dict[str, Any], kept: Sequence[int], num_layers: int) -> dict[str, Any]:
