@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sweep.shrink import small_config, small_model
@@ -228,7 +229,7 @@ def test_what_else_lies_in_the_folder_comes_along(tmp_path: Path) -> None:
     folder = saved(tmp_path / "dense", "llama")
     (folder / "tokenizer.model").write_bytes(b"pieces")
     (folder / "LICENSE").write_text("Apache-2.0")
-    (folder / "README.md").write_text("the dense model's card")
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: chat\n---\nthe dense model's card")
     (folder / "pytorch_model.bin").write_bytes(b"dense")
     (folder / ".cache").mkdir()
     (folder / "additional_chat_templates").mkdir()
@@ -238,8 +239,14 @@ def test_what_else_lies_in_the_folder_comes_along(tmp_path: Path) -> None:
     names = {path.relative_to(tmp_path / "cut").as_posix() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "pruning.json"),
-        *("tokenizer.model", "LICENSE", "additional_chat_templates/tool.jinja"),
+        *("tokenizer.model", "LICENSE", "additional_chat_templates/tool.jinja", "README.md"),
     }
+    card = ModelCard.load(tmp_path / "cut" / "README.md")
+    assert (card.data.license, card.data.tags) == ("mit", ["chat", "layer-pruning", "e3kernels"])
+    assert f"Removed, counted from 0: {REMOVED}." in card.text
+    assert "\ne3 prune --model dense --plan pruning.json --out cut\n" in card.text
+    assert "the dense model's card" not in card.text
+    assert str(tmp_path) not in card.content
 
 
 def test_sub_layers_become_zeros_of_the_same_size(tmp_path: Path) -> None:

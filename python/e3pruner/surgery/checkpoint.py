@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from e3pruner.card import write_card
 from e3pruner.models.files.empty import check_complete, empty_model, read_config
 from e3pruner.models.files.names import TensorNames
 from e3pruner.models.files.shards import Shard, read_shards
@@ -30,11 +32,13 @@ def prune_checkpoint(
 ) -> Path:
     """Writes to `out` the checkpoint in `folder` with only the layers that `plan` keeps; see `e3pruner.prune`."""
     with result(out) as temporary:
-        _cut(folder, plan, temporary, trust_remote_code)
+        made_by = _cut(folder, plan, temporary, trust_remote_code)
+        command = ("e3", "prune", "--model", str(folder), "--plan", PLAN_FILE, "--out", str(out))
+        write_card(temporary, str(folder), made_by, shlex.join(command))
     return out
 
 
-def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remote_code: bool) -> None:
+def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remote_code: bool) -> PruningPlan:
     config = read_config(folder, trust_remote_code)
     model, shards = empty_model(config, trust_remote_code), read_shards(folder)
     check_complete(folder, model, shards)
@@ -75,6 +79,7 @@ def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remot
         removed = sorted(set(range(names.num_layers)) - set(kept))
         plan = PruningPlan(kept, removed, model_type=config.model_type)
     plan.save(out / PLAN_FILE, {"proof": proof, "sha256": digests})
+    return plan
 
 
 def _prove(
