@@ -29,7 +29,7 @@ class Cache {
   int64_t length() const { return length_; }
   int64_t capacity() const { return capacity_; }
   const std::vector<int64_t>& starts() const { return starts_; }
-  // (batch, key/value heads, capacity, head_dim) of a layer of the model; undefined for a layer that is not kept.
+  // (batch, key/value heads, capacity, head_dim or value_dim) of a layer; undefined for what it does not hold.
   const at::Tensor& keys(int layer) const { return keys_[layer]; }
   const at::Tensor& values(int layer) const { return values_[layer]; }
 
@@ -82,13 +82,15 @@ class Cache {
     const auto options = at::TensorOptions().dtype(model_->dtype()).device(model_->device());
     for (const KeptLayer& kept : plan_) {
       if (!kept.attention) continue;
-      for (std::vector<at::Tensor>* kind : {&keys_, &values_}) {
-        at::Tensor& tensor = (*kind)[kept.layer];
+      const Layer& layer = model_->layers[kept.layer];
+      const auto grow = [&](at::Tensor& tensor, int64_t dim) {
         // Zeros, not what the memory held: padding slots are multiplied by a weight of 0.
-        at::Tensor grown = at::zeros({batch(), model_->key_value_heads, capacity_, model_->head_dim}, options);
+        at::Tensor grown = at::zeros({batch(), layer.key_value_heads, capacity_, dim}, options);
         if (tensor.defined()) grown.narrow(2, 0, length_).copy_(tensor.narrow(2, 0, length_));
         tensor = std::move(grown);
-      }
+      };
+      grow(keys_[kept.layer], layer.head_dim);
+      if (!layer.latent && !layer.conv) grow(values_[kept.layer], layer.value_dim);
     }
   }
 

@@ -18,7 +18,8 @@ class Decoder {
   explicit Decoder(std::shared_ptr<Model> model)
       : model_(std::move(model)), generic_(*model_), fused_(*model_, runtime_table_of(wanted_isa())) {
 #ifdef E3_WITH_CUDA
-    if (model_->device().is_cuda() && model_->head_dim <= cuda::LayerGraph::kMaxHeadDim)
+    if (model_->device().is_cuda() && model_->plain() &&
+        model_->layers.front().head_dim <= cuda::LayerGraph::kMaxHeadDim)
       graph_ = std::make_unique<GraphDecoder>(*model_);
 #endif
   }
