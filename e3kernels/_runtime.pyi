@@ -54,6 +54,19 @@ class Latent:
 class Conv:
     def __init__(self, name: str, input: Linear, weight: Tensor, bias: Tensor | None) -> None: ...
 
+class LayerInput:
+    embedding: Weight
+    first: int
+    size: int
+    embedding_scale: float
+    projection_scale: float
+    scale: float
+    projection: Linear
+    gate: Linear
+    output: Linear
+    norm: Norm
+    output_norm: Norm
+
 class Layer:
     attention_norm: Norm | None
     attention_post_norm: Norm | None
@@ -72,6 +85,8 @@ class Layer:
     latent: Latent | None
     conv: Conv | None
     experts: Experts | None
+    input: LayerInput | None
+    cache_of: int
     sinks: Weight | None
     heads: int
     key_value_heads: int

@@ -74,20 +74,34 @@ struct ConvView {
   const void* bias = nullptr;
 };
 
+// What a layer adds to the residual stream from an embedding of its own (Gemma 3n and 4). With e the token's row of
+// that embedding and x₀ its row of the model's:
+//   i = scale·(norm(projection_scale·projection(x₀)) + embedding_scale·e),  x += output_norm(output(act(gate(x)) ∘ i))
+struct LayerInputView {
+  int64_t size = 0;  // 0: none
+  const void* embedding = nullptr;
+  int64_t stride = 0;
+  float embedding_scale = 1, projection_scale = 1, scale = 1;
+  MatrixView projection, gate, output;
+  NormView norm, output_norm;
+};
+
 // One kept layer of one request. The caches are (sequence, key/value head, capacity, dimension), dense.
 struct LayerView {
   bool attention = true;
   bool mlp = true;
   bool parallel = false;  // both blocks read the layer's input; else the MLP reads what attention left
   int64_t heads = 0, key_value_heads = 0;
-  int64_t head_dim = 0;   // of queries and keys, as the cache holds them
+  int64_t head_dim = 0;  // of queries and keys, as the cache holds them
   int64_t value_dim = 0;  // of values
   NormView attention_norm, attention_post_norm, mlp_norm, mlp_post_norm, query_norm, key_norm, value_norm;
-  MatrixView query, key, value, output;  // without `value` the keys' projection is the values' too
-  MatrixView gate, up, down;             // without `up` the MLP is down(act(gate)), without `gate` there is none
+  // Without `value` the keys' projection is the values' too; without `key` the caches are another layer's.
+  MatrixView query, key, value, output;
+  MatrixView gate, up, down;  // without `up` the MLP is down(act(gate)), without `gate` there is none
   LatentView latent;
   ConvView conv;
   ExpertsView experts;
+  LayerInputView input;
   const float* cos = nullptr;  // (position, rotary_half); null: this layer has no rotary embedding
   const float* sin = nullptr;
   int64_t rotary_half = 0;

@@ -23,8 +23,7 @@ std::optional<Weight> optional_weight(const std::string& name, const std::option
 }
 
 void bind_model(py::module_& module) {
-  py::class_<Weight>(module, "Weight")
-      .def(py::init<std::string, at::Tensor>(), py::arg("name"), py::arg("tensor"));
+  py::class_<Weight>(module, "Weight").def(py::init<std::string, at::Tensor>(), py::arg("name"), py::arg("tensor"));
   py::class_<Linear>(module, "Linear")
       .def(py::init([](const std::string& name, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                        int64_t first, int64_t rows) {
@@ -82,6 +81,19 @@ void bind_model(py::module_& module) {
              return Conv{input, Weight(name + ".weight", weight), optional_weight(name + ".bias", bias)};
            }),
            py::arg("name"), py::arg("input"), py::arg("weight"), py::arg("bias"));
+  py::class_<LayerInput>(module, "LayerInput")
+      .def(py::init<>())
+      .def_readwrite("embedding", &LayerInput::embedding)
+      .def_readwrite("first", &LayerInput::first)
+      .def_readwrite("size", &LayerInput::size)
+      .def_readwrite("embedding_scale", &LayerInput::embedding_scale)
+      .def_readwrite("projection_scale", &LayerInput::projection_scale)
+      .def_readwrite("scale", &LayerInput::scale)
+      .def_readwrite("projection", &LayerInput::projection)
+      .def_readwrite("gate", &LayerInput::gate)
+      .def_readwrite("output", &LayerInput::output)
+      .def_readwrite("norm", &LayerInput::norm)
+      .def_readwrite("output_norm", &LayerInput::output_norm);
   py::class_<Layer>(module, "Layer")
       .def(py::init<>())
       .def_readwrite("attention_norm", &Layer::attention_norm)
@@ -101,6 +113,8 @@ void bind_model(py::module_& module) {
       .def_readwrite("latent", &Layer::latent)
       .def_readwrite("conv", &Layer::conv)
       .def_readwrite("experts", &Layer::experts)
+      .def_readwrite("input", &Layer::input)
+      .def_readwrite("cache_of", &Layer::cache_of)
       .def_readwrite("sinks", &Layer::sinks)
       .def_readwrite("heads", &Layer::heads)
       .def_readwrite("key_value_heads", &Layer::key_value_heads)

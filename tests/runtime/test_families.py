@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from test_runtime import LENGTH, assert_close, expected_logits, runtime_logits, supported_model
-from tiny_models import NUM_LAYERS, tiny_model, tiny_tokens
+from tiny_models import NUM_LAYERS, VOCAB_SIZE, tiny_tokens
 
 pytest.importorskip("e3kernels._runtime", reason="e3kernels._runtime is not built: python -m e3kernels.info says why")
 
@@ -17,13 +17,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "phi", "stablelm", "starcoder2", "cohere2", "glm4", "gemma4_text"]
 FAMILIES += ["deepseek_v3", "lfm2"]
-KEEP = [0, 1, 3, 4]
+KEEP = [0, 1, 4, 5]
 OUTPUTS = {"attention": ("o_proj", "dense", "out_proj"), "mlp": ("down_proj", "fc2", "w2")}
 KINDS = {  # of one fact each: another value than the tiny configuration's
     "qwen3_moe": {"norm_topk_prob": True},
     "stablelm": {"use_parallel_residual": True},
     "phi": {"qk_layernorm": False},
     "gemma4_text": {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "attention_bias": True},
+    "gemma4_text, as small ones are": {
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 12,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "use_double_wide_mlp": True,
+    },
     "deepseek_v3": {
         "q_lora_rank": None,
         "norm_topk_prob": False,
@@ -35,9 +41,9 @@ KINDS = {  # of one fact each: another value than the tiny configuration's
 }
 
 
-@pytest.mark.parametrize("model_type", KINDS)
-def test_another_setting_of_the_family(model_type):
-    model, ids = supported_model(model_type, **KINDS[model_type]), tiny_tokens(length=LENGTH)
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_setting_of_the_family(kind):
+    model, ids = supported_model(kind.partition(",")[0], **KINDS[kind]), tiny_tokens(length=LENGTH)
     runtime, expected = LayerSkipRuntime(model), expected_logits(model, ids)
     for chunk in (1, 3, LENGTH):
         assert_close(runtime_logits(runtime, ids, chunk), expected, 2e-5)
@@ -123,16 +129,22 @@ def test_a_latent_cache_holds_the_latent_and_a_convolution_its_input():
     assert bytes_of["lfm2"] == 3 * 64 * 4 * (4 * 32 + 2 * 2 * 2 * 8)
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [("num_kv_shared_layers", 2), ("hidden_size_per_layer_input", 8), ("enable_moe_block", True)],
-)
-def test_settings_that_the_runtime_does_not_reproduce_are_refused_by_name(setting, value):
-    experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
-    others = experts | {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 99}
-    model = tiny_model("gemma4_text", **others | {setting: value})
-    with pytest.raises(ValueError, match=f"model.config.{setting} is {value}"):
-        LayerSkipRuntime(model)
+def test_experts_beside_an_mlp_with_norms_of_their_own_are_refused_by_name():
+    experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24, "enable_moe_block": True}
+    with pytest.raises(ValueError, match=r"model.config.enable_moe_block is True"):
+        LayerSkipRuntime(supported_model("gemma4_text", **experts))
+
+
+def test_layers_that_read_anothers_keys_stay_with_it():
+    model, ids = supported_model("gemma4_text", num_kv_shared_layers=2), tiny_tokens(length=LENGTH)
+    runtime = LayerSkipRuntime(model)  # layers 4 and 5 read what 3 and 2 wrote
+    with pytest.raises(ValueError, match="keep has layer 5, which reads the keys of layer 2"):
+        runtime.keep = [0, 1, 3, 5]
+    own = runtime.new_cache(1).bytes
+    runtime.keep = [0, 2, 3, 4, 5]
+    assert_close(runtime_logits(runtime, ids, 3), expected_logits(prune(model, runtime.keep), ids), 2e-5)
+    runtime.keep = [1, 2, 3]
+    assert runtime.new_cache(1).bytes < own
 
 
 def test_a_router_and_its_corrections_are_watched():

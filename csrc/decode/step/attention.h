@@ -79,12 +79,13 @@ void rotate(const LayerView& layer, const TokenView& token, float* head) {
 // Queries go to `queries`, keys and values to the cache.
 template <class T>
 void place_heads(const StepThread<T>& t, const LayerView& layer) {
-  const int64_t heads = layer.heads + 2 * layer.key_value_heads, dim = layer.head_dim;
+  const int64_t width = layer.heads + 2 * layer.key_value_heads, dim = layer.head_dim;
+  const int64_t heads = layer.key.weight ? width : layer.heads;
   const Share own(t.tokens() * heads, t.thread, t.threads);
   for (int64_t item = own.begin; item < own.end; ++item) {
     const int64_t m = item / heads, head = item % heads;
     const TokenView& token = t.step.tokens[m];
-    const float* queries = t.scratch.projected + m * heads * dim;
+    const float* queries = t.scratch.projected + m * width * dim;
     const float* keys = queries + layer.heads * dim;
     const float* values = layer.value.weight ? keys + layer.key_value_heads * dim : keys;
     if (head < layer.heads) {
@@ -108,7 +109,7 @@ void attention(const StepThread<T>& t, const LayerView& layer, const MatrixView&
   const int64_t width = queries + 2 * keys;
   const Vectors input = t.block_input(layer.attention_norm);
   t.project(layer.query, input, t.scratch.projected, width);
-  t.project(layer.key, input, t.scratch.projected + queries, width);
+  if (layer.key.weight) t.project(layer.key, input, t.scratch.projected + queries, width);
   if (layer.value.weight) t.project(layer.value, input, t.scratch.projected + queries + keys, width);
   t.barrier.wait();
   place_heads(t, layer);

@@ -55,6 +55,7 @@ struct StepScratch {
   float* totals;     // (thread, token, head)
   float* attended;   // (token, hidden): what attention adds to the residual stream
   float* branch;     // (token, hidden): what the MLP adds
+  float* inputs;     // (layer, token, size of a layer's input)
   float* gate;       // (token, inner)
   float* up;         // (token, inner)
   float* router;     // (token, expert)
@@ -72,7 +73,8 @@ struct StepScratch {
     };
     const int64_t heads = widest([](const LayerView& layer) { return layer.heads; });
     const int64_t attention = widest([](const LayerView& layer) { return LayerWidths(layer).attended; });
-    const int64_t inner = widest([](const LayerView& layer) { return layer.gate.rows; });
+    const int64_t input = widest([](const LayerView& layer) { return layer.input.size; });
+    const int64_t inner = std::max(input, widest([](const LayerView& layer) { return layer.gate.rows; }));
     const int64_t chosen = widest([](const LayerView& layer) { return layer.experts.router.chosen; });
     const int64_t routed_inner = widest([](const LayerView& layer) { return layer.experts.gate_up.first.rows; });
     const int64_t experts = widest([](const LayerView& layer) { return layer.experts.count; });
@@ -90,6 +92,7 @@ struct StepScratch {
     totals = take(threads * tokens * heads);
     attended = take(tokens * hidden);
     branch = take(tokens * hidden);
+    inputs = take(step.layer_count * tokens * input);
     gate = take(tokens * inner);
     up = take(tokens * inner);
     router = take(tokens * experts);
@@ -99,7 +102,7 @@ struct StepScratch {
     const int64_t head_dim = widest([](const LayerView& layer) { return layer.head_dim; });
     const int64_t narrow_query = widest([](const LayerView& layer) { return layer.latent.query_down.rows; });
     own_residual = rounded(tokens * hidden);
-    own_input = rounded(std::max(tokens * std::max({hidden, attention, narrow_query}), head_dim));
+    own_input = rounded(std::max({tokens * std::max({hidden, attention, narrow_query}), head_dim, input}));
     own_routed = rounded(tokens * chosen * int64_t(sizeof(Routed) / sizeof(float)));
     own_size = own_residual + own_input + own_routed + rounded(chosen ? tokens * hidden : 0) + rounded(2 * experts);
     own = take(threads * own_size);

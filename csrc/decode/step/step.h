@@ -2,6 +2,7 @@
 #pragma once
 
 #include "decode/step/latent.h"
+#include "decode/step/layer_input.h"
 #include "decode/step/mlp.h"
 #include "decode/step/short_conv.h"
 
@@ -32,7 +33,10 @@ const MatrixView& first_matrix(const StepThread<T>& t, int index) {
 }
 
 template <class T>
-void run_layer(const StepThread<T>& t, const LayerView& layer, const MatrixView& next) {
+void run_layer(const StepThread<T>& t, int index) {
+  const LayerView& layer = t.step.layers[index];
+  const MatrixView& following = first_matrix(t, index + 1);
+  const MatrixView& next = layer.input.size ? layer.input.gate : following;
   if (layer.attention) {
     const MatrixView& after = layer.mlp ? first_matrix_of_mlp(layer) : next;
     if (layer.conv.taps)
@@ -47,6 +51,7 @@ void run_layer(const StepThread<T>& t, const LayerView& layer, const MatrixView&
   if (layer.mlp) mlp(t, layer, next);
   if (layer.attention && together) t.add_branch(t.scratch.attended, layer.attention_post_norm);
   if (layer.mlp) t.add_branch(t.scratch.branch, layer.mlp_post_norm);
+  if (layer.input.size) add_layer_input(t, index, following);
   if (layer.output_scale != 1.0f) scale_in_place(t.x, layer.output_scale, t.tokens() * t.decoder.hidden);
 }
 
@@ -68,7 +73,8 @@ void logits(const StepThread<T>& t) {
 template <class T>
 void decode(const StepThread<T>& t) {
   embed(t);
-  for (int i = 0; i < t.step.layer_count; ++i) run_layer(t, t.step.layers[i], first_matrix(t, i + 1));
+  project_layer_inputs(t);
+  for (int i = 0; i < t.step.layer_count; ++i) run_layer(t, i);
   logits(t);
 }
 

@@ -30,6 +30,7 @@ class Decoder {
   int64_t weight_bytes(const Plan& plan) const {
     int64_t total = int64_t(model_->head->matrix().nbytes());
     for (const KeptLayer& kept : plan) {
+      total += model_->layers[kept.layer].input_bytes();
       if (kept.attention) total += model_->layers[kept.layer].attention_bytes();
       if (kept.mlp) total += model_->layers[kept.layer].mlp_bytes();
     }

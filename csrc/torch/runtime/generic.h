@@ -19,6 +19,7 @@ class GenericDecoder {
     const Positions at_slots = positions(cache, ids.size(1));
     at::Tensor x = at::embedding(model_.embedding->weight.tensor(), ids);
     if (model_.embedding_scale != 1) x = x * model_.embedding_scale;
+    const at::Tensor embedded = x;
     for (const KeptLayer& kept : plan) {
       const Layer& layer = model_.layers[kept.layer];
       const at::Tensor before = x;
@@ -32,6 +33,7 @@ class GenericDecoder {
         const at::Tensor branch = mlp(layer, normalised(layer.mlp_norm, layer.parallel ? before : x));
         x = at::add(x, normalised(layer.mlp_post_norm, branch), model_.residual_scale);
       }
+      if (layer.input) x = x + from_input(*layer.input, ids, embedded, x);
       if (layer.output_scale != 1) x = x * layer.output_scale;
     }
     return logits(x.narrow(1, x.size(1) - keep, keep));
@@ -85,15 +87,19 @@ class GenericDecoder {
   at::Tensor attention(const Layer& layer, const Cache& cache, int index, const at::Tensor& x,
                        const Positions& at_slots) const {
     if (layer.latent) return latent_attention(layer, cache, index, x, at_slots);
-    at::Tensor query = heads(project(layer.query, x), layer.query_norm, layer.head_dim);
-    const at::Tensor projected = project(layer.key, x);
-    at::Tensor key = heads(projected, layer.key_norm, layer.head_dim);
-    at::Tensor value = heads(layer.value ? project(layer.value, x) : projected, layer.value_norm, layer.head_dim);
-    query = rotated(layer, query, at_slots);
-    key = rotated(layer, key, at_slots);
-    key = appended(cache.keys(index), key, at_slots);
-    value = appended(cache.values(index), value, at_slots);
+    const at::Tensor query = rotated(layer, heads(project(layer.query, x), layer.query_norm, layer.head_dim), at_slots);
+    const auto [key, value] = keys_and_values(layer, cache, index, x, at_slots);
     return project(layer.output, attended(layer, query, key, value, at_slots).transpose(1, 2).flatten(2));
+  }
+
+  std::pair<at::Tensor, at::Tensor> keys_and_values(const Layer& layer, const Cache& cache, int index,
+                                                    const at::Tensor& x, const Positions& at_slots) const {
+    const int64_t end = at_slots.first + at_slots.count;
+    if (layer.cache_of >= 0) return {cache.keys(index).narrow(2, 0, end), cache.values(index).narrow(2, 0, end)};
+    const at::Tensor projected = project(layer.key, x);
+    const at::Tensor key = rotated(layer, heads(projected, layer.key_norm, layer.head_dim), at_slots);
+    const at::Tensor value = heads(layer.value ? project(layer.value, x) : projected, layer.value_norm, layer.head_dim);
+    return {appended(cache.keys(index), key, at_slots), appended(cache.values(index), value, at_slots)};
   }
 
   // The cache holds the latent and the rotated part of the keys; both are expanded to all heads' keys and values.
@@ -169,6 +175,14 @@ class GenericDecoder {
     const std::optional<at::Tensor> bias = conv.bias ? std::optional(conv.bias->tensor()) : std::nullopt;
     const at::Tensor out = at::conv1d(slots, conv.weight->tensor(), bias, 1, conv.taps() - 1, 1, layer.head_dim);
     return project(layer.output, parts[1] * out.narrow(2, at_slots.first, at_slots.count).transpose(1, 2));
+  }
+
+  at::Tensor from_input(const LayerInput& input, const at::Tensor& ids, const at::Tensor& embedded,
+                        const at::Tensor& x) const {
+    const at::Tensor projected = normalised(input.norm, project(input.projection, embedded) * input.projection_scale);
+    const at::Tensor own = at::embedding(input.rows(), ids) * input.embedding_scale;
+    const at::Tensor gate = activated(project(input.gate, x)) * ((projected + own) * input.scale);
+    return normalised(input.output_norm, project(input.output, gate));
   }
 
   at::Tensor mlp(const Layer& layer, const at::Tensor& x) const {

@@ -169,6 +169,17 @@ struct Rotary {
   }
 };
 
+// As LayerInputView. The embedding is (token, all layers' sizes), of which this layer's begin at `first`.
+struct LayerInput {
+  std::optional<Weight> embedding;
+  int64_t first = 0, size = 0;
+  double embedding_scale = 1, projection_scale = 1, scale = 1;
+  std::optional<Linear> projection, gate, output;
+  std::optional<Norm> norm, output_norm;
+
+  at::Tensor rows() const { return embedding->tensor().narrow(1, first, size); }
+};
+
 // The facts of LayerView. What the cache holds for each key/value head are head_dim and value_dim elements.
 struct Layer {
   std::optional<Norm> attention_norm, attention_post_norm, mlp_norm, mlp_post_norm, query_norm, key_norm, value_norm;
@@ -176,7 +187,9 @@ struct Layer {
   std::optional<Latent> latent;
   std::optional<Conv> conv;
   std::optional<Experts> experts;
+  std::optional<LayerInput> input;
   std::optional<Weight> sinks;
+  int cache_of = -1; // the layer whose keys and values this one reads; −1: its own
   int64_t heads = 0, key_value_heads = 0, head_dim = 0, value_dim = 0;
   int rotary = -1;  // index into Model::rotaries; −1: none
   bool parallel = false;
@@ -190,6 +203,7 @@ struct Layer {
     for (const auto* linear : linears())
       if (*linear) (*linear)->each_weight(visit);
     if (sinks) visit(*sinks);
+    if (input) visit(*input->embedding);
     if (conv) {
       visit(*conv->weight);
       if (conv->bias) visit(*conv->bias);
@@ -212,6 +226,7 @@ struct Layer {
     return total + bytes_of({&experts->router}) +
            experts->chosen * (experts->gate_up->bytes_of_one() + experts->down->bytes_of_one());
   }
+  int64_t input_bytes() const { return input ? bytes_of({&input->projection, &input->gate, &input->output}) : 0; }
 
  private:
   // Without the router, whose dtype may be another.
@@ -219,6 +234,7 @@ struct Layer {
     std::vector<const std::optional<Linear>*> all{&query, &key, &value, &output, &gate, &up, &down};
     if (latent) all.insert(all.end(), {&latent->query_down, &latent->up});
     if (conv) all.push_back(&conv->input);
+    if (input) all.insert(all.end(), {&input->projection, &input->gate, &input->output});
     return all;
   }
 
@@ -226,6 +242,7 @@ struct Layer {
     std::vector<const std::optional<Norm>*> all{
         &attention_norm, &attention_post_norm, &mlp_norm, &mlp_post_norm, &query_norm, &key_norm, &value_norm};
     if (latent) all.insert(all.end(), {&latent->query_norm, &latent->norm});
+    if (input) all.insert(all.end(), {&input->norm, &input->output_norm});
     return all;
   }
 
@@ -278,12 +295,12 @@ struct Model {
     return activation != Activation::clamped_silu && plain_norm(final_norm) &&
            std::none_of(rotaries.begin(), rotaries.end(), [](const Rotary& rotary) { return rotary.in_turn; }) &&
            std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) {
-             return !layer.latent && !layer.conv && !layer.experts && !layer.sinks && !layer.parallel && layer.up &&
-                    layer.value && !layer.value_norm && layer.output_scale == 1 && plain_norm(layer.attention_norm) &&
-                    plain_norm(layer.attention_post_norm) && plain_norm(layer.mlp_norm) &&
-                    plain_norm(layer.mlp_post_norm) && plain_norm(layer.query_norm) && plain_norm(layer.key_norm) &&
-                    layer.heads == first.heads && layer.key_value_heads == first.key_value_heads &&
-                    layer.head_dim == first.head_dim;
+             return !layer.latent && !layer.conv && !layer.input && !layer.experts && !layer.sinks && !layer.parallel &&
+                    layer.up && layer.value && !layer.value_norm && layer.output_scale == 1 &&
+                    plain_norm(layer.attention_norm) && plain_norm(layer.attention_post_norm) &&
+                    plain_norm(layer.mlp_norm) && plain_norm(layer.mlp_post_norm) && plain_norm(layer.query_norm) &&
+                    plain_norm(layer.key_norm) && layer.heads == first.heads &&
+                    layer.key_value_heads == first.key_value_heads && layer.head_dim == first.head_dim;
            });
   }
 
@@ -306,6 +323,7 @@ struct Model {
         check(layer.down, hidden(), layer.gate->rows);
       }
       if (layer.experts) check_experts(*layer.experts);
+      if (layer.input) check_input(*layer.input);
     }
   }
 
@@ -343,7 +361,7 @@ struct Model {
       check(latent->up, layer.heads * (latent->plain + latent->value_dim), latent->rank);
     }
     check(layer.query, queries, inputs);
-    check(layer.key, keys, hidden());
+    if (layer.cache_of < 0) check(layer.key, keys, hidden());
     if (layer.value) check(layer.value, keys, hidden());
     check(layer.output, hidden(), outputs);
     check(layer.query_norm, {layer.head_dim, queries}, layer.heads);
@@ -356,6 +374,18 @@ struct Model {
     const int64_t turned = 2 * rotaries[layer.rotary].frequencies.numel();
     const int64_t most = layer.latent ? layer.latent->rotated : layer.head_dim;
     TORCH_CHECK_VALUE(turned <= most, "the rotary embedding turns ", turned, " of the ", most, " values of a head");
+  }
+
+  void check_input(const LayerInput& input) const {
+    check(input.projection, input.size, hidden());
+    check(input.gate, input.size, hidden());
+    check(input.output, hidden(), input.size);
+    check(input.norm, {input.size});
+    check(input.output_norm, {hidden()});
+    const at::Tensor& table = input.embedding->tensor();
+    TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) >= embedding->rows && table.size(1) >= input.first + input.size,
+                      input.embedding->name(), " has shape ", table.sizes(), "; the layer needs ", input.size,
+                      " columns from ", input.first, " on of ", embedding->rows, " rows");
   }
 
   void check_conv(const Layer& layer) const {

@@ -79,6 +79,22 @@ inline ConvView view_of(const std::optional<Conv>& conv) {
           .bias = data_of(conv->bias)};
 }
 
+inline LayerInputView view_of(const std::optional<LayerInput>& input) {
+  if (!input) return {};
+  const at::Tensor rows = input->rows();
+  return {.size = input->size,
+          .embedding = rows.data_ptr(),
+          .stride = rows.stride(0),
+          .embedding_scale = float(input->embedding_scale),
+          .projection_scale = float(input->projection_scale),
+          .scale = float(input->scale),
+          .projection = view_of(input->projection),
+          .gate = view_of(input->gate),
+          .output = view_of(input->output),
+          .norm = view_of(input->norm),
+          .output_norm = view_of(input->output_norm)};
+}
+
 // Without the request's part: caches and rotary tables.
 inline LayerView view_of(const Layer& layer, const std::vector<Rotary>& rotaries) {
   LayerView view;
@@ -104,6 +120,7 @@ inline LayerView view_of(const Layer& layer, const std::vector<Rotary>& rotaries
   view.latent = view_of(layer.latent);
   view.conv = view_of(layer.conv);
   view.experts = view_of(layer.experts);
+  view.input = view_of(layer.input);
   view.sinks = data_of(layer.sinks);
   view.scale = float(layer.scale);
   view.softcap = float(layer.softcap);

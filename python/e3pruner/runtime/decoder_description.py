@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import e3kernels._runtime as _runtime
-from e3pruner.runtime.layer_description import describe_layer, linear, norm
+from e3pruner.runtime.layer_description import describe_layer, layer_input, linear, norm
 
 # config.model_type → the class whose arithmetic the runtime reproduces; a subclass may compute something else.
 SUPPORTED = {
@@ -39,8 +39,6 @@ _PAIRS_IN_TURN = ("cohere2", "glm4")  # the rotary embedding turns neighbours
 # Settings of a supported type that the runtime does not reproduce where they are not 0 or False.
 _NOT_REPRODUCED = {
     "use_bidirectional_attention": "the runtime decodes causal models",
-    "hidden_size_per_layer_input": "the runtime has no embedding of each layer's own",
-    "num_kv_shared_layers": "the runtime's layers hold keys and values of their own",
     "enable_moe_block": "the runtime has no experts beside an MLP with norms of their own",
 }
 
@@ -71,6 +69,9 @@ def describe(model: PreTrainedModel) -> _runtime.Model:
     description.layers = [
         describe_layer(config, index, layer, list(rotaries)) for index, layer in enumerate(body.layers)
     ]
+    if getattr(config, "hidden_size_per_layer_input", None):
+        for index, layer in enumerate(description.layers):
+            layer.input = layer_input(body, index)
     return description
 
 
@@ -121,7 +122,7 @@ def _check_modules(model: PreTrainedModel) -> None:
 
 
 def _describe_activation(description: _runtime.Model, config: Any, layers: Any) -> None:
-    experts = getattr(layers[0].mlp, "experts", None) if hasattr(layers[0], "mlp") else None
+    experts: Any = getattr(getattr(layers[0], "mlp", None), "experts", None)
     if hasattr(experts, "limit"):  # GPT-OSS, whose `hidden_act` is not read
         description.activation = "clamped_silu"
         description.glu_slope, description.glu_limit = experts.alpha, experts.limit

@@ -30,6 +30,8 @@ def describe_layer(config: Any, index: int, module: Any, rotaries: list[str | No
         _describe_conv(layer, f"{name}.conv", module.conv)
     elif kind in (None, "full_attention", "sliding_attention"):
         _describe_attention(layer, f"{name}.self_attn", config, module.self_attn)
+        if getattr(module.self_attn, "is_kv_shared_layer", False):
+            layer.cache_of = _producer(config, kind)
         windowed = kind == "sliding_attention" if kinds else config.model_type in _WINDOWED
         layer.window = (getattr(config, "sliding_window", None) or 0) if windowed else 0
         if _is_rotated(config, module.self_attn):
@@ -42,6 +44,26 @@ def describe_layer(config: Any, index: int, module: Any, rotaries: list[str | No
     if hasattr(module, "layer_scalar"):
         layer.output_scale = float(module.layer_scalar)
     return layer
+
+
+def layer_input(body: Any, index: int) -> _runtime.LayerInput:
+    """What layer `index` of the decoder `body` adds from its part of the per-layer embedding (Gemma 4)."""
+    name, layer, table = f"model.layers.{index}", body.layers[index], body.embed_tokens_per_layer
+    described, size = _runtime.LayerInput(), layer.per_layer_input_gate.weight.shape[0]
+    described.size, described.first = size, index * size
+    described.embedding = _runtime.Weight(
+        "model.embed_tokens_per_layer.weight", plain_weight("model.embed_tokens_per_layer.weight", table.weight)
+    )
+    described.embedding_scale = float(table.embed_scale.to(table.weight.dtype))
+    described.projection = linear(
+        "model.per_layer_model_projection", body.per_layer_model_projection, first=index * size, rows=size
+    )
+    described.projection_scale, described.scale = body.per_layer_model_projection_scale, body.per_layer_input_scale
+    described.norm = norm("model.per_layer_projection_norm", body.per_layer_projection_norm, size)
+    described.gate = linear(f"{name}.per_layer_input_gate", layer.per_layer_input_gate)
+    described.output = linear(f"{name}.per_layer_projection", layer.per_layer_projection)
+    described.output_norm = norm(f"{name}.post_per_layer_input_norm", layer.post_per_layer_input_norm, 0)
+    return described
 
 
 def linear(name: str, module: Any, kind: type = nn.Linear, first: int = 0, rows: int | None = None) -> _runtime.Linear:
@@ -135,6 +157,12 @@ def _describe_attention(layer: _runtime.Layer, name: str, config: Any, attention
         _describe_heads(layer, name, config, attention)
 
 
+def _producer(config: Any, kind: str) -> int:
+    """The layer whose keys and values those of `kind` behind the first shared one read: the last of its kind before."""
+    modes = zip(config.kv_sharing_modes, config.layer_types, strict=True)
+    return next(index for index, mode in enumerate(modes) if mode == ("store", kind))
+
+
 def _describe_heads(layer: _runtime.Layer, name: str, config: Any, attention: Any) -> None:
     layer.head_dim = layer.value_dim = attention.head_dim
     if hasattr(attention, "qkv_proj"):
@@ -145,10 +173,11 @@ def _describe_heads(layer: _runtime.Layer, name: str, config: Any, attention: An
         layer.value = linear(f"{name}.qkv_proj", attention.qkv_proj, first=queries + keys, rows=keys)
     else:
         layer.query = linear(f"{name}.q_proj", attention.q_proj)
-        layer.key = linear(f"{name}.k_proj", attention.k_proj)
-        if attention.v_proj is not None:
+        layer.key_value_heads = config.num_attention_heads // attention.num_key_value_groups
+        if hasattr(attention, "k_proj"):
+            layer.key = linear(f"{name}.k_proj", attention.k_proj)
+        if getattr(attention, "v_proj", None) is not None:
             layer.value = linear(f"{name}.v_proj", attention.v_proj)
-        layer.key_value_heads = attention.k_proj.weight.shape[0] // attention.head_dim
     for kind in ("query", "key", "value"):
         names = (f"{kind[0]}_norm", f"{kind[0]}_layernorm")
         if any(hasattr(attention, part) for part in names):

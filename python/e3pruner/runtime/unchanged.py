@@ -27,7 +27,16 @@ _NUMBERS = (
     *("full_attention_attention_scaling", "sliding_attention_attention_scaling"),
     *("logit_scale", "rotary_ndims", "qk_layernorm", "use_parallel_residual", "sliding_window", "conv_kernel_size"),
     *("top_k", "norm_topk_prob", "routed_scaling_factor", "num_group", "topk_group", "alpha", "limit", "is_transposed"),
-    *("is_concatenated", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+    *(
+        "is_concatenated",
+        "is_kv_shared_layer",
+        "per_layer_input_scale",
+        "kv_lora_rank",
+        "q_lora_rank",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+        "v_head_dim",
+    ),
 )
 _REBUILD = "build a new LayerSkipRuntime"
 
