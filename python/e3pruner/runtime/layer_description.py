@@ -157,7 +157,7 @@ def _describe_attention(layer: _runtime.Layer, name: str, config: Any, attention
         _describe_heads(layer, name, config, attention)
 
 
-def _producer(config: Any, kind: str) -> int:
+def _producer(config: Any, kind: str | None) -> int:
     """The layer whose keys and values those of `kind` behind the first shared one read: the last of its kind before."""
     modes = zip(config.kv_sharing_modes, config.layer_types, strict=True)
     return next(index for index, mode in enumerate(modes) if mode == ("store", kind))

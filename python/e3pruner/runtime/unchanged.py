@@ -135,7 +135,8 @@ def _path(module: str, key: str) -> str:
 def _settings(model: PreTrainedModel) -> dict[str, Any]:
     """By name; the body of the model holds a reference of its own to what is usually one configuration."""
     bodies = {"model.config": model.config, "model.model.config": model.base_model.config}
-    return {f"{name}.{key}": getattr(config, key, None) for name, config in bodies.items() for key in _SETTINGS}
+    # Not by getattr: a configuration raises where its layers have several values, which are numbers of their modules.
+    return {f"{name}.{key}": vars(config).get(key) for name, config in bodies.items() for key in _SETTINGS}
 
 
 def _fixed_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
