@@ -29,7 +29,8 @@ def describe_layer(config: Any, index: int, module: Any, rotaries: list[str | No
     if kind == "conv":
         _describe_conv(layer, f"{name}.conv", module.conv)
     elif kind in (None, "full_attention", "sliding_attention"):
-        _describe_attention(layer, f"{name}.self_attn", config, module.self_attn)
+        own = config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+        _describe_attention(layer, f"{name}.self_attn", own, module.self_attn)
         if getattr(module.self_attn, "is_kv_shared_layer", False):
             layer.cache_of = _producer(config, kind)
         windowed = kind == "sliding_attention" if kinds else config.model_type in _WINDOWED
@@ -165,15 +166,14 @@ def _producer(config: Any, kind: str | None) -> int:
 
 def _describe_heads(layer: _runtime.Layer, name: str, config: Any, attention: Any) -> None:
     layer.head_dim = layer.value_dim = attention.head_dim
+    layer.key_value_heads = config.num_key_value_heads
     if hasattr(attention, "qkv_proj"):
         queries, keys = config.num_attention_heads * attention.head_dim, config.num_key_value_heads * attention.head_dim
-        layer.key_value_heads = config.num_key_value_heads
         layer.query = linear(f"{name}.qkv_proj", attention.qkv_proj, first=0, rows=queries)
         layer.key = linear(f"{name}.qkv_proj", attention.qkv_proj, first=queries, rows=keys)
         layer.value = linear(f"{name}.qkv_proj", attention.qkv_proj, first=queries + keys, rows=keys)
     else:
         layer.query = linear(f"{name}.q_proj", attention.q_proj)
-        layer.key_value_heads = config.num_attention_heads // attention.num_key_value_groups
         if hasattr(attention, "k_proj"):
             layer.key = linear(f"{name}.k_proj", attention.k_proj)
         if getattr(attention, "v_proj", None) is not None:
