@@ -41,7 +41,7 @@ def generate(
 ) -> None:
     """Stream a continuation of a prompt to stdout and its tokens/s to stderr.
 
-    The C++ runtime decodes; what it does not serve Hugging Face does, and a line on stderr says why.
+    With --keep or --plan the C++ runtime decodes; what it does not serve Hugging Face does, and a line says why.
 
     Example: `e3 generate --model recovered --prompt "What is a hash table?"`
     """
@@ -50,9 +50,7 @@ def generate(
         raise ValueError("--speculative needs the layers that draft: give --keep or --plan")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
-    writer = _native(network, layers, speculative) or (
-        network if layers is None else prune(network, layers, copy_weights=False)
-    )
+    writer = network if layers is None else _of_layers(network, layers, speculative)
     runtime = writer if isinstance(writer, LayerSkipRuntime) else None
     extra = {} if runtime is None else {"seed": seed, "draft_keep": layers if speculative else None}
     torch.manual_seed(seed)
@@ -65,17 +63,16 @@ def generate(
     stderr.print(f"{len(new_tokens)} tokens in {seconds:.2f} s: {len(new_tokens) / seconds:.1f} tokens/s", style="dim")
 
 
-def _native(network: PreTrainedModel, layers: list[int] | None, speculative: bool) -> LayerSkipRuntime | None:
-    """The runtime with the kept layers; None, and a line that says why, for a model that Hugging Face must run."""
-    if layers is None and network.device.type != "cpu":
-        return None
+def _of_layers(network: PreTrainedModel, layers: list[int], speculative: bool) -> LayerSkipRuntime | PreTrainedModel:
+    """The runtime with `layers`, or with all that verify their drafts; where it does not serve the model, and a line
+    says why, the model of these layers."""
     try:
         runtime = LayerSkipRuntime(network)
     except (ImportError, TypeError, ValueError) as error:
         if speculative:
             raise
         stderr.print(f"Hugging Face decodes this model, LayerSkipRuntime does not: {error}", style="dim")
-        return None
+        return prune(network, layers, copy_weights=False)
     if not speculative:
         runtime.keep = layers
     return runtime
