@@ -21,6 +21,7 @@ _BOUNDARIES = ("leading_dense_block_count",)
 _REFUSED: dict[str, tuple[int, str]] = {
     "attention.shared_kv_layers": (0, "the last blocks read the keys and values of earlier ones"),
     "attention.sliding_window_pattern": (1, "which blocks attend to all follows from their index"),
+    "embedding_length_per_layer_input": (0, "one tensor holds the embeddings of all blocks"),
     "full_attention_interval": (1, "which blocks attend follows from their index"),
     "interleave_moe_layer_step": (1, "which blocks hold experts follows from their index"),
     "moe_every_n_layers": (1, "which blocks hold experts follows from their index"),
