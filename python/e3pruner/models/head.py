@@ -118,8 +118,8 @@ def check_per_token(model: PreTrainedModel, hidden: Tensor, input_ids: Tensor | 
     """Raises ValueError for a model that reads an image beside `input_ids` (B, T) and predicts other than per token."""
     if input_ids is not None and hidden.shape[1] != input_ids.shape[1]:
         raise ValueError(
-            f"model ({model.config.model_type}) predicts at {hidden.shape[1]} places for {input_ids.shape[1]} tokens and "
-            "what stands beside them: which are those of the tokens is not known; give it text alone"
+            f"model ({model.config.model_type}) predicts at {hidden.shape[1]} places for {input_ids.shape[1]} tokens "
+            "and what stands beside them: which are those of the tokens is not known; give it text alone"
         )
 
 
