@@ -3,8 +3,8 @@
     python -m bench.gpu.offline [--out FOLDER] [--rehearse] [--only STAGE,...]
 
 Every stage is a process with a time limit, and all of them together have SECONDS; each row lies in FOLDER/rows.jsonl as
-soon as it is known, the end of what a stage prints in FOLDER/STAGE.log. A tool or peer that is not there is a row that
-says so. --rehearse does the same without a GPU as far as that goes: the kernels in Triton's interpreter, the runtime on
+soon as it is known, with the end of what a stage prints at its end. A tool or peer that is not there is a row that says
+so. --rehearse does the same without a GPU as far as that goes: the kernels in Triton's interpreter, the runtime on
 the CPU, small sizes.
 """
 
@@ -13,8 +13,10 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -54,27 +56,25 @@ def stages(workers: int, rehearse: bool) -> list[Stage]:
     ]
 
 
-def run(stage: Stage, seconds: float, out: Path, environment: dict[str, str]) -> None:
-    """One stage; its end is a row whatever it is."""
+def run(stage: Stage, seconds: float, environment: dict[str, str]) -> None:
+    """One stage; its end is a row whatever it is, with the end of what it printed."""
     began = time.monotonic()
     if shutil.which(stage.command[0]) is None:
         rows.append(stage=stage.name, ended="not there", why=f"{stage.command[0]} is not on the path")
         return
-    with open(out / f"{stage.name.replace(' ', '-')}.log", "w+") as log:
+    with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            stage.command, cwd=ROOT, env=environment | {"E3_STAGE": stage.name}, stdout=log, stderr=subprocess.STDOUT
-        )
+            stage.command, cwd=ROOT, env=environment | {"E3_STAGE": stage.name}, stdout=said, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             ended: object = process.wait(min(seconds, stage.seconds))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too
             ended = "cut off"
-        log.seek(0)
-        last = log.read()[-2000:]
-        log.seek(0)
-        log.truncate()
-        log.write(last)
-    rows.append(stage=stage.name, ended=ended, seconds=round(time.monotonic() - began, 1))
+        said.seek(0)
+        last = said.read()[-6000:].decode(errors="replace")
+    rows.append(stage=stage.name, ended=ended, seconds=round(time.monotonic() - began, 1), said=last)
 
 
 def summary(path: Path) -> str:
@@ -117,7 +117,7 @@ def main() -> None:
         if left < 10:
             rows.append(stage=stage.name, ended="not begun", why="no time was left")
             continue
-        run(stage, left, options.out, environment)
+        run(stage, left, environment)
     print(summary(target))
 
 

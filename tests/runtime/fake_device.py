@@ -42,7 +42,7 @@ def move(model: nn.Module) -> nn.Module:
 
 
 class FakeDevice(TorchDispatchMode):
-    """`to_host` lists the number of elements of every copy to the host, `dtypes` those of what comes to be on the device."""
+    """`to_host` lists the elements of every copy to the host, `dtypes` those of what comes to be on the device."""
 
     def __init__(self) -> None:
         super().__init__()
