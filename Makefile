@@ -50,7 +50,7 @@ gpu: $(VENV)/bench
 	$(BIN)/python -m bench.gpu
 
 gpu-offline:
-	PYTHONPATH=.:python $(PYTHON) -m bench.gpu.offline $(if $(OUT),--out $(OUT)) $(ARGS)
+	PYTHONPATH=.:python:$$PYTHONPATH $(PYTHON) -m bench.gpu.offline $(if $(OUT),--out $(OUT)) $(ARGS)
 
 gpu-tune: $(VENV)/installed
 	$(BIN)/python -m e3kernels.triton.tune $(if $(OUT),--out $(OUT))

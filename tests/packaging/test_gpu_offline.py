@@ -38,9 +38,8 @@ def test_a_tool_that_is_not_there_is_a_row(rows):
 
 def test_every_test_is_a_row_with_its_reason(rows, tmp_path):
     file = tmp_path / "test_two.py"
-    file.write_text(
-        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0, 'why not'\n@pytest.mark.skip('no')\ndef test_no(): pass\n"
-    )
+    tests = ("def test_good(): pass", "def test_bad(): assert 0, 'why not'", "@pytest.mark.skip\ndef test_no(): pass")
+    file.write_text("\n".join(("import pytest", *tests)))
     run(offline.Stage("tests", (*offline.PYTEST, "--rootdir", str(tmp_path), str(file)), 60))
     outcomes = {row["test"].split("::")[1]: row for row in rows() if "test" in row}
     assert {name: row["outcome"] for name, row in outcomes.items()} == {
