@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,23 +14,63 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "layer_graph.cu"
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.skipif(not SOURCE.exists(), reason="the sources are not at hand: this is an installed package")
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """compiled("90"): the file with the machine code, and what the assembler says of its kernels."""
+    if shutil.which("nvcc") is None or not SOURCE.exists():
+        pytest.skip("nvcc is not installed, or the sources are not at hand")
+
+    @cache
+    def compile_for(target):
+        cubin = tmp_path_factory.mktemp("layer_graph") / "layer_graph.cubin"
+        command = ["nvcc", "-std=c++20", "-O3", "-Icsrc", f"-gencode=arch=compute_{target},code=sm_{target}"]
+        done = subprocess.run(
+            [*command, "-Xptxas=-v", "-cubin", str(SOURCE), "-o", str(cubin)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return cubin, done.stderr
+
+    return compile_for
+
+
 @pytest.mark.parametrize(
     "target", ["90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("75", "80", "120"))]
 )
-def test_layer_graph_compiles_without_spills(target, tmp_path):
-    command = ["nvcc", "-std=c++20", "-O3", "-Icsrc", f"-gencode=arch=compute_{target},code=sm_{target}", "-Xptxas=-v"]
-    done = subprocess.run(
-        [*command, "-cubin", str(SOURCE), "-o", str(tmp_path / "layer_graph.cubin")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    spills = [line for line in done.stderr.splitlines() if "spill stores" in line]
+def test_layer_graph_compiles_without_spills(compiled, target):
+    spills = [line for line in compiled(target)[1].splitlines() if "spill stores" in line]
     assert spills
     assert all(" 0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
+
+
+# The loop that reads the weights: loads of 16 bytes for each load of weights, and at most so many instructions with it.
+LOOPS = {"project<1, __nv_bfloat16>": (2, 24), "project<1, float>": (1.5, 8), "project<8, __nv_bfloat16>": (5, 92)}
+
+
+def test_weights_and_vectors_are_read_sixteen_bytes_at_a_time(compiled):
+    """One load of weights took eight scalar loads of the vector, and 31 instructions."""
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listing = subprocess.run([tool, "-sass", compiled("90")[0]], capture_output=True, text=True, check=True).stdout
+    code = dict(map(_function, listing.split("Function : ")[1:]))
+    for name, (loads, instructions) in LOOPS.items():
+        lines = next(lines for kernel, lines in code.items() if f"::{name}(" in kernel)
+        body = max(_loops(lines), key=lambda loop: sum("LDG.E.128" in line for line in loop))
+        wide = sum("LDG.E.128" in line for line in body)
+        assert not any("LDG" in line and "LDG.E.128" not in line for line in body), name
+        assert len(body) <= instructions * wide / loads, name
+
+
+def _function(text):
+    name = subprocess.run(["c++filt", text.split()[0]], capture_output=True, text=True, check=True).stdout
+    return name, re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)
+
+
+def _loops(lines):
+    """The instructions of every loop: from where a branch goes back to, to the branch."""
+    for at, line in lines:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)
+        if back and int(back[1], 16) < int(at, 16):
+            yield [inner for place, inner in lines if int(back[1], 16) <= int(place, 16) <= int(at, 16)]
 
 
 CUDA_12_4 = {50, 52, 60, 61, 70, 72, 75, 80, 86, 87, 89, 90}
