@@ -129,8 +129,9 @@ class Decoder {
 
   void choose_graph() {
     const c10::cuda::CUDAGuard guard(model_->device());
-    cuda::DevicePath path = cuda::path_of_device();
+    cuda::DevicePath path = {};
     try {
+      path = cuda::path_of_device();
       if (path.graph) graph_ = std::make_unique<GraphDecoder>(*model_);
     } catch (const std::exception& error) { path = {false, error.what()}; }
     path_ = (path.graph ? "CUDA graph: " : "ATen: ") + path.reason;
