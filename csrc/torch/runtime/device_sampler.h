@@ -29,12 +29,17 @@ class DeviceSampler final : public Sampler {
   at::Tensor draw(const at::Tensor& weights, const std::vector<double>& uniforms) override {
     const at::Tensor cumulated = integers(weights).cumsum(1);
     const at::Tensor total = cumulated.narrow(1, vocabulary_ - 1, 1);
-    const at::Tensor u = at::tensor(uniforms, at::kDouble).unsqueeze(1).to(weights.device());
+    const at::Tensor u = sent(at::tensor(uniforms, at::kDouble), weights).unsqueeze(1);
     const at::Tensor share = (u * total).to(at::kLong).minimum(total - 1);
     return at::searchsorted(cumulated, share, false, true).squeeze(1);
   }
 
  private:
+  // From pageable memory the copy is staged before the call returns: the host need not wait for what is queued.
+  static at::Tensor sent(const at::Tensor& host, const at::Tensor& like) {
+    return host.to(like.device(), host.scalar_type(), /*non_blocking=*/true);
+  }
+
   // Sums of floats on a device depend on how its threads meet, sums of integers do not: a draw depends on its uniform
   // number alone. 2⁻⁵² of the mass is the smallest weight.
   static at::Tensor integers(const at::Tensor& weights) { return (weights.to(at::kDouble) * 0x1p52).to(at::kLong); }
@@ -60,13 +65,13 @@ class DeviceSampler final : public Sampler {
     }
     at::Tensor all = logits.view(-1);
     if (!seen.empty()) {
-      const at::Tensor index = at::tensor(seen, at::kLong).to(logits.device());
+      const at::Tensor index = sent(at::tensor(seen, at::kLong), logits);
       const at::Tensor z = all.index_select(0, index);
       const double penalty = sampling_.repetition_penalty;
       all.index_copy_(0, index, at::where(z < 0, z * penalty, z / penalty));
     }
     if (!excluded.empty())
-      all.index_fill_(0, at::tensor(excluded, at::kLong).to(logits.device()), -std::numeric_limits<double>::infinity());
+      all.index_fill_(0, sent(at::tensor(excluded, at::kLong), logits), -std::numeric_limits<double>::infinity());
   }
 };
 
