@@ -1,6 +1,7 @@
 // e3kernels._runtime: what needs ATen. The layer-skipping decoder runtime and gumbel_topk's autograd, bound to Python.
 #include <torch/extension.h>
 
+#include "cuda/device_path.h"
 #include "torch/gumbel_topk_autograd.h"
 #include "torch/runtime/generate.h"
 #include "torch/runtime/speculative.h"
@@ -41,7 +42,7 @@ void bind_model(py::module_& module) {
            py::arg("centred"));
   py::class_<Rotary>(module, "Rotary")
       .def(py::init([](const at::Tensor& frequencies, double scaling, bool in_turn) {
-             return Rotary{frequencies.to(at::kFloat), scaling, in_turn, {}, {}};
+             return Rotary{frequencies.to(at::kFloat), scaling, in_turn, {}, {}, {}};
            }),
            py::arg("frequencies"), py::arg("scaling"), py::arg("in_turn"));
   py::class_<ExpertLinear>(module, "ExpertLinear")
@@ -195,6 +196,7 @@ void bind_decoder(py::module_& module) {
           },
           py::arg("cache"), py::arg("ids"), py::arg("keep"), py::call_guard<py::gil_scoped_release>())
       .def("weight_bytes", &Decoder::weight_bytes, py::arg("plan"))
+      .def_property_readonly("path", &Decoder::path)
       .def(
           "generate",
           [](Decoder& decoder, Cache& cache, const at::Tensor& ids, const Request& request,
@@ -251,11 +253,31 @@ void bind_request(py::module_& module) {
 // The instruction sets that this machine runs, narrowest first.
 std::vector<std::string> instruction_sets() { return {kIsaNames, kIsaNames + static_cast<int>(detect_isa()) + 1}; }
 
+// Whether a device of these facts runs the CUDA graph, and why; a part of `device_path` that no GPU is needed for.
+std::pair<bool, std::string> choose_path(int capability, int driver, const std::string& kernels, int ptx, int binary) {
+  using Facts = cuda::DeviceFacts;
+  const auto found = kernels == "found" ? Facts::found : kernels == "no image" ? Facts::no_image : Facts::ptx_too_new;
+  const cuda::DevicePath path = cuda::choose_path({capability, driver, found, ptx, binary});
+  return {path.graph, path.reason};
+}
+
+// What runs a step of a few tokens on the current CUDA device, and why.
+std::string device_path() {
+#ifdef E3_WITH_CUDA
+  const cuda::DevicePath path = cuda::path_of_device();
+  return (path.graph ? "CUDA graph: " : "ATen: ") + path.reason;
+#else
+  return "ATen: the module is built without its CUDA half";
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("instruction_sets", instruction_sets);
   module.def("gumbel_topk", gumbel_topk);
+  module.def("choose_path", choose_path);
+  module.def("device_path", device_path);
   bind_model(module);
   bind_cache(module);
   bind_request(module);

@@ -79,9 +79,8 @@ class GenericDecoder {
     return mask;
   }
 
-  bool plain_causal(const Positions& at_slots, int64_t window) const {
-    return at_slots.first == 0 && (window == 0 || window >= at_slots.count) &&
-           std::all_of(at_slots.starts.begin(), at_slots.starts.end(), [](int64_t start) { return start == 0; });
+  static bool padded(const Positions& at_slots) {
+    return std::any_of(at_slots.starts.begin(), at_slots.starts.end(), [](int64_t start) { return start != 0; });
   }
 
   at::Tensor attention(const Layer& layer, const Cache& cache, int index, const at::Tensor& x,
@@ -135,10 +134,17 @@ class GenericDecoder {
                                         : dot_product_attention(layer, query, key, value, at_slots);
   }
 
-  at::Tensor dot_product_attention(const Layer& layer, const at::Tensor& query, const at::Tensor& key,
-                                   const at::Tensor& value, const Positions& at_slots) const {
-    const bool causal = plain_causal(at_slots, layer.window);
-    const std::optional<at::Tensor> seen = causal ? std::nullopt : std::optional(mask(at_slots, layer.window));
+  // Without a mask where that can be: with one, grouped heads fall to the slowest of the attention kernels.
+  at::Tensor dot_product_attention(const Layer& layer, const at::Tensor& query, at::Tensor key, at::Tensor value,
+                                   const Positions& at_slots) const {
+    const int64_t slots = at_slots.first + at_slots.count, window = layer.window ? layer.window : slots;
+    const bool one = at_slots.count == 1 && !padded(at_slots);
+    const bool causal = at_slots.first == 0 && window >= slots && !padded(at_slots) && !one;
+    if (one && window < slots) {
+      key = key.narrow(2, slots - window, window);
+      value = value.narrow(2, slots - window, window);
+    }
+    const std::optional<at::Tensor> seen = one || causal ? std::nullopt : std::optional(mask(at_slots, layer.window));
     return at::scaled_dot_product_attention(query, key, value, seen, 0.0, causal, layer.scale,
                                             query.size(1) != key.size(1));
   }

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <optional>
@@ -160,12 +161,20 @@ struct Rotary {
   bool in_turn;  // pairs are neighbours
   at::Tensor cos, sin;  // (positions, half), fp32, filled on demand
 
+  // Tables that a step on another stream may still read stay alive; all of them together are no larger than the last.
+  std::vector<at::Tensor> outgrown;
+
   void reserve(int64_t positions) {
     if (cos.defined() && cos.size(0) >= positions) return;
+    if (cos.defined()) outgrown.insert(outgrown.end(), {cos, sin});
     const int64_t grown = std::max(positions, cos.defined() ? 2 * cos.size(0) : 256);
     const at::Tensor angles = at::outer(at::arange(grown, frequencies.options()), frequencies);
     cos = angles.cos() * scaling;
     sin = angles.sin() * scaling;
+    if (frequencies.is_cuda() || frequencies.is_xpu()) {  // for the streams of later requests
+      const c10::impl::VirtualGuardImpl device(frequencies.device().type());
+      device.synchronizeStream(device.getStream(frequencies.device()));
+    }
   }
 };
 

@@ -31,7 +31,8 @@ class LayerSkipRuntime:
 
     The runtime shares the model's parameters: a change of their values is seen, any other change of the model makes the
     next request raise RuntimeError. On a CPU, steps of up to 16 tokens (decoding, small batches, verification of
-    drafts) run in fused kernels with fp32 accumulation; longer prompts and other devices through ATen.
+    drafts) run in fused kernels with fp32 accumulation; on CUDA, steps of up to 8 in a captured graph; longer prompts
+    and other devices through ATen (`path` says which, and why).
 
     `keep` lists the layers to run, by index, in any order; None keeps all. A mapping {"attention": [...], "mlp": [...]}
     keeps the two blocks of a layer separately. It can be set between requests at no cost: only kept layers read weights
@@ -99,6 +100,11 @@ class LayerSkipRuntime:
     def device(self) -> torch.device:
         """Where the model's weights are; input ids may be on the CPU whatever it is."""
         return self.model.device
+
+    @property
+    def path(self) -> str:
+        """What runs a step of a few tokens, and why: "fused CPU kernels", "CUDA graph: …" or "ATen: …"."""
+        return str(self._decoder.path)
 
     @property
     def weight_bytes(self) -> int:
