@@ -6,14 +6,14 @@ import pytest
 from profiling.test_decoder_profile import synthetic
 
 from e3kernels.profiling import MemoryTimeline
-from e3pruner.profiling.doubts import above_ceiling, apart, mispredicted, unsettled
+from e3pruner.profiling.doubts import above_ceiling, apart, mispredicted
 from e3pruner.profiling.model.engines import Speed
 from e3pruner.profiling.model.page import decoder_doubts, decoder_page
 from e3pruner.profiling.model.profile import _ablated
 from e3pruner.profiling.page import doubts_of, verdict, write_page
 from e3pruner.profiling.step.profile import _Step, _typical
 from e3pruner.report import describe_environment
-from e3pruner.timing import Conditions, Estimate
+from e3pruner.timing import Conditions, Estimate, unsettled
 
 CALM, BUSY = Estimate(1.0, 0.995, 1.005, 9), Estimate(1.0, 0.9, 1.7, 5)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3pruner
 from e3pruner.evaluation import layers_to_drop
@@ -27,6 +27,7 @@ from e3pruner.models.device import AUTO
 from e3pruner.models.identity import model_identity
 from e3pruner.models.loading import Dtype, load_model, load_tokenizer
 from e3pruner.models.stack import check_unquantised
+from e3pruner.pipelines.damage import Damage
 from e3pruner.pipelines.matrix import Cell, Matrix, Recovery
 from e3pruner.pipelines.results import run_results
 from e3pruner.precision import autocast_dtype
@@ -41,7 +42,7 @@ TABLE_FILE = "comparison.md"
 _COMPENSATION = 32  # training sequences of each kind: the closed forms are fitted to those of all but the last
 _BATCH = 4
 _ROW = {"key": str, "drop": natural, "removed": [natural], "cost": float, "seconds": float}
-_ROW |= {"held_out": {str: {"kl": float, "perplexity": float}}}
+_ROW |= {"held_out": {str: {"kl": float, "perplexity": float}}, "writing?": {str: object}}
 
 Row = dict[str, Any]
 
@@ -66,6 +67,7 @@ class Comparison:
     model: PreTrainedModel
     text: KindsOfText
     folder: Path
+    tokenizer: PreTrainedTokenizerBase | None = None  # without it nothing is written
 
     @classmethod
     def from_yaml(
@@ -93,7 +95,7 @@ class Comparison:
         # In fp32 whatever the checkpoint: `precision` says what is computed in, and recovery needs the master weights.
         dense = load_model(matrix.model, device, Dtype.FLOAT32, trust_remote_code=trust_remote_code)
         check_unquantised("model", dense, "to cut and heal it in memory, name it dequantised")
-        return cls(matrix, dense, text, folder)
+        return cls(matrix, dense, text, folder, tokenizer)
 
     def __post_init__(self) -> None:
         if self.matrix.fraction:
@@ -105,6 +107,9 @@ class Comparison:
         self.identity = {"dtype": str(self.dtype), "model": model_identity(self.model)}
         self.held_out = {kind: self.known(tokens) for kind, tokens in self.text.held_out.items()}
         self._searched: dict[int, KnownText] = {}
+        path = self.folder / MEASURED_FOLDER / "dense.json"
+        wanted = self.tokenizer is not None and self.matrix.writing
+        self.damage = Damage(self.model, self.tokenizer, self.matrix.writing, path) if wanted else None
 
     def key(self, cell: Cell) -> str:
         """A hash of everything that decides the figures of a cell."""
@@ -113,7 +118,8 @@ class Comparison:
         settings["contestant"].pop("name")
         settings["recovery"].pop("name")
         training = fingerprint(self.text.training) if recovery.heals else None
-        return fingerprint(settings, tokens, self.matrix.protect, training)[:16]
+        written = [self.matrix.writing] if self._writes(cell) else []
+        return fingerprint(settings, tokens, self.matrix.protect, training, *written)[:16]
 
     def run(self, advance: Callable[[Row], None] = lambda row: None) -> list[Row]:
         """The rows of all cells, in the matrix's order; those that the folder has are not measured again.
@@ -137,8 +143,9 @@ class Comparison:
         """Writes results.json, `TABLE_FILE` and the report of `rows`; the results, with the parts `about` added."""
         matrix = self.matrix
         title = matrix.title or f"{matrix.model}: {len(matrix.methods)} methods, {len(matrix.seeds)} seeds"
-        settings = matrix.settings()
-        results = run_results(title, settings) | {"matrix": settings, "comparison": summary(rows)} | dict(about or {})
+        settings, lines = matrix.settings(), summary(rows)
+        results = run_results(title, settings) | {"matrix": settings, "comparison": lines}
+        results |= (self.damage.about(lines, rows) if self.damage else {}) | dict(about or {})
         save_results(results, self.folder)
         with replacing_file(self.folder / TABLE_FILE) as temporary:
             temporary.write_text(markdown(results), encoding="utf-8")
@@ -152,11 +159,13 @@ class Comparison:
         return self._searched[seed]
 
     def measure(self, cell: Cell) -> Row:
-        """Search, recover, and judge on held-out text."""
-        row = self._search(cell)
-        if not cell.recovery.heals:
-            return row | {"held_out": {kind: self._judge(row["removed"], each) for kind, each in self.held_out.items()}}
-        return row | self._recover(cell.recovery, row["removed"], cell.seed)
+        """Search, recover, judge on held-out text, and let the first seed's models write."""
+        row, writes = self._search(cell), self._writes(cell)
+        if cell.recovery.heals:
+            return row | self._recover(cell.recovery, row["removed"], cell.seed, writes)
+        held_out = {kind: self._judge(row["removed"], each) for kind, each in self.held_out.items()}
+        kept = PruningPlan.of_removed(row["removed"], len(find_layers(self.model))).kept
+        return row | {"held_out": held_out} | (writes.of_cut(kept) if writes else {})
 
     def known(self, tokens: Tensor) -> KnownText:
         """What the folder knows of these tokens."""
@@ -176,6 +185,10 @@ class Comparison:
             dtype=self.dtype,
             measurements=text.store,
         )
+
+    def _writes(self, cell: Cell) -> Damage | None:
+        """What lets the models of the first seed write."""
+        return self.damage if cell.seed == self.matrix.seeds[0] else None
 
     def _search(self, cell: Cell) -> Row:
         text = self.calibration(cell.seed)
@@ -214,7 +227,7 @@ class Comparison:
         finally:
             held_out.store.save()
 
-    def _recover(self, recovery: Recovery, removed: Sequence[int], seed: int) -> Row:
+    def _recover(self, recovery: Recovery, removed: Sequence[int], seed: int, writes: Damage | None) -> Row:
         plan = PruningPlan.of_removed(removed, len(find_layers(self.model)))
         student = e3pruner.prune(self.model, plan)
         began = time.perf_counter()
@@ -232,7 +245,7 @@ class Comparison:
                 student, sequences.split(_BATCH), self.model, precision=self.matrix.precision, progress=False
             )
             held_out[kind] = {key: figures[key] for key in keys}
-        return {"held_out": held_out, "recovery_seconds": took}
+        return {"held_out": held_out, "recovery_seconds": took} | (writes.of(student) if writes else {})
 
     def _compensation(self) -> tuple[Tensor, Tensor]:
         """What a compensation is fitted to, and what judges it: text of another kind, the last of the matrix."""

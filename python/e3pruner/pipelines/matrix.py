@@ -83,7 +83,7 @@ class Matrix:
     methods: `Contestant`s, or what `Contestant.of` takes. drop: numbers of layers to remove, or fraction: shares of the
     model's layers. seeds: each draws the calibration sequences, the same for every method. recoveries: `Recovery`s, or
     what `Recovery.of` takes. text: kinds, or files. sequences: of a search, over all kinds of text; held_out: sequences
-    of each kind.
+    of each kind. writing: prompts that the first seed's models write from, to count loops and right answers; 0: none.
 
     Raises ValueError or TypeError naming what is wrong.
     """
@@ -98,6 +98,7 @@ class Matrix:
     sequences: int = 16
     held_out: int = 32
     length: int = 256
+    writing: int = 8
     protect: list[int] = field(default_factory=list)
     precision: str = "auto"
     title: str = ""
@@ -114,6 +115,7 @@ class Matrix:
         for name in ("sequences", "held_out"):
             check_integer(name, getattr(self, name), 1)
         check_integer("length", self.length, 2)
+        check_integer("writing", self.writing, 0)
         for seed in self.seeds:
             check_integer("seeds", seed, 0)
         for target in ("drop", "fraction"):

@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from e3pruner.report.table import markdown_table
+from e3pruner.report.writing import REQUEST_SPEED, with_error
 
+# What a table says of the text that the first seed's models write.
+WRITING = {"loops": "end in a loop", "tokens": "tokens", "right": "tasks right", "request_speed": REQUEST_SPEED}
 Line = dict[str, Any]
 
 
@@ -77,7 +80,7 @@ def markdown(results: dict[str, Any]) -> str:
         "KL in nats per token; cost in tokens times dense forward passes; seconds as its measurements took.",
     ]
     for caption, lines in panels(results):
-        parts += [f"## {caption}", markdown_table(headings(lines), map(cells_of, lines))]
+        parts += [f"## {caption}", markdown_table(headings(lines), _rows(lines, results))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -90,26 +93,41 @@ def panels(results: dict[str, Any]) -> list[tuple[str, list[Line]]]:
     return list(groups.items())
 
 
+def _rows(lines: list[Line], results: dict[str, Any]) -> list[list[str]]:
+    """The lines as text, and below them what the dense model writes."""
+    rows, columns = [cells_of(line, _write(lines)) for line in lines], headings(lines)
+    if _write(lines) and (of_dense := results.get("dense_writing")):
+        dense = {heading: with_error(of_dense[key]) for key, heading in WRITING.items()}
+        rows.append(["dense model", *(dense.get(column, "–") for column in columns[1:])])
+    return rows
+
+
 def headings(lines: list[Line]) -> list[str]:
     """Of the cells that `cells_of` gives for the same lines."""
     by_kind = [f"{kind} {name}" for kind in lines[0]["kinds"] for name in ("KL", "perplexity")]
-    return ["method", "held-out KL", *by_kind, "cost", "seconds"]
+    return ["method", "held-out KL", *by_kind, *(WRITING.values() if _write(lines) else ()), "cost", "seconds"]
 
 
-def cells_of(line: Line) -> list[str]:
-    """A line as text."""
+def _write(lines: list[Line]) -> bool:
+    """Whether there is text of any of them."""
+    return any("writing" in line for line in lines)
+
+
+def cells_of(line: Line, writing: bool = False) -> list[str]:
+    """A line as text, `writing` saying whether with the columns of what its model writes."""
     by_kind = [
         text
         for figures in line["kinds"].values()
         for text in (f"{figures['kl'][0]:.3f}", f"{figures['perplexity'][0]:.1f}")
     ]
     overall = str(Spread(*line["kl"]))
-    return [line["method"], overall, *by_kind, f"{line['cost']:,.0f}", f"{line['seconds']:.1f}"]
+    written = [with_error(line.get("writing", {}).get(key)) for key in WRITING] if writing else []
+    return [line["method"], overall, *by_kind, *written, f"{line['cost']:,.0f}", f"{line['seconds']:.1f}"]
 
 
 def tables(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The same tables for the page: caption, headings, rows."""
     return [
-        {"caption": caption, "headings": headings(lines), "rows": [cells_of(line) for line in lines]}
+        {"caption": caption, "headings": headings(lines), "rows": _rows(lines, results)}
         for caption, lines in panels(results)
     ]

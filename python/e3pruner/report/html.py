@@ -12,6 +12,7 @@ from e3pruner.report.comparison import tables
 from e3pruner.report.plots import draw_plots
 from e3pruner.report.results import RESULTS_FILE, load_results
 from e3pruner.report.table import model_table, tiles
+from e3pruner.report.writing import writing_table
 from e3pruner.storage import replacing_file
 
 REPORT_FILE = "report.html"
@@ -38,6 +39,7 @@ def build_report(folder: Path) -> Path:
         rows=rows,
         tiles=tiles(results),
         tables=tables(results),
+        writing=writing_table(results),
     )
 
 

@@ -10,10 +10,11 @@ from e3kernels.profiling import MemoryTimeline
 from e3pruner.profiling import plots
 from e3pruner.profiling.ceilings import Ceilings
 from e3pruner.profiling.doubts import PARTS as PARTS_APART
-from e3pruner.profiling.doubts import above_ceiling, apart, mispredicted, unsettled
+from e3pruner.profiling.doubts import above_ceiling, apart, mispredicted
 from e3pruner.profiling.model.parts import PARTS
 from e3pruner.profiling.model.profile import PHASES, DecoderProfile, middle
 from e3pruner.profiling.page import NOT_KNOWN, Page, Section, Table, figures, percent, plural, spread
+from e3pruner.timing import unsettled
 
 NOT_ALL = "not even all"
 Sums = dict[str, dict[str, float]]  # by part

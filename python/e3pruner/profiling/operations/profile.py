@@ -27,10 +27,10 @@ from e3pruner.profiling.ceilings import (
     probes,
     synchronizer,
 )
-from e3pruner.profiling.doubts import above_ceiling, unsettled
+from e3pruner.profiling.doubts import above_ceiling
 from e3pruner.profiling.fit import check_fits
 from e3pruner.profiling.operations.gradients import errors_of, gradient_of
-from e3pruner.timing import Estimate, Timed, in_turns
+from e3pruner.timing import Estimate, Timed, all_settled, in_turns, unsettled
 
 EAGER = "eager"
 PROVIDERS = (*BACKENDS, EAGER)
@@ -191,10 +191,6 @@ class Turns(NamedTuple):
     def take(self, actions: Mapping[Name, Callable[[], float]]) -> dict[Name, list[float]]:
         """The seconds of every action in every round, until all are known."""
         return in_turns(actions, self.rounds, limit=self.limit, settled=all_settled)
-
-
-def all_settled(seconds: Mapping[Any, Sequence[float]]) -> bool:
-    return all(Estimate.of_times(values).settled for values in seconds.values())
 
 
 def _measure(
