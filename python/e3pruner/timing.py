@@ -72,7 +72,7 @@ def all_settled(seconds: Mapping[Any, Sequence[float]]) -> bool:
 
 
 def unsettled(times: Mapping[str, Estimate], remedy: str = "raise --limit") -> list[str]:
-    """Of the times that are known worse than to `TOLERANCE`, when the rounds were over: what is known, and the remedy."""
+    """The times that are known worse than to `TOLERANCE` when the rounds are over, as sentences with the remedy."""
     return [_unsettled(name, estimate, remedy) for name, estimate in times.items() if not estimate.settled]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from cli.conftest import Command, byte_tokenizer
-from tiny_models import NUM_LAYERS
+from tiny_models import NUM_LAYERS, tiny_model
 from transformers import AutoModelForCausalLM
 
 import e3pruner
@@ -153,6 +153,32 @@ def test_cells_share_what_they_measure_and_pay_for_it_all_the_same(settings: dic
         assert shared[key] == alone[0][key], key
     masks = [key for key in both.calibration(0).store.measured if key.startswith("kl 0 ")]
     assert len(masks) == NUM_LAYERS + (NUM_LAYERS - 1) + (NUM_LAYERS - 2)  # greedy's first round is leave-one-out
+
+
+def test_the_models_of_the_first_seed_write(settings: dict[str, Any], tmp_path: Path, e3: Command) -> None:
+    """A comparison used to say nothing of free-running text, which a cut damages most."""
+    tokenizer = byte_tokenizer()
+    network = tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=0, max_position_embeddings=150)
+    for part in (network, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    recover = {"name": "healed", "recover": {"steps": 1}}
+    few = {"methods": ["last-n"], "drop": [2], "seeds": [0, 1], "writing": 1, "recoveries": ["none", recover]}
+    matrix = settings | few | {"model": str(tmp_path / "model")}
+    out = tmp_path / "out"
+    result = e3("compare", written(tmp_path / "matrix.yaml", matrix), "--out", out)
+    assert result.exit_code == 0, result.output
+    rows = read_rows(out / CELLS_FILE)
+    assert [("writing" in row) for row in rows] == [row["seed"] == 0 for row in rows]
+    results = json.loads((out / "results.json").read_text())
+    for line in results["comparison"]:
+        assert line["writing"].keys() == {"loops", "tokens", "right", "request_speed"}
+    assert results["dense_writing"]["request_speed"][0] == 1
+    names = [list(item["answers"]) for item in results["generations"]]
+    assert names == [["dense", "last-n, 2 fewer"], ["dense", "last-n, 2 fewer, healed"]]
+    assert "end in a loop" in (out / "report.html").read_text()
+    before = (out / "measured" / "dense.json").read_bytes()
+    assert e3("compare", tmp_path / "matrix.yaml", "--out", out).exit_code == 0
+    assert (out / "measured" / "dense.json").read_bytes() == before
 
 
 def test_recoveries_heal_what_was_cut(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -115,6 +115,26 @@ def test_options_from_a_file(tmp_path: Path, e3: Command) -> None:
     assert yaml.safe_load((tmp_path / "out" / "e3.yaml").read_text())["dtype"] == ["float32"]
 
 
+def test_a_profile_says_what_changed_since(tmp_path: Path, e3: Command) -> None:
+    assert e3("profile", "ops", *SMALL["ops"], "--out", tmp_path / "old").exit_code == 0
+    result = e3("profile", "ops", *SMALL["ops"], "--compare", tmp_path / "old", "--out", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    assert "times changed beyond their spread" in " ".join(result.output.split())
+    names = [json.loads(line).get("name") for line in (tmp_path / "new" / "profile.jsonl").read_text().splitlines()]
+    assert "entropy_kl, float32, reference" in names
+
+
+def test_an_earlier_profile_is_read_before_anything_is_measured(
+    model_folder: Path, tmp_path: Path, e3: Command
+) -> None:
+    (tmp_path / "old.jsonl").write_text('{"kind": "run"}\n', encoding="utf-8")
+    for arguments in (("ops",), ("model", model_folder), ("step", model_folder)):
+        result = e3("profile", *arguments, "--compare", tmp_path / "old.jsonl", "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert "is no profile with rows of the kind" in " ".join(result.output.split())
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_pipe_that_closes_does_not_cost_the_page(
     tmp_path: Path, e3: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

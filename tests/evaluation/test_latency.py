@@ -26,7 +26,9 @@ def passes_of(models):
     """The name of a model and the tokens of each of its forward passes, as they come."""
     seen = []
     for name, model in models.items():
-        model.model.layers[0].register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0].shape[1])))
+        model.model.layers[0].register_forward_pre_hook(
+            lambda _, args, name=name: seen.append((name, args[0].shape[1]))
+        )
     return seen
 
 

@@ -74,8 +74,8 @@ def speeds(
 
     The prompt is `prompt_tokens` fixed random tokens; `new_tokens` are generated. `repeats` rounds are measured after
     one that does not count, and more, 15 at most, until every time is known to 2 % or `limit` seconds have passed. A
-    time is the mean of the faster half of its rounds; the prompt's speed is prompt tokens over the time to the first new
-    token, that of decoding the other new tokens over the time they took.
+    time is the mean of the faster half of its rounds. The prompt's speed is prompt tokens over the time to the first
+    new token, that of decoding the other new tokens over the time they took.
 
     Raises `ValueError` for counts below 1, and below 2 for `new_tokens`.
     """

@@ -101,8 +101,8 @@ def writing(
 def brief_writing(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: int, seed: int = 0
 ) -> dict[str, Any] | None:
-    """Options of `writing` for what a run shows beside its other figures: so many of the prompts, drawn evenly, a quarter
-    as many tasks of each kind, two samples, and texts as long as `model` has positions for.
+    """Options of `writing` for what a run shows beside its other figures: so many of the prompts, drawn evenly, a
+    quarter as many tasks of each kind, two samples, and texts as long as `model` has positions for.
 
     None, which standard error explains, where it has too few for any text worth a figure.
     """

@@ -108,8 +108,9 @@ class Comparison:
         self.held_out = {kind: self.known(tokens) for kind, tokens in self.text.held_out.items()}
         self._searched: dict[int, KnownText] = {}
         path = self.folder / MEASURED_FOLDER / "dense.json"
-        wanted = self.tokenizer is not None and self.matrix.writing
-        self.damage = Damage(self.model, self.tokenizer, self.matrix.writing, path) if wanted else None
+        self.damage: Damage | None = None
+        if self.tokenizer is not None and self.matrix.writing:
+            self.damage = Damage(self.model, self.tokenizer, self.matrix.writing, path)
 
     def key(self, cell: Cell) -> str:
         """A hash of everything that decides the figures of a cell."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from e3pruner.surgery import prune
 
 _KIND = "e3pruner.damage"
 _FORM = {"prompts": int, "writing": {str: object}, "speeds": {str: {str: object}}, "timing": {"doubts": [str]}}
+_ITSELF = (1.0, math.nan)  # the dense model's speed against itself
 _SHOWN = 3  # models of each table whose answers are shown, the best first
 
 Row = dict[str, Any]
@@ -57,8 +59,8 @@ class Damage:
             return {}
 
     def about(self, lines: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
-        """Parts of the results: `lines` with what their models write beside the dense one, their answers, and how far the
-        speeds can be trusted. `rows` are the cells that the lines are of.
+        """Parts of the results: `lines` with what their models write beside the dense one, their answers, and how far
+        the speeds can be trusted. `rows` are the cells that the lines are of.
         """
         written = {(row["drop"], row["recovery"], row["method"]): row for row in reversed(rows) if "writing" in row}
         if not written:
@@ -70,7 +72,7 @@ class Damage:
                 line | ({} if row is None else {"writing": _figures(dense, row)})
                 for line, row in zip(lines, of_lines, strict=True)
             ],
-            "dense_writing": _figures(dense, {"writing": dense["writing"], "drop": 0}),
+            "dense_writing": _figures(dense, {"writing": dense["writing"], "drop": 0}) | {"request_speed": _ITSELF},
             "generations": _answers(dense["writing"], [row for row in of_lines if row is not None]),
             "timing": dense["timing"],
         }
@@ -87,7 +89,12 @@ class Damage:
             for drop, gone in removed.items()
         }
         found = speeds({"0": self.dense, **cut})
-        content = {"prompts": self.prompts, "writing": self.of(self.dense)["writing"], "speeds": found.of, "timing": found.timing}
+        content = {
+            "prompts": self.prompts,
+            "writing": self.of(self.dense)["writing"],
+            "speeds": found.of,
+            "timing": found.timing,
+        }
         write_checked(self.path, _KIND, content)
         return read_checked(self.path, _KIND, _FORM)
 

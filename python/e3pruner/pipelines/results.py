@@ -58,7 +58,7 @@ def speed_results(models: Sequence[Mapping[str, Any]], found: Speeds) -> dict[st
 def writing_results(
     models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> dict[str, Any]:
-    """How each of `models` writes, by `e3pruner.evaluation.writing` and its `options`, and their answers side by side."""
+    """How each of `models` writes, by `e3pruner.evaluation.writing` with `options`, and their answers side by side."""
     found = {name: writing(fastest_writer(model), tokenizer, **options) for name, model in models.items()}
     texts = {name: {text["prompt"]: text["answer"] for text in each.pop("texts")} for name, each in found.items()}
     prompts = next(iter(texts.values()))

@@ -80,9 +80,17 @@ _FIGURES |= {f"{phase}_quartiles?": two_numbers for phase in ("decode", "prefill
 _WRITTEN = dict.fromkeys(("loops", "distinct_bigrams", "tokens", "ends"), two_numbers)
 _WRITING = {"greedy": _WRITTEN, "sampled": _WRITTEN, "tasks": {str: {str: two_numbers}}}
 _METHOD = {"method": str, "removed": [natural], "cost": float, "seconds": float, "kl": float, "perplexity": float}
-_BRIEF: dict[str, Any] = {name: two_numbers for name in ("loops", "tokens", "right")}
+_BRIEF: dict[str, Any] = dict.fromkeys(("loops", "tokens", "right"), two_numbers)
 _BRIEF |= {"request_speed": (two_numbers, None)}
-_LINE = {"writing?": _BRIEF, "drop": natural, "recovery": str, "method": str, "kl": three_numbers, "cost": float, "seconds": float}
+_LINE = {
+    "writing?": _BRIEF,
+    "drop": natural,
+    "recovery": str,
+    "method": str,
+    "kl": three_numbers,
+    "cost": float,
+    "seconds": float,
+}
 _ENVIRONMENT = {"machine": {str: object}, "versions": {str: object}, "backends": {str: object}}
 FORM = {
     "title": str,

@@ -36,11 +36,12 @@ def request_speed(
 
 
 def writing_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of `results["writing"]`: a figure per row, a model per column; the first one is the dense one."""
+    """Headings and rows of `results["writing"]`: a figure per row, a model per column, the dense one first."""
     found: dict[str, dict[str, Any]] = results.get("writing", {})
     if not found:
         return [], []
     first = next(iter(found.values()))
+    places: list[tuple[str, tuple[str, ...]]]
     places = [(part, (part, name)) for part in ("greedy", "sampled") for name in first[part]]
     places += [(kind, ("tasks", kind, name)) for kind, scores in first["tasks"].items() for name in scores]
     rows = [
@@ -48,10 +49,8 @@ def writing_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
         for label, path in places
     ]
     rates = {row["name"]: row.get("decode_tokens_per_s") for row in results.get("models", [])}
-    name_of_dense = next(iter(found))
-    times = [
-        request_speed(first, each, rates.get(name_of_dense), rates.get(name)) for name, each in list(found.items())[1:]
-    ]
+    dense, *others = found
+    times = [request_speed(first, found[name], rates.get(dense), rates.get(name)) for name in others]
     if any(times):
         rows.append([REQUEST_SPEED, "1", *map(with_error, times)])
     return ["figure", *found], rows

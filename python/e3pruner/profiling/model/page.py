@@ -270,11 +270,14 @@ def _rows(profile: DecoderProfile, speedup: float) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for (phase, layer, part), row in profile.parts.items():
         rows.append({"kind": "part", "engine": "eager", "phase": phase, "layer": layer, "part": part, **row})
+    for phase in PHASES:
+        for part, row in part_sums(profile, phase).items():
+            common = {"engine": "eager", "phase": phase, "part": part}
+            rows.append({"kind": "parts", **common, **row, **_quartiles(profile, "eager", phase, part)})
     for (phase, part), seconds in profile.runtime.items():
-        known = seconds if profile.knows_part(phase, part) else None
-        rows.append(
-            {"kind": "part", "engine": "runtime", "phase": phase, "layer": None, "part": part, "seconds": known}
-        )
+        common, known = {"engine": "runtime", "phase": phase, "part": part}, profile.knows_part(phase, part)
+        known_seconds = {"seconds": seconds if known else None}
+        rows.append({"kind": "parts", **common, **known_seconds, **_quartiles(profile, "runtime", phase, part)})
     for engine in profile.whole:
         for phase in PHASES:
             whole = getattr(profile.whole[engine], phase)
@@ -297,8 +300,8 @@ def _rows(profile: DecoderProfile, speedup: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _quartiles(profile: DecoderProfile, engine: Any, phase: str) -> dict[str, Any]:
-    estimate = profile.estimates.get((engine, phase))
+def _quartiles(profile: DecoderProfile, *key: Any) -> dict[str, Any]:
+    estimate = profile.estimates.get(key)
     return {} if estimate is None else {"quartiles": [estimate.low, estimate.high], "rounds": estimate.rounds}
 
 

@@ -23,7 +23,7 @@ def operations_page(profile: OperationsProfile, title: str) -> Page:
     rows = [
         [
             f"{row.operation}, {row.dtype}, {row.provider}",
-            spread(Estimate(row.seconds, *row.quartiles, 0)),
+            spread(Estimate(row.seconds, *row.quartiles, row.rounds)),
             NOT_KNOWN if row.host is None else figures([1e6 * row.host])[0],
             *figures([row.rate / 1e9, row.limit / 1e9]),
             f"G{row.unit}/s",

@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class OperationRow:
-    """seconds: value and gradient; quartiles: of the rounds. host: of the same call on the smallest tensors, where
+    """seconds: value and gradient; quartiles: of the `rounds`. host: of the same call on the smallest tensors, where
     that is known. rate: work a second. limit: what the machine does at most with as much work, measured in the same
     rounds; share: of it. errors: of value and gradient against fp64, relative to the largest entry; None where the
     provider draws other random numbers.
@@ -68,6 +68,7 @@ class OperationRow:
     dtype: str
     seconds: float
     quartiles: tuple[float, float]
+    rounds: int
     host: float | None
     rate: float
     unit: str
@@ -230,6 +231,7 @@ def _measure(
             name,
             call.value,
             (call.low, call.high),
+            call.rounds,
             known,
             rate,
             case.unit,
