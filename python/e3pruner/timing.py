@@ -61,6 +61,11 @@ class Estimate(NamedTuple):
         """Whether the whole interval of value and margin lies between the two."""
         return low < self.value - self.margin and self.value + self.margin < high
 
+    @property
+    def known(self) -> bool:
+        """Whether its interval holds none but times: nothing at or below zero. Two rounds tell nothing against it."""
+        return self.rounds <= 2 or self.margin < self.value
+
     def rate(self, work: float) -> Estimate:
         """Of `work` per second, where this is of the seconds that it took."""
         return Estimate(work / self.value, work / self.high, work / self.low, self.rounds)

@@ -101,9 +101,21 @@ def test_the_page_opens_with_what_is_not_reliable(tmp_path):
     page = decoder_page(to_be_shown(synthetic()), "tiny", "float32", 1.3)
     conditions = Conditions(others=1.4, cores=2, load=(2.9, 3.1))
     text = write_page(page, tmp_path, describe_environment(), "e3 profile model tiny", conditions).read_text()
-    assert text.index("Not reliable") < text.index("What removing layers would buy")
+    assert text.index("<h3>Not reliable</h3>") < text.index(page.summary[:20]) < text.index("What removing layers")
     assert "other programs kept 1.4 of 2 cores busy (load average 3.1)" in text
     assert "cores_of_others" in text
     assert verdict(doubts_of(page, conditions)).startswith("Not reliable: ")
     assert verdict([]) == "Reliable."
     assert math.isinf(Estimate.of_times([1.0]).margin)
+
+
+def test_a_part_is_shown_with_the_seconds_that_its_share_is_of(tmp_path):
+    """A busy machine's table had a part of 4 ms that was 2.3 % of 1,139, and a sum that was not that of its rows."""
+    profile = to_be_shown(synthetic())
+    seconds = sum(row["seconds"] for key, row in profile.parts.items() if (key[0], key[2]) == ("decode", "ffn"))
+    profile.estimates["eager", "decode", "ffn"] = Estimate(0.4 * seconds, 0.3 * seconds, 1.1 * seconds, 5)
+    page = decoder_page(profile, "tiny", "float32", 1.3)
+    table = next(section for section in page.sections if section.title == "Writing a token").tables[0]
+    (row,) = [row for row in table.rows if row[0] == "ffn"]
+    assert row[1].startswith(f"{1e3 * seconds:,.0f} (")
+    assert row[2] == f"{100 * seconds / 22:.1f} %"

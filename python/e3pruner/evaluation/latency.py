@@ -22,8 +22,8 @@ _REMEDY = "measure again, with nothing else at work"
 class Speeds(NamedTuple):
     """What `speeds` measured of each model, by its name, and `timing`: how far that can be trusted.
 
-    of: "prefill_tokens_per_s" and "decode_tokens_per_s", with their quartiles over the rounds as "prefill_quartiles"
-    and "decode_quartiles", and "rounds". timing: "doubts", the reasons why it is not reliable, and the machine's
+    of: "prefill_tokens_per_s" and "decode_tokens_per_s", None where the interval of the time holds nonsense, with their
+    quartiles over the rounds as "prefill_quartiles" and "decode_quartiles", and "rounds". timing: "doubts", the reasons why it is not reliable, and the machine's
     "load_average", "cores_of_others", "mhz" and the "seconds" that it took.
     """
 
@@ -95,9 +95,7 @@ def speeds(
         prefill, decode = _estimates(runs)
         doubts += unsettled({f"{name}, reading the prompt": prefill, f"{name}, writing": decode}, _REMEDY)
         found[name] = (
-            _speed("prefill", prefill.rate(prompt_tokens))
-            | _speed("decode", decode.rate(new_tokens - 1))
-            | {"rounds": len(runs)}
+            _speed("prefill", prefill, prompt_tokens) | _speed("decode", decode, new_tokens - 1) | {"rounds": len(runs)}
         )
     return Speeds(found, {"doubts": doubts, **conditions.row()})
 
@@ -106,8 +104,12 @@ def _estimates(runs: Sequence[_Run]) -> tuple[Estimate, Estimate]:
     return Estimate.of_times([run.prefill for run in runs]), Estimate.of_times([run.decode for run in runs])
 
 
-def _speed(phase: str, rate: Estimate) -> dict[str, Any]:
-    return {f"{phase}_tokens_per_s": rate.value, f"{phase}_quartiles": [rate.low, rate.high]}
+def _speed(phase: str, time: Estimate, tokens: int) -> dict[str, Any]:
+    rate = time.rate(tokens)
+    return {
+        f"{phase}_tokens_per_s": rate.value if time.known else None,
+        f"{phase}_quartiles": [rate.low, rate.high],
+    }
 
 
 def _generate(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> _Run:

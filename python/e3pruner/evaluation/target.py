@@ -148,4 +148,7 @@ def _milliseconds(model: PreTrainedModel, *drops: int) -> list[float]:
     layers = len(find_layers(model))
     cut = {drop: prune(model, list(range(layers - drop)), copy_weights=False) if drop else model for drop in drops}
     found = speeds({str(drop): pruned for drop, pruned in cut.items()})
-    return [1000 / found.of[str(drop)]["decode_tokens_per_s"] for drop in drops]
+    rates = [found.of[str(drop)]["decode_tokens_per_s"] for drop in drops]
+    if None in rates:
+        raise RuntimeError(f"the time of a token cannot be told: {'; '.join(found.timing['doubts'])}")
+    return [1000 / rate for rate in rates]

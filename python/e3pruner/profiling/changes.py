@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from e3pruner.profiling.page import ROWS_FILE, Page, Section, Table, plural, spread, verdict
+from e3pruner.profiling.page import ROWS_FILE, Page, Section, Table, spread, verdict
+from e3pruner.report.table import plural
 from e3pruner.storage import read_json_lines
 from e3pruner.timing import Estimate
 
@@ -62,7 +63,7 @@ def compared(page: Page, earlier: list[Row]) -> Page:
     moved = sorted((c for c in changes if c.beyond_spread), key=lambda c: -abs(math.log(c.factor)))
     run = earlier[0]
     said = f"Against {run.get('title')} of {run.get('date')}: {len(moved)} of {plural(len(changes), 'time')} changed"
-    said += f" beyond their spread, most {moved[0].name} by {100 * (moved[0].factor - 1):+.1f} %." if moved else "."
+    most = f", most {moved[0].name} by {100 * (moved[0].factor - 1):+.1f} %" if moved else ""
     note = (
         f"Commit {run.get('commit')}, {run.get('command')}; it was: {verdict(run.get('doubts', ()))} Changed: by more "
         "than the margins of both, ±1.57 × the distance of the quartiles over √n."
@@ -79,7 +80,7 @@ def compared(page: Page, earlier: list[Row]) -> Page:
     if run.get("doubts"):
         doubts.append(f"the earlier profile says of itself that it is not reliable ({len(run['doubts'])} reasons)")
     return page._replace(
-        summary=f"{page.summary} {said}",
+        summary=f"{page.summary} {said} beyond their spread{most}.",
         sections=[Section("Since the earlier profile", note, tables, {}), *page.sections],
         rows=[*page.rows, *(change.row() for change in changes)],
         doubts=doubts,

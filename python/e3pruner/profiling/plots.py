@@ -124,7 +124,8 @@ def removal_curve(
             axes.plot(removed, times, MARKERS[number % 4], color=colour, ms=6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layers removed", ylabel="times as fast", xlim=(0, None))
-    axes.legend(loc="upper left")
+    if predicted or measured:
+        axes.legend(loc="upper left")
     return figure
 
 

@@ -19,10 +19,11 @@ from e3kernels.profiling import MemoryTimeline, Profile, Range, Timeline, named_
 from e3kernels.profiling.trace import top_level
 from e3pruner.profiling import plots
 from e3pruner.profiling.model.page import memory_row, memory_section
-from e3pruner.profiling.page import Page, Section, Table, figures, percent, plural, write_page
+from e3pruner.profiling.page import Page, Section, Table, figures, percent, write_page
 from e3pruner.profiling.ranged import ranged_method
 from e3pruner.profiling.step.profile import STEP
 from e3pruner.report import describe_environment
+from e3pruner.report.table import plural
 from e3pruner.storage import new_folder
 
 _MOST_OPERATORS = 20

@@ -14,6 +14,11 @@ def count(value: float) -> str:
     return str(value)
 
 
+def plural(count: int, thing: str) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
 # key of a model's figures -> (heading, how it is written)
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "layers": ("layers", str),
@@ -42,7 +47,9 @@ def cell(key: str, value: float | None) -> str:
 def _cell_of(key: str, row: dict[str, Any]) -> str:
     """A model's figure, with the quartiles of a speed."""
     quartiles = row.get(f"{key.removesuffix('_tokens_per_s')}_quartiles")
-    spread = f" ({cell(key, quartiles[0])}–{cell(key, quartiles[1])})" if quartiles else ""
+    spread = ""
+    if quartiles and row.get(key) is not None:
+        spread = f" ({cell(key, quartiles[0])}–{cell(key, quartiles[1])})"
     return cell(key, row.get(key)) + spread
 
 

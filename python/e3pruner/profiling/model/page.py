@@ -13,7 +13,8 @@ from e3pruner.profiling.doubts import PARTS as PARTS_APART
 from e3pruner.profiling.doubts import above_ceiling, apart, mispredicted
 from e3pruner.profiling.model.parts import PARTS
 from e3pruner.profiling.model.profile import PHASES, DecoderProfile, middle
-from e3pruner.profiling.page import NOT_KNOWN, Page, Section, Table, figures, percent, plural, spread
+from e3pruner.profiling.page import NOT_KNOWN, Page, Section, Table, figures, percent, spread
+from e3pruner.report.table import plural
 from e3pruner.timing import unsettled
 
 NOT_ALL = "not even all"
@@ -210,7 +211,7 @@ def _part_row(part: str, row: dict[str, float], profile: DecoderProfile, phase: 
     estimate = profile.estimates.get(("eager", phase, part))
     return [
         part,
-        figures([1e3 * seconds])[0] if estimate is None else spread(estimate),
+        figures([1e3 * seconds])[0] if estimate is None else spread(estimate._replace(value=seconds)),
         percent(seconds / whole),
         *figures([1e3 * row["python"], row["flops"] / 1e9, row["bytes"] / 1e6, *rates, weights / 2**20]),
     ]

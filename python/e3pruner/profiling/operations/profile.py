@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -38,7 +37,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _TOP_K = 10
 _LAYERS = 30
 _CHECKED_ROWS = 16  # an error in fp64 costs time
-_FEW = 3  # rounds that say nothing of each other
 Name = TypeVar("Name")
 
 
@@ -75,6 +73,10 @@ class OperationRow:
     limit: float
     share: float
     errors: tuple[float, float] | None
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.seconds, *self.quartiles, self.rounds)
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def _measure(
             draws_otherwise = (operation, provider) == ("gumbel_topk", EAGER)
             errors = None if draws_otherwise else _errors(tensors, provider)
         rate, label = case.work / call.value, f"{operation}, {name}, {provider}"
-        known = host.value if host.between(0, math.inf) or host.rounds < _FEW else None
+        known = host.value if host.known else None
         row = OperationRow(
             operation,
             provider,
