@@ -97,7 +97,8 @@ def distill(
     alone = nullcontext() if output is None else locked(output)
     with alone, casts, trained_parameters(pruned, chosen, plan, dtype) as parameters:
         folder = None if output is None else StateFolder(output, resume=resume, force=force)
-        settings["frozen weights"] = content_digest({n: p for n, p in pruned.named_parameters() if n not in parameters})
+        frozen = {n: p for n, p in pruned.named_parameters() if n not in parameters}
+        settings["frozen weights"] = content_digest([frozen])
         training = Training(loss, parameters, sequences, watched, steps, settings)
         if folder is not None and resume:
             training.restore(folder)

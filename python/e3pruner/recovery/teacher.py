@@ -94,7 +94,7 @@ class LiveTeacher:
     @torch.no_grad()
     def targets(self, batch: Batch) -> Tensor:
         with evaluating(self.model):
-            return last_hidden(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)[:, :-1]
+            return last_hidden(self.model, **batch.inputs)[:, :-1]
 
     def loss(self, hidden: Tensor, head: OutputHead, targets: Tensor, labels: Tensor, **options: Any) -> Any:
         both = head.arguments("student") | self.head.arguments("teacher")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from e3pruner.models.identity import model_identity
 from e3pruner.storage import cache_home, fingerprint, write_tensors
 from e3pruner.text.documents import ending
 from e3pruner.text.opening import cut_stream, encode, opening, without_opening
@@ -126,7 +127,7 @@ def written_documents(
         tokenizer(text, add_special_tokens=False)["input_ids"] if kind == "chat" else encode(tokenizer, text)
         for kind, text in ((source.partition("/")[0], text) for source, text in prompts.items())
     ]
-    key = fingerprint(dict(teacher.named_parameters()), encoded, length, seed)
+    key = fingerprint(model_identity(teacher), encoded, length, seed)
     file = cache_home() / f"written-{key[:16]}.safetensors"
     if not file.exists():
         rows = write_documents(teacher, encoded, length=length, end=tokenizer.eos_token_id, seed=seed)
