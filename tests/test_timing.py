@@ -84,7 +84,10 @@ def test_a_machine_that_others_use_is_said_to_be_in_use(monkeypatch):
     conditions.cores = 2
     (doubt,) = conditions.doubts()
     assert doubt == "other programs kept 1.3 of 2 cores busy (load average 3.1): stop them"
-    assert conditions.row() == {"seconds": 10.0, "load_average": [3.1, 3.1], "cores_of_others": 1.3, "mhz": None}
+    sentence = "Meanwhile the load average was 3.1, other programs had 1.3 of 2 cores."
+    assert conditions.row() == {
+        "sentence": sentence, "seconds": 10.0, "load_average": [3.1, 3.1], "cores_of_others": 1.3, "mhz": None
+    }  # fmt: skip
 
 
 def test_two_busy_programs_are_seen():

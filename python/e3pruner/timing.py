@@ -85,6 +85,8 @@ def _unsettled(name: str, estimate: Estimate, remedy: str) -> str:
     if estimate.rounds <= 2:
         times = "once" if estimate.rounds == 1 else "twice"
         return f"{name} was measured {times}, which tells nothing of its spread: raise --rounds"
+    if not estimate.known:
+        return f"{name} is not known, after {estimate.rounds} rounds: {remedy}"
     margin = 100 * estimate.margin / estimate.value
     return f"{name} is known to ±{margin:.0f} % only, after {estimate.rounds} rounds: {remedy}"
 
@@ -175,9 +177,18 @@ class Conditions:
             )
         return found
 
+    def __str__(self) -> str:
+        """In a sentence."""
+        mhz = f", at {' to '.join(f'{value:,.0f}' for value in dict.fromkeys(self.mhz))} MHz" if self.mhz else ""
+        load = " to ".join(dict.fromkeys(f"{value:.1f}" for value in self.load))
+        return (
+            f"Meanwhile the load average was {load}, other programs had {self.others:.1f} of {self.cores} cores{mhz}."
+        )
+
     def row(self) -> dict[str, Any]:
         """As JSON values."""
         return {
+            "sentence": str(self),
             "seconds": round(self.seconds, 1),
             "load_average": [round(value, 2) for value in self.load],
             "cores_of_others": round(self.others, 2),

@@ -87,7 +87,7 @@ def test_the_table_shows_mean_and_spread_over_the_seeds(compared: Path) -> None:
     assert line["seeds"] == 2
     table = (compared / "comparison.md").read_text()
     assert f"| greedy | {line['kl'][0]:.3f}" in table
-    assert "## 1 layers removed" in table
+    assert "## 1 layer removed" in table
     assert "greedy" in (compared / "report.html").read_text()
     for drop in (1, 3):
         means = [line["kl"][0] for line in lines if line["drop"] == drop]

@@ -50,7 +50,7 @@ def test_the_page_shows_what_the_models_write(damaged, tmp_path):
     save_results(damaged, tmp_path)
     page = build_report(tmp_path).read_text(encoding="utf-8")
     assert "What it does to their writing" in page
-    assert "0.47 ± 0.1" in page
+    assert "0.47\u00a0±\u00a00.1" in page
     assert "The speeds are reliable" in page
 
 
@@ -61,7 +61,7 @@ def test_the_page_says_when_its_speeds_cannot_be_trusted(damaged, tmp_path):
     page = build_report(tmp_path).read_text(encoding="utf-8")
     assert page.index("The speeds are not reliable") < page.index("Before and after")
     assert "other programs kept 1.6 of 2 cores busy" in page
-    assert "23.6 (22.0–24.0)" in page
+    assert "23.6 (22.0\u2060–\u206024.0)" in page
 
 
 def test_a_comparison_shows_it_beside_each_method(results, tmp_path):
@@ -72,5 +72,5 @@ def test_a_comparison_shows_it_beside_each_method(results, tmp_path):
     save_results(results, tmp_path)
     page = build_report(tmp_path).read_text(encoding="utf-8")
     assert '<th scope="col">end in a loop</th>' in page
-    assert "0.47 ± 0.09" in page
+    assert "0.47\u00a0±\u00a00.09" in page
     assert "dense model" in page

@@ -23,8 +23,8 @@ class Speeds(NamedTuple):
     """What `speeds` measured of each model, by its name, and `timing`: how far that can be trusted.
 
     of: "prefill_tokens_per_s" and "decode_tokens_per_s", None where the interval of the time holds nonsense, with their
-    quartiles over the rounds as "prefill_quartiles" and "decode_quartiles", and "rounds". timing: "doubts", the reasons why it is not reliable, and the machine's
-    "load_average", "cores_of_others", "mhz" and the "seconds" that it took.
+    quartiles over the rounds as "prefill_quartiles" and "decode_quartiles", and "rounds". timing: "doubts", the reasons
+    why it is not reliable, and the machine's "load_average", "cores_of_others" and "mhz" in the "seconds" that it took.
     """
 
     of: dict[str, dict[str, Any]]

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from e3pruner.report.html import write_html
 from e3pruner.report.plots import render
-from e3pruner.report.table import plural
+from e3pruner.report.table import figure, plural
 from e3pruner.storage import write_json_lines
 from e3pruner.timing import Conditions, Estimate
 
@@ -86,11 +86,9 @@ def verdict(doubts: Sequence[str]) -> str:
     return "Reliable." if not doubts else f"Not reliable: {plural(len(doubts), 'reason')}."
 
 
-def figures(values: Iterable[float | None], digits: int = 3) -> list[str]:
+def figures(values: Iterable[float | None]) -> list[str]:
     """Numbers as a table shows them; "–" for None."""
-    return [
-        "–" if value is None else f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}" for value in values
-    ]
+    return ["–" if value is None else figure(value) for value in values]
 
 
 def spread(estimate: Estimate, unit: float = 1e3) -> str:

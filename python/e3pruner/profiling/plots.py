@@ -147,7 +147,7 @@ def phase_bars(phases: dict[str, dict[str, float]], spreads: Mapping[str, Estima
     axes.set(xlabel="ms")
     axes.grid(axis="y", visible=False)
     handles = [axes.barh(0, 0, color=FILLS[i % len(FILLS)], label=as_text(name)) for i, name in enumerate(names)]
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1), ncols=7, fontsize=9, handlelength=1)
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=7, fontsize=9, handlelength=1)
     return figure
 
 
@@ -164,5 +164,5 @@ def share_bars(shares: dict[tuple[str, str], tuple[float, tuple[float, float]]])
     axes.set(xlabel="% of the ceiling")
     axes.grid(axis="y", visible=False)
     handles = [Patch(color=FILLS[number], label=name) for number, name in enumerate(providers)]
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1), ncols=4, fontsize=9, handlelength=1)
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=9, handlelength=1)
     return figure

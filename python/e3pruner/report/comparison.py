@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from e3pruner.report.table import markdown_table
+from e3pruner.report.table import figure, markdown_table, plural
 from e3pruner.report.writing import REQUEST_SPEED, with_error
 
 # What a table says of the text that the first seed's models write.
@@ -75,8 +75,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"{command}at commit {(environment['commit'] or 'unknown')[:12]}, {machine['processor']}, "
         f"{machine['cores']} cores, torch {environment['versions']['torch']}, transformers "
         f"{environment['versions']['transformers']}, {environment['date'][:10]}.",
-        f"Mean (least–largest) over {len(matrix['seeds'])} seeds. Calibration: {matrix['sequences']} sequences of "
-        f"{matrix['length']} tokens, the same for every method; held out: {matrix['held_out']} of each kind of text. "
+        f"Mean (least–largest) over {plural(len(matrix['seeds']), 'seed')}. Calibration: {matrix['sequences']} sequences "
+        f"of {matrix['length']} tokens, the same for every method; held out: {matrix['held_out']} of each kind of text. "
         "KL in nats per token; cost in tokens times dense forward passes; seconds as its measurements took.",
     ]
     for caption, lines in panels(results):
@@ -88,7 +88,9 @@ def panels(results: dict[str, Any]) -> list[tuple[str, list[Line]]]:
     """The lines of `results` for each number of removed layers and recovery, under a caption."""
     groups: dict[str, list[Line]] = {}
     for line in results.get("comparison", []):
-        caption = f"{line['drop']} layers removed" + ("" if line["recovery"] == "none" else f", {line['recovery']}")
+        caption = f"{plural(line['drop'], 'layer')} removed" + (
+            "" if line["recovery"] == "none" else f", {line['recovery']}"
+        )
         groups.setdefault(caption, []).append(line)
     return list(groups.items())
 
@@ -118,11 +120,11 @@ def cells_of(line: Line, writing: bool = False) -> list[str]:
     by_kind = [
         text
         for figures in line["kinds"].values()
-        for text in (f"{figures['kl'][0]:.3f}", f"{figures['perplexity'][0]:.1f}")
+        for text in (f"{figures['kl'][0]:.3f}", figure(figures["perplexity"][0]))
     ]
     overall = str(Spread(*line["kl"]))
     written = [with_error(line.get("writing", {}).get(key)) for key in WRITING] if writing else []
-    return [line["method"], overall, *by_kind, *written, f"{line['cost']:,.0f}", f"{line['seconds']:.1f}"]
+    return [line["method"], overall, *by_kind, *written, f"{line['cost']:,.0f}", figure(line["seconds"])]
 
 
 def tables(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -51,12 +51,17 @@ def write_html(path: Path, template: str, plots: dict[str, str], **content: Any)
     """
     loader = PackageLoader("e3pruner.report", ".")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters["shown"] = shown
+    jinja.filters |= {"shown": shown, "unbroken": unbroken}
     drawn = {name: Markup(svg) for name, svg in plots.items()}
     page = jinja.get_template(template).render(plots=drawn, **content)
     with replacing_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def unbroken(figure: str) -> str:
+    """A figure of a table, which may break into lines nowhere but before its spread in brackets."""
+    return figure.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}(", " (").replace("–", "\u2060–\u2060")
 
 
 def shown(value: Any) -> str:

@@ -14,6 +14,11 @@ def count(value: float) -> str:
     return str(value)
 
 
+def figure(value: float) -> str:
+    """Three significant digits; whole numbers up to a million as they are."""
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
 def plural(count: int, thing: str) -> str:
     """ "1 step", "2 steps"."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

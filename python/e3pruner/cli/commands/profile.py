@@ -56,7 +56,7 @@ def show(page: Page, conditions: Conditions, out: Path) -> None:
     """Prints the page's tables. Only once the result is where it belongs: a pipe may close before they end."""
     terminal = console()
     doubts = doubts_of(page, conditions)
-    for line in (verdict(doubts), *(f"- {doubt}" for doubt in doubts), page.summary):
+    for line in (verdict(doubts), *(f"- {doubt}" for doubt in doubts), str(conditions), page.summary):
         terminal.print(line, highlight=False, markup=False)
     for section in page.sections:
         for table in section.tables:
