@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -77,8 +77,11 @@ def roofline(points: list[Point], ceilings: Ceilings, dtype: str) -> Figure:
         mine = [p for p in drawn if p.series == series]
         xs, ys = [p.flops / p.bytes for p in mine], [p.flops / p.seconds / 1e9 for p in mine]
         axes.plot(xs, ys, MARKERS[number % 4], color=FILLS[number], ms=6, ls="none", label=series)
-        for p, at_x, at_y in zip(mine, xs, ys, strict=True):
-            axes.annotate(p.label, (at_x, at_y), (5, -9), textcoords="offset points", fontsize=8, color=COLOURS.muted)
+    # Neighbours have their names on different sides of their marks.
+    for place, p in enumerate(sorted(drawn, key=lambda p: p.flops / p.seconds)):
+        at, (side, offset) = (p.flops / p.bytes, p.flops / p.seconds / 1e9), (("left", 6), ("right", -6))[place % 2]
+        look: Any = {"textcoords": "offset points", "fontsize": 8, "color": COLOURS.muted, "ha": side, "va": "center"}
+        axes.annotate(p.label, at, (offset, 0), **look)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
     axes.legend(loc="lower right", fontsize=9)
     return figure

@@ -75,9 +75,10 @@ def markdown(results: dict[str, Any]) -> str:
         f"{command}at commit {(environment['commit'] or 'unknown')[:12]}, {machine['processor']}, "
         f"{machine['cores']} cores, torch {environment['versions']['torch']}, transformers "
         f"{environment['versions']['transformers']}, {environment['date'][:10]}.",
-        f"Mean (least–largest) over {plural(len(matrix['seeds']), 'seed')}. Calibration: {matrix['sequences']} sequences "
-        f"of {matrix['length']} tokens, the same for every method; held out: {matrix['held_out']} of each kind of text. "
-        "KL in nats per token; cost in tokens times dense forward passes; seconds as its measurements took.",
+        f"Mean (least–largest) over {plural(len(matrix['seeds']), 'seed')}. Calibration: {matrix['sequences']} "
+        f"sequences of {matrix['length']} tokens, the same for every method; held out: {matrix['held_out']} of each "
+        "kind of text. KL in nats per token; cost in tokens times dense forward passes; seconds as its measurements "
+        "took.",
     ]
     for caption, lines in panels(results):
         parts += [f"## {caption}", markdown_table(headings(lines), _rows(lines, results))]
@@ -124,7 +125,7 @@ def cells_of(line: Line, writing: bool = False) -> list[str]:
     ]
     overall = str(Spread(*line["kl"]))
     written = [with_error(line.get("writing", {}).get(key)) for key in WRITING] if writing else []
-    return [line["method"], overall, *by_kind, *written, f"{line['cost']:,.0f}", figure(line["seconds"])]
+    return [line["method"], overall, *by_kind, *written, f"{line['cost']:,.0f}", figure(round(line["seconds"], 1))]
 
 
 def tables(results: dict[str, Any]) -> list[dict[str, Any]]:

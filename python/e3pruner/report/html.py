@@ -61,7 +61,11 @@ def write_html(path: Path, template: str, plots: dict[str, str], **content: Any)
 
 def unbroken(figure: str) -> str:
     """A figure of a table, which may break into lines nowhere but before its spread in brackets."""
-    return figure.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}(", " (").replace("–", "\u2060–\u2060")
+    return (
+        figure.replace(" ", "\N{NO-BREAK SPACE}")
+        .replace("\N{NO-BREAK SPACE}(", " (")
+        .replace("–", "\N{WORD JOINER}–\N{WORD JOINER}")
+    )
 
 
 def shown(value: Any) -> str:

@@ -169,7 +169,7 @@ def _phase(profile: DecoderProfile, phase: str, ceilings: Ceilings | None) -> Se
     rows.append(_part_row("sum of the parts", total, profile, phase))
     tables = [
         Table(
-            f"Eager: {1e3 * getattr(whole, phase):.2f} ms {unit}",
+            f"Eager: {figures([1e3 * getattr(whole, phase)])[0]} ms {unit}",
             [
                 "part",
                 "ms (quartiles)",
@@ -187,7 +187,7 @@ def _phase(profile: DecoderProfile, phase: str, ceilings: Ceilings | None) -> Se
     if profile.runtime:
         whole_runtime = getattr(profile.whole["runtime"], phase)
         lines = [_ablated_row(profile, phase, part, whole_runtime) for part in ("attention", "ffn", "rest")]
-        heading = f"Runtime: {1e3 * whole_runtime:.2f} ms {unit}, parts by leaving them out"
+        heading = f"Runtime: {figures([1e3 * whole_runtime])[0]} ms {unit}, parts by leaving them out"
         tables.append(Table(heading, ["part", "ms (quartiles)", "of the whole"], lines))
     note = "Each layer's parts by the clock around their calls. Outside operators: Python, module calls and views."
     if ceilings is not None:
