@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from e3pruner.models.device import AUTO, usable_device
-from e3pruner.models.smollm2 import smollm2_folder
+from e3pruner.models.files.smollm2 import smollm2_folder
 from e3pruner.models.streaming import streamed_model
 from e3pruner.storage import read_json
 

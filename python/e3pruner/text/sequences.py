@@ -103,6 +103,11 @@ class Sequences:
         """The positions that are no padding: (N, S), bool."""
         return torch.ones_like(self.input_ids) == 1 if self.attention_mask is None else self.attention_mask == 1
 
+    @property
+    def seen(self) -> Tensor:
+        """How many tokens of its document each position sees, itself included: (N, S)."""
+        return self.text.cumsum(-1) if self.position_ids is None else self.position_ids + 1
+
     def at_counted(self, values: Tensor) -> Tensor:
         """Of `values` (N·S, ...), one for each position, those of `counted`."""
         return values if self.plain else values[self.counted.flatten()]
