@@ -84,7 +84,7 @@ def unsettled(times: Mapping[str, Estimate], remedy: str = "raise --limit") -> l
 def _unsettled(name: str, estimate: Estimate, remedy: str) -> str:
     if estimate.rounds <= 2:
         times = "once" if estimate.rounds == 1 else "twice"
-        return f"{name} was measured {times}, which tells nothing of its spread: raise --rounds"
+        return f"{name} was measured {times}, which tells nothing of its spread: measure more rounds"
     if not estimate.known:
         return f"{name} is not known, after {estimate.rounds} rounds: {remedy}"
     margin = 100 * estimate.margin / estimate.value

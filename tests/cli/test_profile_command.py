@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from cli.conftest import Command
 
+import e3kernels
+from e3kernels.profiling import named_range
 from e3pruner.cli.commands import profile
 from e3pruner.profiling import fit
 
@@ -133,6 +136,21 @@ def test_an_earlier_profile_is_read_before_anything_is_measured(
         assert result.exit_code == 2
         assert "is no profile with rows of the kind" in " ".join(result.output.split())
         assert not (tmp_path / "out").exists()
+
+
+def test_any_profiled_block_has_a_page(tmp_path: Path, e3: Command) -> None:
+    """README promised one, and nothing made it."""
+    with e3kernels.profile(tmp_path / "recorded"), named_range("student forward"):
+        torch.ones(64, 64) @ torch.ones(64, 64)
+    result = e3("profile", "trace", tmp_path / "recorded", "--out", tmp_path / "page")
+    assert result.exit_code == 0, result.output
+    assert "pass in student forward" in result.output
+    text = (tmp_path / "page" / "profile.html").read_text(encoding="utf-8")
+    assert "aten::matmul" in text
+    assert "Reliable" not in text  # nobody watched the machine
+    nothing = e3("profile", "trace", tmp_path / "page", "--out", tmp_path / "none")
+    assert nothing.exit_code == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_pipe_that_closes_does_not_cost_the_page(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from e3kernels.profiling import TRACE_FILE, Profile, Trace
 from e3pruner.cli import options
 from e3pruner.cli.command import Command, command_line
 from e3pruner.cli.config import result_folder
@@ -21,7 +22,8 @@ from e3pruner.profiling.model.page import decoder_page
 from e3pruner.profiling.model.profile import profile_decoder
 from e3pruner.profiling.operations.page import operations_page
 from e3pruner.profiling.operations.profile import CASES, DTYPES, PROVIDERS, check_choices, profile_operations
-from e3pruner.profiling.page import Page, doubts_of, verdict, write_page
+from e3pruner.profiling.page import PAGE_FILE, Page, doubts_of, verdict, write_page
+from e3pruner.profiling.recording import trace_page
 from e3pruner.profiling.step.page import step_page
 from e3pruner.profiling.step.profile import profile_steps
 from e3pruner.report import describe_environment
@@ -61,7 +63,7 @@ def show(page: Page, conditions: Conditions, out: Path) -> None:
     for section in page.sections:
         for table in section.tables:
             terminal.print(rich_table(table.title, table.headings, table.rows))
-    terminal.print(f"{out / 'profile.html'}", highlight=False, soft_wrap=True)
+    terminal.print(f"{out / PAGE_FILE}", highlight=False, soft_wrap=True)
 
 
 @app.command("model", cls=Command)
@@ -167,6 +169,25 @@ def step(
         title = f"{model}: one search step and one recovery step, {batch} × {length} tokens"
         page = finished(step_page(profile, title), earlier, folder, conditions)
     show(page, conditions, out)
+
+
+@app.command("trace", cls=Command)
+def trace(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="What `with e3kernels.profile(FOLDER):` left.")],
+    out: options.Out,
+    force: options.Force = False,
+) -> None:
+    """Make a page of a block that your own program profiled: its ranges, operators and memory.
+
+    Example: `e3 profile trace profiled --out page`
+    """
+    recorded = Profile(Trace.read(folder / TRACE_FILE))
+    with result_folder(ctx, out, force) as target:
+        page = trace_page(recorded, f"The block profiled in {folder.name}")
+        write_page(page, target, describe_environment(), command_line())
+    for line in (page.summary, f"{out / PAGE_FILE}"):
+        console().print(line, highlight=False, soft_wrap=True)
 
 
 @app.command("ops", cls=Command)
