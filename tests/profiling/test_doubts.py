@@ -103,7 +103,7 @@ def test_the_page_opens_with_what_is_not_reliable(tmp_path):
     text = write_page(page, tmp_path, describe_environment(), "e3 profile model tiny", conditions).read_text()
     assert text.index("<h3>Not reliable</h3>") < text.index(page.summary[:20]) < text.index("What removing layers")
     assert "other programs kept 1.4 of 2 cores busy (load average 3.1)" in text
-    assert "cores_of_others" in text
+    assert "cores of others" in text
     assert verdict(doubts_of(page, conditions)).startswith("Not reliable: ")
     assert verdict([]) == "Reliable."
     assert math.isinf(Estimate.of_times([1.0]).margin)

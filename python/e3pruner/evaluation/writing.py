@@ -110,9 +110,12 @@ def brief_writing(
     chosen = [every[index * len(every) // prompts] for index in range(min(prompts, len(every)))]
     tasks = rule_tasks(per_kind=max(1, prompts // 4), seed=seed)
     longest = max(len(_ids(tokenizer, prompt)) for prompt in (*chosen, *(task.prompt for task in tasks)))
-    room = (position_limit(model) or 1 << 20) - longest
+    room = (position_limit(model) or 1 << 20) - longest - 1
     if room < _LEAST_REPEATED:
-        print(f"nothing is written: the model has {room + longest} positions, prompts take {longest}", file=sys.stderr)
+        print(
+            f"nothing is written: the model has {position_limit(model)} positions, prompts take {longest}",
+            file=sys.stderr,
+        )
         return None
     return {"prompts": chosen, "tasks": tasks, "samples": 2, "seed": seed, "max_new_tokens": min(_LONGEST, room)}
 
