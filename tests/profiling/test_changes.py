@@ -82,3 +82,10 @@ def test_every_kind_of_time_has_a_name_of_its_own():
         "eager, decode, ffn",
         "eager, decode",
     ]
+
+
+def test_a_time_that_is_not_known_has_not_changed():
+    """It used to be called changed by −99.9 %, beside "not known"."""
+    change = Change("a", Estimate(1139.0, 1100.0, 1200.0, 9), Estimate(1.0, 0.1, 4.0, 5))
+    assert not change.beyond_spread
+    assert change.cells()[2:] == ["not known", "–"]

@@ -119,3 +119,12 @@ def test_a_part_is_shown_with_the_seconds_that_its_share_is_of(tmp_path):
     (row,) = [row for row in table.rows if row[0] == "ffn"]
     assert row[1].startswith(f"{1e3 * seconds:,.0f} (")
     assert row[2] == f"{100 * seconds / 22:.1f} %"
+
+
+def test_the_first_sentence_names_no_time_that_is_not_known():
+    profile = to_be_shown(synthetic())
+    profile.parts["decode", None, "rest"] = dict.fromkeys(("seconds", "python", "flops", "bytes"), 10.0)
+    assert profile.knows_layers("eager", "decode")
+    profile.estimates["eager", "decode"] = Estimate(22.0, 10.0, 90.0, 5)
+    page = decoder_page(profile, "tiny", "float32", 1.3)
+    assert "a token is not known; what layers buy is not known." in page.summary

@@ -32,11 +32,16 @@ class Change(NamedTuple):
 
     @property
     def beyond_spread(self) -> bool:
-        """Whether the intervals of both, value and margin, lie apart."""
-        return abs(self.now.value - self.before.value) > self.now.margin + self.before.margin
+        """Whether both are known, and their intervals of value and margin lie apart."""
+        return self.known and abs(self.now.value - self.before.value) > self.now.margin + self.before.margin
+
+    @property
+    def known(self) -> bool:
+        return self.before.known and self.now.known
 
     def cells(self) -> list[str]:
-        return [self.name, spread(self.before), spread(self.now), f"{100 * (self.factor - 1):+.1f} %"]
+        change = f"{100 * (self.factor - 1):+.1f} %" if self.known else "–"
+        return [self.name, spread(self.before), spread(self.now), change]
 
     def row(self) -> Row:
         both = {"before": self.before.value, "now": self.now.value}
@@ -62,11 +67,12 @@ def compared(page: Page, earlier: list[Row]) -> Page:
     changes = [Change(name, before[name], now[name]) for name in now if name in before]
     moved = sorted((c for c in changes if c.beyond_spread), key=lambda c: -abs(math.log(c.factor)))
     run = earlier[0]
-    said = f"Against {run.get('title')} of {run.get('date')}: {len(moved)} of {plural(len(changes), 'time')} changed"
-    most = f", most {moved[0].name} by {100 * (moved[0].factor - 1):+.1f} %" if moved else ""
+    title, day, source = run.get("title"), str(run.get("date"))[:10], str(run.get("commit"))[:12]
+    said = f"Against {title} of {day}: {len(moved)} of {plural(len(changes), 'time')} changed beyond their spread"
+    said += f", most {moved[0].name} by {100 * (moved[0].factor - 1):+.1f} %." if moved else "."
     note = (
-        f"Commit {run.get('commit')}, {run.get('command')}; it was: {verdict(run.get('doubts', ()))} Changed: by more "
-        "than the margins of both, ±1.57 × the distance of the quartiles over √n."
+        f"Commit {source}, {run.get('command')}; it was: {verdict(run.get('doubts', ()))} Changed: by more than the "
+        "margins of both, ±1.57 × the distance of the quartiles over √n."
     )
     headings = ["", "ms before (quartiles)", "ms now (quartiles)", "change"]
     memory = [row for row in _memory(earlier, page.rows) if row]
@@ -75,12 +81,12 @@ def compared(page: Page, earlier: list[Row]) -> Page:
     still = [change.cells() for change in changes if not change.beyond_spread]
     tables.append(Table(f"Within the spread: {len(still)}", headings, still))
     doubts = [*page.doubts]
-    if run.get("title") != page.title:
-        doubts.append(f"the earlier profile is of something else: {run.get('title')}")
+    if title != page.title:
+        doubts.append(f"the earlier profile is of something else: {title}")
     if run.get("doubts"):
         doubts.append(f"the earlier profile says of itself that it is not reliable ({len(run['doubts'])} reasons)")
     return page._replace(
-        summary=f"{page.summary} {said} beyond their spread{most}.",
+        summary=f"{page.summary} {said}",
         sections=[Section("Since the earlier profile", note, tables, {}), *page.sections],
         rows=[*page.rows, *(change.row() for change in changes)],
         doubts=doubts,

@@ -43,8 +43,13 @@ def _headline(profile: DecoderProfile, speedup: float) -> str:
             NOT_ALL: f"no number of layers makes it {speedup:g} times as fast",
         }
         gain = buy.get(needed, f"{needed} of the {profile.layers} layers less make it {speedup:g} times as fast")
-        read, write = figures([1e3 * speed.prefill, 1e3 * speed.decode])
-        sentences.append(f"{engine.capitalize()}: the prompt takes {read} ms, a token {write} ms; {gain}.")
+        read, write = (
+            f"takes {figures([1e3 * getattr(speed, phase)])[0]} ms"
+            if profile.knows_whole(engine, phase)
+            else "is not known"
+            for phase in PHASES
+        )
+        sentences.append(f"{engine.capitalize()}: the prompt {read}, a token {write}; {gain}.")
     return " ".join(sentences)
 
 
@@ -110,14 +115,16 @@ def _answer(profile: DecoderProfile, speedup: float) -> Section:
             for removed, measured in profile.removed.items():
                 seconds = getattr(measured[engine], phase)
                 predicted = profile.predicted(engine, phase, middle(profile.layers, removed)) if known else None
-                marks[name][removed] = (whole / seconds, _speedups(profile, engine, phase, removed, whole))
+                is_known = profile.knows_whole((removed, engine), phase)
+                if is_known and profile.knows_whole(engine, phase):
+                    marks[name][removed] = (whole / seconds, _speedups(profile, engine, phase, removed, whole))
                 rows.append(
                     [
                         name,
                         str(removed),
                         NOT_KNOWN if predicted is None else figures([1e3 * predicted])[0],
                         _time(profile, (removed, engine), phase) or figures([1e3 * seconds])[0],
-                        "–" if predicted is None else _sign(predicted / seconds),
+                        "–" if predicted is None or not is_known else _sign(predicted / seconds),
                     ]
                 )
     tables = [
