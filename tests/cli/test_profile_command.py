@@ -46,6 +46,9 @@ def test_each_profile_leaves_a_page(
     rows = [json.loads(line) for line in (tmp_path / "out" / "profile.jsonl").read_text().splitlines()]
     assert rows[0]["kind"] == "run"
     assert rows[0]["machine"]
+    assert "Not reliable: " in result.output  # nothing is known of what was measured once
+    assert rows[0]["doubts"]
+    assert "Meanwhile the load average was" in result.output
 
 
 @pytest.mark.parametrize(
