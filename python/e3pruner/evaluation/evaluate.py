@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -36,6 +37,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     precision: str = "fp32",
     by_position: bool = False,
+    by_sequence: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure `model` on text: every token but the first of each sequence is predicted from those before it.
@@ -52,8 +54,9 @@ def evaluate(
     Returns "perplexity" = exp of the mean cross-entropy in nats, "tokens" (predicted ones), "layers", "parameters"
     (tied ones count once), and with a teacher "kl", the mean KL(teacher ‖ model) in nats per token over the full
     vocabulary, and "top1_agreement", the share of positions where both rank the same token first. With `by_position`
-    also "positions": the same for predictions from 1 token, 2 to 3, 4 to 7 and so on, "seen" being the least. Logits
-    exist one tile at a time.
+    also "positions": the same for predictions from 1 token, 2 to 3, 4 to 7 and so on, "seen" being the least; with
+    `by_sequence` "sequences": {"tokens": [...], "perplexity": [...], ...}, one value for each sequence in their order,
+    by which two models can be compared in pairs (`e3pruner.evaluation.paired`). Logits exist one tile at a time.
 
     Raises `ValueError` for token batches as `e3pruner.search` does and for a teacher with a vocabulary of another size
     whose columns neither `vocabulary` nor `tokenizer` tells apart, and `FloatingPointError` naming the batch if a
@@ -70,6 +73,7 @@ def evaluate(
         batches = list(batches[0].split(max(1, _PASS_TOKENS // batches[0].shape[1])))
     dtypes = [rounded_dtype(each, precision) for each in models]
     parts: defaultdict[int, Figures] = defaultdict(Figures)
+    of_each: list[Figures] = []
     with ExitStack() as stack:
         for each, dtype in zip(models, dtypes, strict=True):
             stack.enter_context(evaluating(each))
@@ -86,7 +90,13 @@ def evaluate(
                 transient=True,
             )
         ):
-            _add(parts, heads, batch, [batch.to(state.device).at_predicted(state) for state in states], by_position)
+            size = 1 if by_sequence else len(batch)
+            for rows, *part in zip(batch.split(size), *(state.split(size) for state in states), strict=True):
+                own: defaultdict[int, Figures] = defaultdict(Figures)
+                _add(own, heads, rows, [rows.to(state.device).at_predicted(state) for state in part], by_position)
+                for power, figures in own.items():
+                    parts[power] += figures
+                of_each.append(sum(own.values(), Figures()))
             if any(math.isnan(part.cross_entropy + part.kl) for part in parts.values()):
                 raise FloatingPointError(f"token_batches[{number}]: the loss is NaN")
     figures = sum((parts[power] for power in sorted(parts)), Figures())
@@ -99,7 +109,14 @@ def evaluate(
         result["positions"] = [
             {"seen": 2**power, "tokens": parts[power].tokens} | parts[power].means() for power in sorted(parts)
         ]
+    if by_sequence:
+        result["sequences"] = _columns(of_each)
     return result
+
+
+def _columns(of_each: Sequence[Figures]) -> dict[str, list[float]]:
+    rows = [{"tokens": each.tokens, **each.means()} for each in of_each]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _add(

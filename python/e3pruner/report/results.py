@@ -12,6 +12,8 @@ Keys (all but `title` and `environment` may be missing; the report then leaves t
 - `comparison`: the lines of `e3pruner.report.comparison.summary`, each with its "writing": `{"loops", "tokens",
   "right", "request_speed"}`, figures with standard errors, as `dense_writing` has them; `matrix`: the settings.
 - `curve`: `{method: [[layers removed, held-out KL], ...]}`.
+- `frontier`: `[{"drop", "ratio", "layers", "parameters", "decode_tokens_per_s"}]`, the dense model first; `ratio`: of
+  perplexities to its own.
 - `recovery`: `{"train": [[step, loss], ...], "held_out": [[step, KL], ...],
   "perplexity": [[step, perplexity], ...]}`.
 - `models`: `[{"name", "layers", "parameters", "kl", "perplexity", "top1_agreement", "decode_tokens_per_s", ...}]`.
@@ -75,6 +77,11 @@ def two_numbers(value: Any) -> bool:
     return _table([value], 2)
 
 
+def a_difference(value: Any) -> bool:
+    """Whether it is a number and its standard error, which may be null."""
+    return isinstance(value, list) and len(value) == 2 and _table([[each or 0.0 for each in value]], 2)
+
+
 _FIGURES: dict[str, Any] = {f"{key}?": (float, None) for key in COLUMNS}
 _FIGURES |= {f"{phase}_quartiles?": two_numbers for phase in ("decode", "prefill")}
 _WRITTEN = dict.fromkeys(("loops", "distinct_bigrams", "tokens", "ends"), two_numbers)
@@ -104,8 +111,13 @@ FORM = {
     "importance?": [(float, None)],
     "mask_path?": steps_with_lists_of_shares,
     "methods?": [_FIGURES | _METHOD],
-    "comparison?": [_LINE | {"kinds": {str: {"kl": three_numbers, "perplexity": three_numbers}}}],
+    "comparison?": [
+        _LINE
+        | {"paired?": (a_difference, None), "agreement?": (float, None)}
+        | {"kinds": {str: {"kl": three_numbers, "perplexity": three_numbers}}}
+    ],
     "dense_writing?": _BRIEF,
+    "frontier?": [{"drop": natural, "ratio": float, "parameters": float, "decode_tokens_per_s?": (float, None)}],
     "curve?": {str: one_or_more_pairs_of_numbers},
     "recovery?": {"train": pairs_of_numbers, "held_out": pairs_of_numbers, "perplexity?": pairs_of_numbers},
     "models?": [_FIGURES | {"name": str}],
