@@ -66,7 +66,7 @@ def test_plots_are_pngs(folder: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-ONE_PLOT = ("importance", "mask_path", "curve", "recovery")
+ONE_PLOT = ("importance", "mask_path", "curve", "frontier", "recovery")
 OTHER_PARTS = {"comparison": {"quality", "price", "depth"}}
 OTHER_PARTS |= {part: set() for part in (None, "models", "generations", "methods", "config", "seconds")}
 
@@ -167,7 +167,7 @@ PARTS = [
     "importance",
     "mask_path",
 ]
-PARTS += ["methods", "comparison", "curve", "recovery", "models", "tasks", "generations"]
+PARTS += ["methods", "comparison", "curve", "recovery", "models", "tasks", "generations", "frontier"]
 
 
 @pytest.mark.parametrize("part", PARTS)
