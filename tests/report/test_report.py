@@ -307,7 +307,7 @@ def test_the_page_says_where_it_comes_from_and_links_its_data(tmp_path, results)
     page = build_report(tmp_path).read_text()
     for name in ("results.json", *(path.name for path in tmp_path.glob("*.png"))):
         assert f'<a href="{name}">{name}</a>' in page
-    assert "load_average" in page
+    assert "load average" in page
     assert results["environment"]["date"] in page
 
 
