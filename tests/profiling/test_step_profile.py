@@ -13,7 +13,7 @@ from e3kernels.profiling import RangeRecorder, named_range
 from e3pruner import distill, prune
 from e3pruner.profiling.page import write_page
 from e3pruner.profiling.step.page import step_page
-from e3pruner.profiling.step.profile import STEP, _measured, profile_steps
+from e3pruner.profiling.step.profile import STEP, _measured, _Run, _started, profile_steps
 from e3pruner.report import describe_environment
 
 SEARCH = {"teacher forward", "student forward", "loss", "optimizer"}
@@ -77,6 +77,13 @@ def test_fused_and_eager_steps_take_turns():
     for steps in rounds.values():
         assert len(steps) == 3
         assert all(set(each.phases) == {"loss"} and each.phases["loss"] <= each.seconds for each in steps)
+
+
+def test_the_search_lasts_as_long_as_it_is_profiled():
+    """It ended when its mask was found: `e3 profile step` with more rounds than that broke off after minutes."""
+    run = _Run(tiny_model("llama"), tiny_tokens(15, 12), [0, 1, 2, 3], [], 1, 3, 0.0, 0, None)
+    with _started(run, "fused", {}) as (_, search):
+        assert all("noise_scale" in next(search) for _ in range(run.most + 3))
 
 
 def test_the_page_leads_with_a_sentence_and_its_figure(profiled):
