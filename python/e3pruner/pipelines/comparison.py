@@ -198,7 +198,7 @@ class Comparison:
     def _writes(self, cell: Cell) -> Damage | None:
         """What lets the models of the first seed write."""
         first = cell.seed == self.matrix.seeds[0] and cell.left_out in ("", self.matrix.text[0])
-        return self.damage if first else None
+        return self.damage if first and self.damage and self.damage.options else None
 
     def _search(self, cell: Cell) -> Row:
         text = self.calibration(cell)
