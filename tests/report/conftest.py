@@ -92,13 +92,7 @@ def synthetic_results(layers: int = 30, removed: tuple[int, ...] = (12, 13, 14, 
             "bi": [[n, 0.025 * n**2] for n in (2, 4, 6, 8)],
         },
         "frontier": [
-            {
-                "drop": n,
-                "ratio": 1 + 0.04 * n,
-                "layers": 30 - n,
-                "parameters": 134e6 - 3.5e6 * n,
-                "decode_tokens_per_s": 24 + n,
-            }
+            {"drop": n, "ratio": 1.2**n, "parameters": 134e6 - 3.5e6 * n, "decode_tokens_per_s": 20.0 + n}
             for n in (0, 4, 8)
         ],
         "recovery": {

@@ -4,6 +4,7 @@ from e3pruner.evaluation.evaluate import evaluate
 from e3pruner.evaluation.latency import Speeds, latency, speeds
 from e3pruner.evaluation.target import layers_to_drop
 from e3pruner.evaluation.tasks import evaluate_tasks
+from e3pruner.evaluation.text_tasks import write_text_tasks
 from e3pruner.evaluation.writing import fastest_writer, writing
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "latency",
     "layers_to_drop",
     "speeds",
+    "write_text_tasks",
     "writing",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -150,7 +151,8 @@ def headings(lines: list[Line]) -> list[str]:
     """Of the cells that `cells_of` gives for the same lines."""
     by_kind = [f"{kind} {name}" for kind in lines[0]["kinds"] for name in ("KL", "perplexity")]
     written = WRITING.values() if _write(lines) else ()
-    return ["method", "held-out KL", "difference", *by_kind, *written, "same layers", "cost", "seconds"]
+    figures = ["method", "held-out KL", "difference", *by_kind, *written, "cost", "seconds", "same layers"]
+    return [*figures, "removed (of searches)"]
 
 
 def _write(lines: list[Line]) -> bool:
@@ -169,8 +171,17 @@ def cells_of(line: Line, writing: bool = False) -> list[str]:
     written = [with_error(line.get("writing", {}).get(key)) for key in WRITING] if writing else []
     difference = "–" if line.get("paired") is None else str(Paired(*line["paired"]))
     same = "–" if line.get("agreement") is None else f"{line['agreement']:.0%}"
-    effort = [f"{line['cost']:,.0f}", figure(round(line["seconds"], 1))]
-    return [line["method"], overall, difference, *by_kind, *written, same, *effort]
+    price = f"{line['cost']:,.0f}", figure(round(line["seconds"], 1))
+    figures = [line["method"], overall, difference, *by_kind, *written, *price, same]
+    return [*figures, _chosen(line.get("removed", []))]
+
+
+def _chosen(removed: Sequence[Sequence[int]]) -> str:
+    """The layers that every search removes, then the others with the number of searches that do, most often first."""
+    counts = Counter(layer for layers in removed for layer in layers)
+    always = [str(layer) for layer in sorted(counts) if counts[layer] == len(removed)]
+    rest = sorted((layer for layer in counts if counts[layer] < len(removed)), key=lambda n: (-counts[n], n))
+    return ", ".join([" ".join(always)] * bool(always) + [f"{n} ({counts[n]} of {len(removed)})" for n in rest])
 
 
 def tables(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -60,7 +60,9 @@ def write_html(path: Path, template: str, plots: dict[str, str], **content: Any)
 
 
 def unbroken(figure: str) -> str:
-    """A figure of a table, which may break into lines nowhere but before its spread in brackets."""
+    """A figure of a table, which may break into lines nowhere but before its spread in brackets; a list as it is."""
+    if figure.count(" ") > 3:
+        return figure
     return (
         figure.replace(" ", "\N{NO-BREAK SPACE}")
         .replace("\N{NO-BREAK SPACE}(", " (")
