@@ -49,7 +49,7 @@ def write_html(path: Path, template: str, plots: dict[str, str], **content: Any)
     Every page has a `title`, a `summary` and a `command` (or None), the `environment` that it was made in, and the name
     of its `data`, the file beside it.
     """
-    loader = PackageLoader("e3pruner.report", ".")
+    loader = PackageLoader("e3pruner.report", "templates")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     jinja.filters |= {"shown": shown, "unbroken": unbroken}
     drawn = {name: Markup(svg) for name, svg in plots.items()}
