@@ -4,7 +4,9 @@ For each tile of rows: project hidden states to logits, let a dense kernel turn 
 gradient of Σℓ, and take that gradient back to hidden states, weight and bias. The mean's 1/Σw is known only after the
 last tile; it is applied to the gradients, which are small beside the logits. Every backend uses this loop with its own
 dense kernel. Where a weight must be cast, or its gradient is a product in a narrower dtype than its sum, the work goes
-by blocks of the vocabulary, so that no second copy of the weight ever exists.
+by blocks of the vocabulary, so that no second copy of the weight ever exists. CUDA's products of a narrow dtype add to
+an fp32 sum by themselves, unrounded and in one call: there a head that learns gets tiles of so many rows that the
+product takes longer than reading and writing the sum.
 
 A tile of few rows reads the head, and reads and writes its gradient, once for few products. But until the first tile's
 products are summed, the gradient of the weight is memory that holds nothing: 4·V·H bytes, room for the logits of both
@@ -53,6 +55,22 @@ def linear_grad_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return torch.mm(grad, weight, out=out)
 
 
+def adds_products(narrow: Tensor, total: Tensor) -> bool:
+    """Whether a product of matrices like `narrow` can be added to `total` in the dtype of `total`, in one call."""
+    if narrow.dtype == total.dtype:
+        return True
+    return narrow.device.type == "cuda" and torch.version.hip is None and total.dtype == torch.float32
+
+
+def add_product(total: Tensor, first: Tensor, second: Tensor, beta: float) -> None:
+    """total = beta·total + first @ second, summed in the dtype of `total`, as `adds_products` allows; without beta
+    whatever `total` holds."""
+    if first.dtype == total.dtype:
+        total.addmm_(first, second, beta=beta)
+    else:
+        torch.addmm(total, first, second, out_dtype=total.dtype, beta=beta, out=total)
+
+
 class Products(NamedTuple):
     """The two products of a few rows with a whole head."""
 
@@ -69,12 +87,17 @@ class TileKernel(NamedTuple):
     """The dense operation on one tile of logits: forward and backward with the operators' arguments, and how many
     fp32 logits of one model a tile may hold for the kernel's temporaries to stay in its workspace. The gradient may
     replace the student's logits. A `lean` kernel has no temporaries but the logits: of a narrower dtype it takes more.
+    Where products are added to the sum of a weight's gradient in one call, a tile has `added_rows` rows at least.
+    `share` begins to sum the gradient of a tile's hidden states over ranks that share out the vocabulary, in its place;
+    what it returns waits for the sum.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., Tensor]
     logits: int
     lean: bool = False
+    added_rows: int = 0
+    share: Callable[[Tensor], Callable[[], None]] | None = None
     products: Products = Products()
 
     def rows(self, vocabulary: int, dtype: torch.dtype) -> int:
@@ -125,9 +148,17 @@ class HeadGradients:
     Where `valid` (N,), if given, is false, the hidden states may hold anything.
     """
 
-    def __init__(self, head: Head, needs: tuple[bool, bool, bool], valid: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        head: Head,
+        needs: tuple[bool, bool, bool],
+        valid: Tensor | None = None,
+        share: Callable[[Tensor], Callable[[], None]] | None = None,
+    ) -> None:
         self.head = head
         self.valid = valid
+        self.share = share
+        self._shared: Callable[[], None] | None = None  # waits for the last tile's gradient of the hidden states
         dtype = accumulate_dtype(head.hidden.dtype)
         need_hidden, need_weight, need_bias = needs
         contiguous = torch.contiguous_format
@@ -135,6 +166,12 @@ class HeadGradients:
         self.weight = torch.empty_like(head.weight, dtype=dtype, memory_format=contiguous) if need_weight else None
         self.bias = torch.zeros_like(head.bias, dtype=dtype) if need_bias and head.bias is not None else None
         self._begun = False  # until then the weight's gradient holds nothing
+
+    def adds_narrow(self) -> bool:
+        """Whether products of a narrower dtype are added to the weight's gradient whole."""
+        if self.weight is None or self.head.dtype == self.weight.dtype:
+            return False
+        return adds_products(self.head.hidden.new_empty(0, dtype=self.head.dtype), self.weight)
 
     def room(self) -> int:
         """Rows of logits of two models for which there is room in the weight's gradient before anything is added."""
@@ -153,6 +190,7 @@ class HeadGradients:
         head, grad = self.head, grad_logits.to(self.head.dtype)
         if self.hidden is not None:
             self._through_weight(grad, self.hidden[rows])
+            self._begin_sharing(self.hidden[rows])
         if self.bias is not None:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
         if self.weight is not None:
@@ -161,6 +199,17 @@ class HeadGradients:
                 hidden = torch.where(self.valid[rows, None], hidden, 0.0)
             self._add_weight(grad, hidden)
         self._begun = True
+
+    def _begin_sharing(self, hidden: Tensor) -> None:
+        """Sum over the ranks while the next tile is computed: one tile's sum is under way at a time."""
+        if self.share is not None:
+            self._finish_sharing()
+            self._shared = self.share(hidden)
+
+    def _finish_sharing(self) -> None:
+        if self._shared is not None:
+            self._shared()
+            self._shared = None
 
     def _through_weight(self, grad: Tensor, out: Tensor) -> None:
         """grad @ weight to `out`."""
@@ -190,8 +239,8 @@ class HeadGradients:
     def _add_products(self, grad: Tensor, hidden: Tensor, start: int, stop: int) -> None:
         """gradᵀ·hidden to the rows [start, stop) of the weight's gradient."""
         assert self.weight is not None
-        if self.weight.dtype == grad.dtype:
-            self.weight[start:stop].addmm_(grad[:, start:stop].t(), hidden, beta=float(self._begun))
+        if adds_products(grad, self.weight):
+            add_product(self.weight[start:stop], grad[:, start:stop].t(), hidden, float(self._begun))
             return
         for block in self.head.blocks(start, stop):
             part = grad[:, block].t() @ hidden
@@ -201,6 +250,7 @@ class HeadGradients:
         """The three gradients over `divisor`; an empty tensor for each that was not needed."""
         like = self.head.hidden
         wide = accumulate_dtype(like.dtype)
+        self._finish_sharing()
         if self.weight is not None and not self._begun:
             self.weight.zero_()
         gradients = (self.hidden, self.weight, self.bias)
@@ -237,12 +287,14 @@ class LinearLoss:
         if self.labels is not None or self.token_mask is not None:
             _, _, _, ignore_index, *_ = self.codes
             valid = valid_tokens(self.head.hidden, self.labels, self.token_mask, ignore_index)
-        return HeadGradients(self.head, needs, valid)
+        return HeadGradients(self.head, needs, valid, self.kernel.share)
 
     def _workspaces(self, gradients: HeadGradients) -> Iterator[tuple[slice, Tensor]]:
         """Each slice of rows with the memory for its logits."""
         vocabulary, count = len(self.head.weight), len(self.head.hidden)
         step, first = self.kernel.rows(vocabulary, self.head.dtype), 0
+        if gradients.adds_narrow():
+            step = max(step, self.kernel.added_rows)
         if self.kernel.lean and (room := min(gradients.room(), count)) > step:
             first = room if room == count else _whole(room)
             yield slice(0, first), gradients.workspace(self.models * first)

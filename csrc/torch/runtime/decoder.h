@@ -18,7 +18,8 @@ class Decoder {
   explicit Decoder(std::shared_ptr<Model> model)
       : model_(std::move(model)), generic_(*model_), fused_(*model_, runtime_table_of(wanted_isa())) {
 #ifdef E3_WITH_CUDA
-    if (model_->device().is_cuda() && model_->head_dim <= cuda::LayerGraph::kMaxHeadDim)
+    if (model_->device().is_cuda() && model_->plain() &&
+        model_->layers.front().head_dim <= cuda::LayerGraph::kMaxHeadDim)
       graph_ = std::make_unique<GraphDecoder>(*model_);
 #endif
   }
@@ -29,6 +30,7 @@ class Decoder {
   int64_t weight_bytes(const Plan& plan) const {
     int64_t total = int64_t(model_->head->matrix().nbytes());
     for (const KeptLayer& kept : plan) {
+      total += model_->layers[kept.layer].input_bytes();
       if (kept.attention) total += model_->layers[kept.layer].attention_bytes();
       if (kept.mlp) total += model_->layers[kept.layer].mlp_bytes();
     }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from e3pruner.models.head import last_hidden
-from e3pruner.models.stack import calling, decoder_of, evaluating, find_layers
+from e3pruner.models.stack import calling, decoder_of, evaluating, find_layers, speaker_of
 
 Place = int | str  # of an argument: its position or its name
 Arguments = dict[Place, Any]
@@ -98,7 +98,7 @@ def route_of(model: PreTrainedModel, inputs: Inputs | None = None) -> Route:
     the first forward pass with them took it that was `recorded`; where none was, it is run on a few of their tokens.
     """
     if inputs is None:
-        inputs = {"input_ids": torch.arange(_BRIEF, device=model.device)[None]}
+        model, inputs = speaker_of(model), {"input_ids": torch.arange(_BRIEF, device=model.device)[None]}
     if (route := _known(model, inputs)) is None:
         with torch.no_grad(), evaluating(model):
             _, last = recorded(model, few := brief(inputs))

@@ -53,6 +53,7 @@ class LayerSkipRuntime:
         self.speculation: _runtime.SpeculationCounts | None = None  # experimental: of the last request that had a draft
         self._description = describe(model)
         self._decoder = self._native.Decoder(self._description)
+        self._cache_of = [layer.cache_of for layer in self._description.layers]
         whole_or_part = ((True, True), (True, False), (False, True))  # attention and MLP
         self._choices = [
             {blocks: self._native.KeptLayer(index, *blocks) for blocks in whole_or_part}
@@ -88,6 +89,10 @@ class LayerSkipRuntime:
             attention = mlp = set(range(count) if keep is None else check_indices("keep", keep, count))
         if not attention | mlp:
             raise ValueError(f"keep is empty; the model has layers 0 to {count - 1} and at least one must stay")
+        for layer in sorted(attention):
+            if self._cache_of[layer] not in {-1, *attention}:
+                producer = self._cache_of[layer]
+                raise ValueError(f"keep has layer {layer}, which reads the keys of layer {producer}, and not that one")
         return [self._choices[layer][layer in attention, layer in mlp] for layer in sorted(attention | mlp)]
 
     @property

@@ -18,7 +18,6 @@ from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.methods.bi import cosine_distance
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.protocol import (
-    fitting,
     leave_one_out_scores,
     lowest,
     removal_mask,
@@ -69,7 +68,7 @@ def gumbel_topk(
        takes the ones with the lowest predicted divergence less three standard deviations of its difference from the
        model's own best mask, measures them and that best mask on the batch, and fits the model again; the model's own
        spreads are learnt again whenever it has half as many measurements more. κ falls geometrically from `noise` to
-       0.4 of it, and again every 3n steps. It stops, after n steps at the earliest, once in three of them in a row no
+       0.4 of it, and again every 3n steps. It stops, after 3n steps at the earliest, once in three of them in a row no
        mask is expected to be below the best by more than the share `tolerance` of its KL.
     3. Of the masks measured so far the model's `finalists` best and the starts race: all are measured on one batch
        after another, and who is by two standard deviations worse than the best one falls out. Those that exchange one
@@ -121,7 +120,7 @@ def gumbel_topk(
             "expected_gain": gain,
         }
         step, settled = step + 1, settled + 1 if gain < tolerance else 0
-        if step >= problem.drop and settled >= _SETTLED:
+        if step >= cycle and settled >= _SETTLED:
             break
     rivals = tried = torch.cat([first, best[None], study.best_known(finalists)]).unique(dim=0)
     while True:
@@ -143,9 +142,11 @@ def _nearest(problem: SearchProblem, units: list[int], values: list[float]) -> l
 
 def _runs(problem: SearchProblem, costs: Tensor) -> Tensor:
     """Masks (N, F): of every run of 2 to n neighbouring units, all of it and the units of lowest `costs` (F,) beside
-    it.
+    it. None where a configuration makes demands, few of which a run would meet.
     """
     width, found = len(costs), []
+    if problem.units.demands:
+        return costs.new_empty(0, width)
     least = costs.min() - 1.0
     for length in range(2, problem.drop + 1):
         for begin in range(width - length + 1):
@@ -154,7 +155,7 @@ def _runs(problem: SearchProblem, costs: Tensor) -> Tensor:
             found.append(values)
     if not found:
         return costs.new_empty(0, width)
-    return fitting(problem, sampled(problem, torch.stack(found), 0.0, 0), costs)
+    return sampled(problem, torch.stack(found), 0.0, 0)
 
 
 def _starts(problem: SearchProblem, start: str, batches: range) -> list[list[float]]:
