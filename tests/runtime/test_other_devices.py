@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from runtime.fake_device import FakeDevice, move, values_of
+from runtime.fake_device import FakeDevice, move
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokens
 
 pytest.importorskip("e3kernels._runtime", reason="e3kernels._runtime is not built: python -m e3kernels.info says why")
@@ -61,23 +61,3 @@ def test_drafts_are_chosen_and_verified_on_the_device(device, options):
     assert torch.equal(other.generate(ids, max_new_tokens=NEW, draft_keep=[0, 2, 3], **options), expected)
     assert other.speculation.accepted == runtime.speculation.accepted
     assert max(device.to_host) < VOCAB_SIZE / 4
-
-
-@pytest.mark.parametrize(("padding", "masks"), [(0, False), (2, True)])
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_a_query_that_sees_everything_has_no_mask(device, model_type, padding, masks):
-    """A mask sends grouped attention to the slowest of a GPU's kernels; a window needs none either."""
-    here = tiny_model(model_type, tie_word_embeddings=False)
-    ids = tiny_tokens(batch=2, length=9)
-    mask = torch.ones_like(ids)
-    mask[1, :padding] = 0
-    expected = LayerSkipRuntime(here)
-    runtime = LayerSkipRuntime(move(copy.deepcopy(here)))
-    caches = [each.new_cache(2, mask) for each in (expected, runtime)]
-    for each, cache in zip((expected, runtime), caches, strict=True):
-        each.append(cache, ids)
-    device.dtypes.clear()
-    for token in tiny_tokens(batch=2, length=6).split(1, dim=1):
-        logits, theirs = (each.append(cache, token) for each, cache in zip((runtime, expected), caches, strict=True))
-        torch.testing.assert_close(values_of(logits), theirs, rtol=1e-4, atol=1e-5)
-    assert (torch.bool in device.dtypes) is masks
