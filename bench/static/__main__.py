@@ -1,6 +1,7 @@
 """Compile every kernel variant for every target and record what the binaries say; nothing is run.
 
-python -m bench.static            all variants, the peers, the runtime's CUDA kernels -> bench/results/static.{json,md}
+python -m bench.static            all variants, the peers, the runtime's CUDA kernels -> bench/results/static.{json,md};
+                                  binaries that are recorded already are not compiled again
 python -m bench.static --check    compile the launches whose kernel or arguments are not those recorded, and fail on a
                                   spill, or on more bytes per element or narrower accesses than recorded
 python -m bench.static --check NAME ...    of the named variants only
@@ -39,14 +40,15 @@ def _replace(path: Path, text: str) -> None:
 def record() -> None:
     """Compile everything and write the results."""
     packages = ("torch", "triton", "liger_kernel", "trl")
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"ours": {}, "peers": {}}
     document = {
         "what": "Compiled ahead of time and read; no kernel of this file has run on a GPU.",
         "command": "python -m bench.static",
         "commit": _git_commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "ours": measure((name, family) for family in TARGETS for name in ours()),
-        "peers": measure((name, family) for family in TARGETS for name in peers()),
+        "ours": measure(((name, family) for family in TARGETS for name in ours()), before["ours"]),
+        "peers": measure(((name, family) for family in TARGETS for name in peers()), before["peers"]),
         "cuda": cuda_kernels(),
         "roofline_estimates": estimates(),
     }

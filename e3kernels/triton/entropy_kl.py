@@ -24,7 +24,7 @@ from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
 from e3kernels.reference.columns import WHOLE, Columns
-from e3kernels.triton.launch import contiguous, fills_device, joining, split_of, sweep_of
+from e3kernels.triton.launch import contiguous, fills_device, joining, odd, split_of, sweep_of
 from e3kernels.triton.reduction import SUM, reduced_loss
 from e3kernels.triton.scalars import (
     STUDENT_SOFTCAP,
@@ -121,7 +121,7 @@ def entropy_kl_statistics(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, partial_ptr,
     student_stride, teacher_stride, V, split_size, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -132,7 +132,9 @@ def entropy_kl_statistics(
     teacher = Row(teacher_ptr + row * teacher_stride, teacher_transform(scalars_ptr, CAP_T))
     first = split * split_size
     last = tl.minimum(first + split_size, V)
-    pair = sweep_pair(student, teacher, first, last, V, inverse_temperature, DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL)
+    pair = sweep_pair(
+        student, teacher, first, last, V, inverse_temperature, DIVERGENCE, HAS_LABELS, ODD, LANES, VEC, UNROLL
+    )
     y_label = 0.0
     if HAS_LABELS:
         y_label = label_logit(student, tl.load(labels_ptr + row), first, last)
@@ -157,7 +159,7 @@ def entropy_kl_mixture(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, partial_ptr, mixture_ptr,
     student_stride, teacher_stride, V, split_size, splits, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
-    SPLITS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    SPLITS: tl.constexpr, ODD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """`splits` is the number of parts that make up the row, which another rank may hold."""
     row = tl.program_id(0).to(tl.int64)
@@ -174,7 +176,7 @@ def entropy_kl_mixture(
     from_student, from_teacher = sweep_mixture(
         student, teacher, first, tl.minimum(first + split_size, V), V,
         pair.student.top, tl.log(pair.student.total), pair.teacher.top, tl.log(pair.teacher.total),
-        inverse_temperature, mixing(scalars_ptr), LANES, VEC, UNROLL,
+        inverse_temperature, mixing(scalars_ptr), ODD, LANES, VEC, UNROLL,
     )  # fmt: skip
     out = mixture_ptr + (row * tl.num_programs(1) + split) * 2
     tl.store(out, from_student)
@@ -218,7 +220,7 @@ def entropy_kl_gradient(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, terms_ptr, incoming_ptr, grad_ptr,
     student_stride, teacher_stride, grad_stride, incoming_stride, V, split_size, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """∂/∂x of the token's loss times its incoming gradient: one a token, or one for all (stride 0)."""
     row = tl.program_id(0).to(tl.int64)
@@ -226,7 +228,7 @@ def entropy_kl_gradient(
     last = tl.minimum(first + split_size, V)
     grad_row = grad_ptr + row * grad_stride
     if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
-        sweep_zero(grad_row, first, last, V, LANES, VEC)
+        sweep_zero(grad_row, first, last, V, ODD, LANES, VEC, UNROLL)
         return
     student = Row(student_ptr + row * student_stride, student_transform(scalars_ptr, CAP_S))
     teacher = Row(teacher_ptr + row * teacher_stride, teacher_transform(scalars_ptr, CAP_T))
@@ -234,7 +236,7 @@ def entropy_kl_gradient(
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
     sweep_gradient(
         student, teacher, grad_row, first, last, V, load_terms(terms_ptr + row * TERMS), incoming, label,
-        1.0 / scalar(scalars_ptr, TEMPERATURE), mixing(scalars_ptr), DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL,
+        1.0 / scalar(scalars_ptr, TEMPERATURE), mixing(scalars_ptr), DIVERGENCE, HAS_LABELS, ODD, LANES, VEC, UNROLL,
     )  # fmt: skip
 
 
@@ -243,14 +245,14 @@ def entropy_kl_row(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, stats_ptr, loss_ptr, incoming_ptr, grad_ptr,
     student_stride, teacher_stride, grad_stride, incoming_stride, N, V, log_support, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr, WEIGHTING: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One token from its logits to its statistics, loss and gradient; the gradient may overwrite the student's row."""
     row = tl.program_id(0).to(tl.int64)
     grad_row = grad_ptr + row * grad_stride
     valid = is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK)
     if not valid:
-        sweep_zero(grad_row, 0, V, V, LANES, VEC)
+        sweep_zero(grad_row, 0, V, V, ODD, LANES, VEC, UNROLL)
         store_tokens(stats_ptr, loss_ptr, row, N, valid, 0.0, 0.0, 0.0, 0.0, 0.0)
         return
     temperature = scalar(scalars_ptr, TEMPERATURE)
@@ -258,11 +260,11 @@ def entropy_kl_row(
     mix = mixing(scalars_ptr)
     student = Row(student_ptr + row * student_stride, student_transform(scalars_ptr, CAP_S))
     teacher = Row(teacher_ptr + row * teacher_stride, teacher_transform(scalars_ptr, CAP_T))
-    pair = sweep_pair(student, teacher, 0, V, V, inverse_temperature, DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL)
+    pair = sweep_pair(student, teacher, 0, V, V, inverse_temperature, DIVERGENCE, HAS_LABELS, ODD, LANES, VEC, UNROLL)
     if DIVERGENCE == JSD:
         term, from_teacher = sweep_mixture(
             student, teacher, 0, V, V, pair.student.top, tl.log(pair.student.total), pair.teacher.top,
-            tl.log(pair.teacher.total), inverse_temperature, mix, LANES, VEC, UNROLL,
+            tl.log(pair.teacher.total), inverse_temperature, mix, ODD, LANES, VEC, UNROLL,
         )  # fmt: skip
         divergence = mix.beta * from_teacher + mix.rest * term
         share = tl.full(term.shape, 0.0, tl.float32)
@@ -278,7 +280,7 @@ def entropy_kl_row(
     tl.debug_barrier()  # the gradient may overwrite the logits: the label's must have been read
     sweep_gradient(
         student, teacher, grad_row, 0, V, V, terms, incoming, label, inverse_temperature, mix,
-        DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL,
+        DIVERGENCE, HAS_LABELS, ODD, LANES, VEC, UNROLL,
     )  # fmt: skip
 
 
@@ -335,7 +337,7 @@ def partial_statistics(d: DenseCall) -> Tensor:
     wrap_triton(entropy_kl_statistics)[(N, splits)](
         d.student, d.teacher, d.labels, d.mask, d.scalars, partial,
         d.student.stride(0), d.teacher.stride(0), V, size, d.ignore_index,
-        **d.flags(), **sweep.options(),
+        ODD=odd(d.student, d.teacher), **d.flags(), **sweep.options(),
     )  # fmt: skip
     return partial
 
@@ -363,7 +365,7 @@ def mixture_sums(d: DenseCall, partial: Tensor) -> Tensor:
     wrap_triton(entropy_kl_mixture)[(N, splits)](
         d.student, d.teacher, d.labels, d.mask, d.scalars, partial, sums,
         d.student.stride(0), d.teacher.stride(0), V, size, parts, d.ignore_index,
-        SPLITS=triton.next_power_of_2(int(parts)), **flags, **sweep.options(),
+        SPLITS=triton.next_power_of_2(int(parts)), ODD=odd(d.student, d.teacher), **flags, **sweep.options(),
     )  # fmt: skip
     return sums
 
@@ -390,7 +392,7 @@ def logits_gradient(d: DenseCall, terms: Tensor, incoming: Tensor) -> Tensor:
     wrap_triton(entropy_kl_gradient)[(N, triton.cdiv(V, sweep.step))](
         d.student, d.teacher, d.labels, d.mask, d.scalars, terms, incoming, grad,
         d.student.stride(0), d.teacher.stride(0), V, int(incoming.dim() > 0), V, sweep.step, d.ignore_index,
-        **d.flags(), **sweep.options(),
+        ODD=odd(d.student, d.teacher, grad), **d.flags(), **sweep.options(),
     )  # fmt: skip
     return grad
 
@@ -404,7 +406,7 @@ def rows_at_once(d: DenseCall, incoming: Tensor, grad: Tensor) -> tuple[Tensor, 
     wrap_triton(entropy_kl_row)[(N,)](
         d.student, d.teacher, d.labels, d.mask, d.scalars, stats, losses, incoming, grad,
         d.student.stride(0), d.teacher.stride(0), grad.stride(0), int(incoming.dim() > 0), N, V, math.log(V),
-        d.ignore_index, WEIGHTING=d.weighting, **d.flags(), **sweep.options(),
+        d.ignore_index, WEIGHTING=d.weighting, ODD=odd(d.student, d.teacher, grad), **d.flags(), **sweep.options(),
     )  # fmt: skip
     return stats, losses
 

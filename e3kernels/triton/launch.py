@@ -82,8 +82,9 @@ def table_of(family: str) -> dict[str, list[dict[str, Any]]]:
 
 @functools.cache
 def configured_sweep(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
-    """The tile that the family's file names, else the heuristic's: 128-bit accesses, at most eight warps, and two
-    rounds per step where that does not cost a wide wavefront its registers."""
+    """The tile that the family's file names, else the heuristic's: 128-bit accesses, at most eight warps, and sixteen
+    columns per lane and step, over which its running sums are rescaled once, where that does not cost a wide wavefront
+    its registers."""
     family, warp, _ = device_of(device.type, device.index)
     for entry in table_of(family).get(kernel, ()):
         limit = entry["columns"]
@@ -92,7 +93,7 @@ def configured_sweep(kernel: str, device: torch.device, itemsize: int, columns: 
     vec, count = 16 // itemsize, 8
     while count > 1 and count * warp * vec >= 2 * columns:
         count //= 2
-    return Sweep(count * warp, vec, 2 if count == 8 and warp == 32 else 1, count)
+    return Sweep(count * warp, vec, 16 // vec if count == 8 and warp == 32 else 1, count)
 
 
 def sweep_of(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
@@ -120,6 +121,12 @@ def joining(splits: int) -> dict[str, Any]:
 def fills_device(rows: Tensor) -> bool:
     """Whether one program per row keeps every multiprocessor busy."""
     return rows.shape[0] >= 2 * device_of(rows.device.type, rows.device.index).processors
+
+
+def odd(*rows: Tensor) -> bool:
+    """Whether the rows of some of these matrices do not all begin at a boundary of 16 bytes."""
+    sizes = [(matrix.stride(0), matrix.storage_offset(), matrix.element_size()) for matrix in rows]
+    return any(stride * size % 16 or offset * size % 16 for stride, offset, size in sizes)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
