@@ -113,14 +113,14 @@ def _launches() -> dict[str, Callable[[], Any]]:
             calls[f"entropy_kl/{name}/{v}"] = lambda d=dtype, v=v: _dense(d, 0, MEAN, True, vocabulary=v)
             calls[f"entropy_kl/{name}/{v}/row"] = lambda d=dtype, v=v: _dense(d, 0, SUM, True, vocabulary=v)
             calls[f"topk_kl/{name}/{v}"] = lambda d=dtype, v=v: _sparse(d, 0, True, vocabulary=v)
+    bf16 = torch.bfloat16
     for v in VOCABULARIES:
-        bf16 = torch.bfloat16
         calls[f"entropy_kl/bf16/{v}/8 rows"] = lambda v=v: _dense(bf16, 0, MEAN, True, rows=8, vocabulary=v)
         for k in (1, 32, 100, 128):
             calls[f"topk_kl/bf16/{v}/k={k}"] = lambda v=v, k=k: _sparse(bf16, 0, True, 8, v, k)
     for rows in (50, 100, 200, 400):  # of which 16, 8, 4 and 2 parts are joined
-        calls[f"entropy_kl/bf16/{rows} rows"] = lambda n=rows: _dense(torch.bfloat16, 0, MEAN, True, rows=n)
-        calls[f"topk_kl/bf16/{rows} rows"] = lambda n=rows: _sparse(torch.bfloat16, 0, True, rows=n)
+        calls[f"entropy_kl/bf16/{rows} rows"] = lambda n=rows: _dense(bf16, 0, MEAN, True, rows=n)
+        calls[f"topk_kl/bf16/{rows} rows"] = lambda n=rows: _sparse(bf16, 0, True, rows=n)
     return calls
 
 

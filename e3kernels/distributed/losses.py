@@ -36,15 +36,16 @@ def sharded_loss(
     module = import_module(f"e3kernels.{backend}.{dense}")
     forward: Callable[..., Any] = partial(getattr(module, dense), columns=columns)
     backward: Callable[..., Any] = partial(getattr(module, f"{dense}_backward"), columns=columns)
-    logits = REFERENCE_LOGITS
+    logits, added_rows = REFERENCE_LOGITS, 0
     if backend == "triton":
         triton = import_module("e3kernels.triton")
-        forward, backward, logits = triton.eager(forward), triton.eager(backward), triton.TILE_LOGITS
+        forward, backward = triton.eager(forward), triton.eager(backward)
+        logits, added_rows = triton.TILE_LOGITS, triton.ADDED_ROWS
     if dense != operator.name:
         # All ranks must cut the same tiles, also where one holds fewer columns: their sums meet tile by tile.
         rows = max(1, logits // columns.widest)
         linear_loss = import_module(f"e3kernels.tiled.{operator.name}").linear_loss
-        forward, backward = kernels(linear_loss, TileKernel(forward, backward, rows * width))
+        forward, backward = kernels(linear_loss, TileKernel(forward, backward, rows * width, added_rows=added_rows))
         # Each rank's columns give a part of the gradient of the hidden states, which come behind (loss, stats).
         forward, backward = _summed(forward, 2, columns), _summed(backward, 0, columns)
     return differentiable(operator, forward, backward), columns.size

@@ -4,7 +4,9 @@ For each tile of rows: project hidden states to logits, let a dense kernel turn 
 gradient of Σℓ, and take that gradient back to hidden states, weight and bias. The mean's 1/Σw is known only after the
 last tile; it is applied to the gradients, which are small beside the logits. Every backend uses this loop with its own
 dense kernel. Where a weight must be cast, or its gradient is a product in a narrower dtype than its sum, the work goes
-by blocks of the vocabulary, so that no second copy of the weight ever exists.
+by blocks of the vocabulary, so that no second copy of the weight ever exists. CUDA's products of a narrow dtype add to
+an fp32 sum by themselves, unrounded and in one call: there a head that learns gets tiles of so many rows that the
+product takes longer than reading and writing the sum.
 
 A tile of few rows reads the head, and reads and writes its gradient, once for few products. But until the first tile's
 products are summed, the gradient of the weight is memory that holds nothing: 4·V·H bytes, room for the logits of both
@@ -53,6 +55,22 @@ def linear_grad_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return torch.mm(grad, weight, out=out)
 
 
+def adds_products(narrow: Tensor, total: Tensor) -> bool:
+    """Whether a product of matrices like `narrow` can be added to `total` in the dtype of `total`, in one call."""
+    if narrow.dtype == total.dtype:
+        return True
+    return narrow.device.type == "cuda" and torch.version.hip is None and total.dtype == torch.float32
+
+
+def add_product(total: Tensor, first: Tensor, second: Tensor, beta: float) -> None:
+    """total = beta·total + first @ second, summed in the dtype of `total`, as `adds_products` allows; without beta
+    whatever `total` holds."""
+    if first.dtype == total.dtype:
+        total.addmm_(first, second, beta=beta)
+    else:
+        torch.addmm(total, first, second, out_dtype=total.dtype, beta=beta, out=total)
+
+
 class Products(NamedTuple):
     """The two products of a few rows with a whole head."""
 
@@ -69,12 +87,14 @@ class TileKernel(NamedTuple):
     """The dense operation on one tile of logits: forward and backward with the operators' arguments, and how many
     fp32 logits of one model a tile may hold for the kernel's temporaries to stay in its workspace. The gradient may
     replace the student's logits. A `lean` kernel has no temporaries but the logits: of a narrower dtype it takes more.
+    Where products are added to the sum of a weight's gradient in one call, a tile has `added_rows` rows at least.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., Tensor]
     logits: int
     lean: bool = False
+    added_rows: int = 0
     products: Products = Products()
 
     def rows(self, vocabulary: int, dtype: torch.dtype) -> int:
@@ -136,6 +156,12 @@ class HeadGradients:
         self.bias = torch.zeros_like(head.bias, dtype=dtype) if need_bias and head.bias is not None else None
         self._begun = False  # until then the weight's gradient holds nothing
 
+    def adds_narrow(self) -> bool:
+        """Whether products of a narrower dtype are added to the weight's gradient whole."""
+        if self.weight is None or self.head.dtype == self.weight.dtype:
+            return False
+        return adds_products(self.head.hidden.new_empty(0, dtype=self.head.dtype), self.weight)
+
     def room(self) -> int:
         """Rows of logits of two models for which there is room in the weight's gradient before anything is added."""
         return 0 if self.weight is None else self._memory().numel() // (2 * len(self.weight))
@@ -190,8 +216,8 @@ class HeadGradients:
     def _add_products(self, grad: Tensor, hidden: Tensor, start: int, stop: int) -> None:
         """gradᵀ·hidden to the rows [start, stop) of the weight's gradient."""
         assert self.weight is not None
-        if self.weight.dtype == grad.dtype:
-            self.weight[start:stop].addmm_(grad[:, start:stop].t(), hidden, beta=float(self._begun))
+        if adds_products(grad, self.weight):
+            add_product(self.weight[start:stop], grad[:, start:stop].t(), hidden, float(self._begun))
             return
         for block in self.head.blocks(start, stop):
             part = grad[:, block].t() @ hidden
@@ -243,6 +269,8 @@ class LinearLoss:
         """Each slice of rows with the memory for its logits."""
         vocabulary, count = len(self.head.weight), len(self.head.hidden)
         step, first = self.kernel.rows(vocabulary, self.head.dtype), 0
+        if gradients.adds_narrow():
+            step = max(step, self.kernel.added_rows)
         if self.kernel.lean and (room := min(gradients.room(), count)) > step:
             first = room if room == count else _whole(room)
             yield slice(0, first), gradients.workspace(self.models * first)

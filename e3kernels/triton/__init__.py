@@ -23,6 +23,7 @@ from e3kernels.compat import (
     triton_ops_to_kernels,
 )
 from e3kernels.registration import LIBRARY, OPERATORS
+from e3kernels.triton.on_chip import ADDED_ROWS as ADDED_ROWS
 from e3kernels.triton.on_chip import TILE_LOGITS as TILE_LOGITS
 
 Kernel = Callable[..., Any]

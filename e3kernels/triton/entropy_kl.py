@@ -121,7 +121,8 @@ def entropy_kl_statistics(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, partial_ptr,
     student_stride, teacher_stride, V, split_size, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -220,7 +221,8 @@ def entropy_kl_gradient(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, terms_ptr, incoming_ptr, grad_ptr,
     student_stride, teacher_stride, grad_stride, incoming_stride, V, split_size, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """∂/∂x of the token's loss times its incoming gradient: one a token, or one for all (stride 0)."""
     row = tl.program_id(0).to(tl.int64)
@@ -245,7 +247,8 @@ def entropy_kl_row(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, stats_ptr, loss_ptr, incoming_ptr, grad_ptr,
     student_stride, teacher_stride, grad_stride, incoming_stride, N, V, log_support, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr, WEIGHTING: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One token from its logits to its statistics, loss and gradient; the gradient may overwrite the student's row."""
     row = tl.program_id(0).to(tl.int64)

@@ -25,7 +25,7 @@ from e3kernels.triton.entropy_kl import (
     token_statistics,
 )
 from e3kernels.triton.launch import contiguous
-from e3kernels.triton.on_chip import TILE_LOGITS, projected_tile, suits_chip, tiling
+from e3kernels.triton.on_chip import ADDED_ROWS, TILE_LOGITS, projected_tile, suits_chip, tiling
 from e3kernels.triton.reduction import without_gradients
 from e3kernels.triton.scalars import TEMPERATURE, scalar, student_transform, teacher_transform
 from e3kernels.triton.statistics import JSD, PAIR_FIELDS, fold_pair, no_pair, store_pair
@@ -78,7 +78,9 @@ def entropy_kl_tile(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return losses.sum(), stats, call.student
 
 
-_tiled, linear_entropy_kl_backward = kernels(linear_loss, TileKernel(entropy_kl_tile, entropy_kl_backward, TILE_LOGITS))
+_tiled, linear_entropy_kl_backward = kernels(
+    linear_loss, TileKernel(entropy_kl_tile, entropy_kl_backward, TILE_LOGITS, added_rows=ADDED_ROWS)
+)
 
 
 def on_chip_tokens(

@@ -12,14 +12,16 @@ from e3kernels.contract import REDUCTIONS
 from e3kernels.tiled.linear import TileKernel, kernels
 from e3kernels.tiled.linear_topk_kl import linear_loss
 from e3kernels.triton.launch import contiguous
-from e3kernels.triton.on_chip import TILE_LOGITS, projected_tile, suits_chip, tiling
+from e3kernels.triton.on_chip import ADDED_ROWS, TILE_LOGITS, projected_tile, suits_chip, tiling
 from e3kernels.triton.reduction import without_gradients
 from e3kernels.triton.scalars import TEMPERATURE, scalar, student_transform
 from e3kernels.triton.statistics import STUDENT_FIELDS, fold_student, no_student, store_student
 from e3kernels.triton.topk_kl import SparseTokens, prepared, token_statistics, topk_kl, topk_kl_backward
 
 NONE = REDUCTIONS.index("none")
-_tiled, linear_topk_kl_backward = kernels(linear_loss, TileKernel(topk_kl, topk_kl_backward, TILE_LOGITS))
+_tiled, linear_topk_kl_backward = kernels(
+    linear_loss, TileKernel(topk_kl, topk_kl_backward, TILE_LOGITS, added_rows=ADDED_ROWS)
+)
 
 
 @triton.jit

@@ -15,6 +15,9 @@ from e3kernels.triton.launch import device_of, lanes, warps
 from e3kernels.triton.statistics import scaled_logits
 
 TILE_LOGITS = 64 << 20  # logits of one model in a tile: 128 MiB in bf16, enough rows to fill a device's matrix units
+# Rows of a tile whose product is added to the fp32 gradient of a weight: per entry of it 8 bytes move, and 2 operations
+# are made per row, of which 200 to 300 take as long as a byte.
+ADDED_ROWS = 2048
 ON_CHIP_WIDTH = 1024  # hidden sizes up to which keeping the logits on chip is expected to pay; see bench/static
 
 

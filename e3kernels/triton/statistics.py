@@ -14,11 +14,13 @@ one with the subtraction, is as large as the rounding of the other.
 
 Each lane keeps its own maxima and sums and no lane waits for another inside the sweep; `merge` joins lanes, splits of a
 row and ranks of a vocabulary-parallel head by the same rule, always in the same order, so results are deterministic.
-What makes the device wait is the number of instructions, so finite logits are folded in powers of two, f·z − f·m in one
-multiply-add with f = log₂e/T and what the model multiplies by; an infinite logit or NaN leaves sums that are not finite,
-and `fold_pair`, which knows those, takes the part again. B is counted in units of 2^24 nats, in which no sum of finite differences overflows. `gap` is the largest yt where ys is
+B is counted in units of 2^24 nats, in which no sum of finite differences overflows. `gap` is the largest yt where ys is
 −∞: if the first model has mass there, the divergence is +∞. A lane that has seen nothing holds the smallest finite
 maximum and zero sums, which no rescaling turns into a NaN.
+
+What such a sweep waits for is the number of its instructions. So finite logits are folded in powers of two, f·z − f·m
+in one multiply-add, with f = log₂e/T times what the model multiplies by; infinity and NaN leave sums that are not
+finite, and `fold_pair`, which knows those, takes the part again.
 """
 
 from typing import NamedTuple

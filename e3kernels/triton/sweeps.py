@@ -20,6 +20,7 @@ from e3kernels.triton.statistics import (
     JSD,
     LN_2,
     LOG2_E,
+    START,
     fold_finite,
     fold_finite_pair,
     fold_pair,
@@ -35,7 +36,6 @@ from e3kernels.triton.statistics import (
     no_sums,
     none_finite,
     pair_in_nats,
-    START,
     row_from,
     scaled_logits,
     unit,
@@ -92,9 +92,8 @@ def label_logit(row, label, first, last):
 
 
 class Span(NamedTuple):
-    """Columns [first, last) of a row that takes [lead, end): its steps without a mask are [inner, outer); tiles with one
-    begin at each of range(edge, bound, stride), `first` up to `inner` and `outer` up to `last` if those are not empty.
-    """
+    """Columns [first, last) of a row that takes [lead, end). Steps without a mask are [inner, outer), tiles with one
+    [first, inner) and [outer, last); range(edge, bound, stride) are the beginnings of those that hold any column."""
 
     first: tl.tensor
     last: tl.tensor

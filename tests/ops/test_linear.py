@@ -1,5 +1,8 @@
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from e3kernels.contract import REDUCTIONS
 from e3kernels.reference import linear_entropy_kl as definition
@@ -132,3 +135,63 @@ def test_a_shared_head_is_multiplied_once(monkeypatch):
     forward, _ = linear.kernels(linear_loss, TileKernel(entropy_kl, entropy_kl_backward, 1 << 20))
     forward(*inputs, 1, None, False, False, False)
     assert products == [(22, 6)]
+
+
+class CudaProducts(TorchDispatchMode):
+    """The products of CUDA tensors on those of this machine: `addmm` with an `out_dtype`, which sums without rounding.
+    `calls` counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        self.calls[str(operator)] += 1
+        if operator is not torch.ops.aten.addmm.dtype_out:
+            return operator(*arguments, **keywords)
+        total, first, second, dtype = arguments
+        out, beta = keywords["out"], keywords.get("beta", 1)
+        assert dtype == total.dtype == torch.float32
+        assert first.dtype == second.dtype == torch.bfloat16
+        product = first.to(dtype) @ second.to(dtype)
+        return out.copy_(product if beta == 0 else product + beta * total)
+
+
+@pytest.fixture
+def cuda_products(monkeypatch):
+    monkeypatch.setattr(linear, "adds_products", lambda narrow, total: True)
+    with CudaProducts() as mode:
+        yield mode
+
+
+def big_head(rows, width, vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, width, generator=generator).bfloat16() for n in (rows, vocabulary))
+    return hidden, weight, None, hidden, weight, None
+
+
+def students_logits(student, teacher, *rest):
+    """A dense kernel of no work, whose gradient is the student's logits."""
+    return student.new_zeros((), dtype=torch.float32), student.new_zeros(4, len(student), dtype=torch.float32), student
+
+
+def gradients_of(kernel, shape):
+    inputs = (*big_head(*shape), None, None, SCALARS, 0, 0, -100, None)
+    return linear_loss(kernel, (True, True, False), *inputs).forward(1, None)
+
+
+def test_a_head_that_learns_takes_few_calls_where_products_add(cuda_products):
+    """Llama 3's head and 8192 tokens, all sizes a sixteenth: tiles of 2048 rows, each with one product for the gradient
+    of the weight, where tiles of 480 rows took 127 products each and two calls more to add every one of them."""
+    gradients_of(TileKernel(students_logits, None, (64 << 20) // 256, added_rows=128), (512, 16, 8016))
+    assert cuda_products.calls["aten.addmm.dtype_out"] == 4
+    assert cuda_products.calls.total() <= 100
+
+
+def test_products_that_add_are_not_rounded(cuda_products):
+    """What a narrow product rounds is 2^-9 of it; the sum of several tiles rounds 2^-24."""
+    *_, weight, _ = gradients_of(TileKernel(students_logits, None, 64 * 300, added_rows=64), (256, 32, 300))
+    hidden, head, *_ = big_head(256, 32, 300)
+    exact = (hidden @ head.t()).double().t() @ hidden.double()
+    assert (weight / 256 - exact / 256).abs().max() < 2e-6 * (exact / 256).abs().max()
