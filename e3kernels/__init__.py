@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from e3kernels import backends, nn
 from e3kernels.backends import use_backend
+from e3kernels.drop_in.trl import patch_trl
 from e3kernels.info import info
 from e3kernels.ops.common.loss_call import TokenStats
 from e3kernels.ops.entropy_kl import entropy_kl
@@ -36,6 +37,7 @@ __all__ = [
     "linear_entropy_kl",
     "linear_topk_kl",
     "nn",
+    "patch_trl",
     "profile",
     "topk_kl",
     "use_backend",

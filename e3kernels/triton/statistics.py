@@ -23,6 +23,9 @@ in one multiply-add, with f = log₂e/T times what the model multiplies by; infi
 finite, and `fold_pair`, which knows those, takes the part again.
 """
 
+# mypy: disable-error-code="assignment"
+# Tuples of tiles grow in loops that the compiler unrolls.
+
 from typing import NamedTuple
 
 import triton

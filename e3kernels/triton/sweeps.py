@@ -9,6 +9,9 @@ boundary before the row, `lead` columns before its first: only the step in which
 are masked, and all other accesses are whole, as long as all tensors of the sweep begin at the same distance.
 """
 
+# mypy: disable-error-code="assignment"
+# Tuples of tiles grow in loops that the compiler unrolls.
+
 from typing import NamedTuple
 
 import triton
