@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from e3kernels.profiling import RangeRecorder, named_range
 from e3pruner import distill, prune
-from e3pruner.models.smollm2 import load_smollm2
+from e3pruner.models import load_smollm2
 from e3pruner.profiling.model.profile import middle
 from e3pruner.profiling.step.profile import STEP
 from e3pruner.report import describe_environment

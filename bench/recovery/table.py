@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import e3pruner
 from e3pruner import PruningPlan, TeacherCache
+from e3pruner.evaluation.paired import paired
 from e3pruner.models import find_layers
 from e3pruner.models.loading import Dtype, load_model, load_tokenizer
 from e3pruner.profiling.process_memory import peak_above_inputs
@@ -33,10 +34,13 @@ from e3pruner.report.table import markdown_table
 from e3pruner.storage import new_folder, read_json_lines, replacing_file, write_json_lines
 from e3pruner.text.batches import shuffled_batch
 from e3pruner.text.kinds import KindsOfText, kinds_of_text
+from e3pruner.text.sources import WRITTEN
 from e3pruner.text.splits import take
 
 RESULTS = Path(__file__).parents[1] / "results" / "recovery.jsonl"
+_TEXT = ("length", "held_out", "balanced", "unseen")  # settings of `kinds_of_text`
 CACHE, DENSE = "teacher cache", "dense"  # rows beside the cells
+DEFAULT = "default"  # the cell that the others are compared with, sequence by sequence
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,11 @@ class Study:
 
     @cached_property
     def text(self) -> KindsOfText:
-        """The same tokens on every machine: nothing of it is written by a model."""
-        options = {key: self.settings[key] for key in ("length", "held_out", "balanced") if key in self.settings}
-        return kinds_of_text(self.tokenizer, self.settings["text"], **options)
+        """The same tokens on every machine, unless kinds that a model writes are named."""
+        options = {key: self.settings[key] for key in _TEXT if key in self.settings}
+        kinds = {*self.settings["text"], *options.get("unseen", [])}
+        teacher = None if kinds.isdisjoint(WRITTEN) else self.teacher
+        return kinds_of_text(self.tokenizer, self.settings["text"], teacher=teacher, **options)
 
     @property
     def steps(self) -> int:
@@ -134,9 +140,9 @@ class Study:
         return figures | {"held_out": self.evaluate(student)}
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
-        size = self.settings["batch"]
+        size, options = self.settings["batch"], {"precision": "auto", "by_sequence": True}
         return {
-            kind: e3pruner.evaluate(model, rows.split(size), self.teacher, precision="auto")
+            kind: e3pruner.evaluate(model, rows.split(size), self.teacher, **options)
             for kind, rows in self.text.held_out.items()
         }
 
@@ -161,7 +167,8 @@ def markdown(rows: list[dict[str, Any]], order: list[str]) -> str:
     (dense,) = (row["held_out"] for row in rows if row["cell"] == DENSE)
     headings = ["recovery", "seeds"]
     headings += [f"{kind}: {figure}" for kind in dense for figure in ("KL", "perplexity", "× dense")]
-    headings += ["tokens/s", "peak GiB"]
+    headings += ["less than default", "tokens/s", "peak GiB"]
+    judged = rows[-1]["settings"].get("unseen") or list(dense)
     lines = []
     for name, measured in found.items():
         if not measured:
@@ -170,6 +177,7 @@ def markdown(rows: list[dict[str, Any]], order: list[str]) -> str:
         for kind in dense:
             kl, perplexity = (fmean(row["held_out"][kind][key] for row in measured) for key in ("kl", "perplexity"))
             line += [f"{kl:.3f}", f"{perplexity:.2f}", f"{perplexity / dense[kind]['perplexity']:.2f}"]
+        line.append(_difference(measured, found.get(DEFAULT, []), judged))
         trained = [row for row in measured if "loss" in row]
         line.append(f"{fmean(row['tokens_per_s'] for row in trained):.0f}" if trained else "–")
         line.append(f"{max(row['peak_bytes'] for row in trained) / 2**30:.2f}" if trained else "–")
@@ -181,8 +189,23 @@ def markdown(rows: list[dict[str, Any]], order: list[str]) -> str:
         for row in rows
         if row["cell"] == CACHE
     ]
-    begin = f"{rows[-1]['settings']['tokens']:,} tokens of training a cell."
+    begin = (
+        f"{rows[-1]['settings']['tokens']:,} tokens of training a cell. Less than default: KL of the same sequences "
+        f"less that of the cell {DEFAULT!r}, ± its standard error, mean over {', '.join(judged)}."
+    )
     return "\n\n".join([begin, table, *cache, "\n".join(dict.fromkeys(map(origin, rows)))]) + "\n"
+
+
+def _difference(rows: list[dict[str, Any]], others: list[dict[str, Any]], kinds: list[str]) -> str:
+    """KL of the cells `rows` less that of `others`, means over the seeds, in pairs of sequences of these `kinds`."""
+    if not others or rows is others or any("sequences" not in row["held_out"][kinds[0]] for row in [*rows, *others]):
+        return "–"
+    these, those = ({kind: _of_sequences(cells, kind) for kind in kinds} for cells in (rows, others))
+    return str(paired(these, those))
+
+
+def _of_sequences(cells: list[dict[str, Any]], kind: str) -> list[float]:
+    return [fmean(each) for each in zip(*(row["held_out"][kind]["sequences"]["kl"] for row in cells), strict=True)]
 
 
 def origin(row: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from record import Recorder, seconds_of, spread
 from transformers import PreTrainedModel
 
 from e3pruner import LayerSkipRuntime, PruningPlan, prune
-from e3pruner.models.smollm2 import load_smollm2
+from e3pruner.models import load_smollm2
 
 NEW = 256
 SHORT = 64

@@ -15,7 +15,7 @@ from pydoc_data.topics import topics
 import torch
 
 import e3pruner
-from e3pruner.models.smollm2 import load_smollm2
+from e3pruner.models import load_smollm2
 
 
 def count(layers: torch.nn.ModuleList) -> list[int]:

@@ -25,7 +25,8 @@ from transformers import (
 
 from e3pruner.models.loading import load_tokenizer
 from e3pruner.text.built_in import deal, manual_documents
-from e3pruner.text.kinds import kinds_of_text, module_documents
+from e3pruner.text.kinds import kinds_of_text
+from e3pruner.text.sources import module_documents
 
 KINDS = ("manual", "code")
 LENGTH, VOCABULARY, LAYERS, WIDTH, HEADS = 256, 4096, 12, 256, 4

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from e3pruner import prune
-from e3pruner.models.files.on_demand import read_config
+from e3pruner.models.files.empty import read_config
 from e3pruner.surgery import checkpoint
 
 

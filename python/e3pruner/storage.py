@@ -218,11 +218,14 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
             raise OSError(f"{path} could not be written: {error}") from error
 
 
-def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of every byte of `tensors`, with names, dtypes and shapes: SHA-256, 1 GB/s or more on each core."""
+def content_digest(parts: Iterable[Mapping[str, Tensor]]) -> str:
+    """A hash of every byte of named tensors, with names, dtypes and shapes, however they are divided into `parts`, of
+    which one is asked for at a time: SHA-256, 1 GB/s or more on each core."""
+    digests: dict[str, str] = {}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        digests = threads.map(fingerprint, tensors.values())
-        return fingerprint(dict(zip(tensors, digests, strict=True)))
+        for part in parts:
+            digests |= zip(part, threads.map(fingerprint, part.values()), strict=True)
+    return fingerprint(digests)
 
 
 def fingerprint(*parts: Any) -> str:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import e3pruner
 from e3pruner.pipelines import Matrix
-from e3pruner.pipelines.comparison import CELLS_FILE, Comparison, read_rows
+from e3pruner.pipelines.comparison import CELLS_FILE, Comparison, read_rows, texts_of
+from e3pruner.surgery import PruningPlan
 from e3pruner.text.kinds import KindsOfText, kinds_of_text, windows
 
 MATRIX = {
@@ -56,9 +57,9 @@ def compared(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory,
 def comparison(settings: dict[str, Any], folder: Path) -> Comparison:
     folder.mkdir(exist_ok=True)
     matrix = Matrix.from_yaml(written(folder / "matrix.yaml", settings))
-    text = kinds_of_text(byte_tokenizer(), matrix.text, length=matrix.length, held_out=matrix.held_out)
+    texts = texts_of(matrix, byte_tokenizer())
     model = AutoModelForCausalLM.from_pretrained(matrix.model, dtype=torch.float32).eval()
-    return Comparison(matrix, model, text, folder)
+    return Comparison(matrix, model, texts, folder)
 
 
 def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -97,16 +98,16 @@ def test_the_table_shows_mean_and_spread_over_the_seeds(compared: Path) -> None:
 def test_a_cell_is_the_search_and_the_evaluation_by_themselves(settings: dict[str, Any], tmp_path: Path) -> None:
     one = comparison(settings | {"drop": [3], "seeds": [1]}, tmp_path / "one")
     rows = one.run()
-    calibration = one.text.calibration_of(1, 4)
+    calibration = one.texts[""].calibration_of(1, 4)
     plan = e3pruner.search(one.model, [calibration], 3, "greedy", 1, precision="fp32", progress=False)
     assert rows[0]["removed"] == plan.removed
     assert rows[0]["cost"] == pytest.approx(plan.metrics["cost"])
     assert rows[0]["calibration_kl"] == pytest.approx(plan.metrics["kl"])
     pruned = e3pruner.prune(one.model, plan)
-    for kind, sequences in one.text.held_out.items():
+    for kind, sequences in one.texts[""].held_out.items():
         expected = e3pruner.evaluate(pruned, [sequences], one.model, progress=False)
-        for name, value in rows[0]["held_out"][kind].items():
-            assert value == pytest.approx(expected[name], rel=1e-4), name
+        for name in ("kl", "perplexity", "top1_agreement"):
+            assert rows[0]["held_out"][kind][name] == pytest.approx(expected[name], rel=1e-4), name
 
 
 def test_an_interrupted_comparison_goes_on_with_the_cell_it_was_at(
@@ -151,7 +152,7 @@ def test_cells_share_what_they_measure_and_pay_for_it_all_the_same(settings: dic
     shared = next(row for row in both.run() if (row["method"], row["drop"]) == ("greedy", 3))
     for key in ("removed", "cost", "held_out"):
         assert shared[key] == alone[0][key], key
-    masks = [key for key in both.calibration(0).store.measured if key.startswith("kl 0 ")]
+    masks = [key for key in both.calibration(next(both.matrix.cells())).store.measured if key.startswith("kl 0 ")]
     assert len(masks) == NUM_LAYERS + (NUM_LAYERS - 1) + (NUM_LAYERS - 2)  # greedy's first round is leave-one-out
 
 
@@ -168,7 +169,7 @@ def test_recoveries_heal_what_was_cut(settings: dict[str, Any], tmp_path: Path) 
 def test_a_compensation_is_judged_on_a_kind_that_it_is_not_fitted_to(settings: dict[str, Any], tmp_path: Path) -> None:
     changes = {"methods": ["last-n"], "drop": [3], "seeds": [0], "recoveries": ["compensate"]}
     prepared = comparison(settings | changes, tmp_path / "judged")
-    fitted, judge = prepared._compensation()
+    fitted, judge = prepared._compensation(prepared.texts[""])
     by_kind = {
         kind: kinds_of_text(byte_tokenizer(), [kind], length=32, held_out=3).training for kind in settings["text"]
     }
@@ -179,8 +180,64 @@ def test_a_compensation_is_judged_on_a_kind_that_it_is_not_fitted_to(settings: d
     # Other text to fit to is another cell.
     (cell,) = prepared.matrix.cells()
     key = prepared.key(cell)
-    prepared.text.training[0, 0] += 1
+    prepared.texts[""].training[0, 0] += 1
     assert prepared.key(cell) != key
+
+
+def test_of_unseen_kinds_nothing_is_calibrated_or_trained_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    seen, unseen = settings["text"]
+    changes = {"methods": ["bi", "last-n"], "drop": [3], "seeds": [0], "text": [seen], "unseen": [unseen]}
+    prepared = comparison(settings | changes, tmp_path / "unseen")
+    alone = kinds_of_text(byte_tokenizer(), [seen], length=32, held_out=3)
+    assert torch.equal(prepared.texts[""].training, alone.training)
+    assert torch.equal(prepared.texts[""].calibration, alone.calibration)
+    assert set(prepared.run()[0]["held_out"]) == {seen, unseen}
+    prepared.save(prepared.run())
+    assert f"No step saw text of the kinds {unseen}." in (tmp_path / "unseen" / "comparison.md").read_text()
+
+
+def test_each_kind_is_left_out_once_and_judged_then(settings: dict[str, Any], tmp_path: Path) -> None:
+    recoveries = ["none", {"recover": {"steps": 3, "lr": 1e-3}, "name": "trained"}]
+    changes = {"methods": ["bi", "last-n"], "drop": [2], "seeds": [0, 1], "recoveries": recoveries}
+    prepared = comparison(settings | changes | {"leave_one_out": True}, tmp_path / "folds")
+    rows = prepared.run()
+    assert len(rows) == 2 * 2 * 2 * 2
+    for row in rows:
+        assert list(row["held_out"]) == [row["left_out"]]
+    other = {kind: kinds_of_text(byte_tokenizer(), [kind], length=32, held_out=3) for kind in settings["text"]}
+    for left_out, text in prepared.texts.items():
+        (seen,) = (other[kind] for kind in settings["text"] if kind != left_out)
+        assert torch.equal(text.training, seen.training)
+    lines = prepared.save(rows)["comparison"]
+    assert len(lines) == 4
+    for line in lines:
+        assert line["seeds"] == 2
+        assert set(line["kinds"]) == set(settings["text"])
+        assert (line["paired"] is None) == (line["method"] == "bi")
+        assert len(line["removed"]) == 4
+    (same,) = {line["agreement"] for line in lines if line["method"] == "last-n"}
+    assert same == 1.0
+    assert "Each kind of text was left out once" in (tmp_path / "folds" / "comparison.md").read_text()
+
+
+def test_methods_are_compared_sequence_by_sequence(settings: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"methods": ["greedy", "last-n"], "drop": [3], "seeds": [1]}
+    prepared = comparison(settings | changes, tmp_path / "paired")
+    rows = prepared.run()
+    by_hand = []
+    for kind, tokens in prepared.texts[""].held_out.items():
+        of_each = [[], []]
+        for row, found in zip(rows, of_each, strict=True):
+            pruned = e3pruner.prune(prepared.model, PruningPlan.of_removed(row["removed"], NUM_LAYERS))
+            for sequence in tokens.split(1):
+                found.append(e3pruner.evaluate(pruned, [sequence], prepared.model, progress=False)["kl"])
+            assert row["held_out"][kind]["sequences"]["kl"] == pytest.approx(found, rel=1e-4)
+        by_hand.append(torch.tensor(of_each[1]) - torch.tensor(of_each[0]))
+    (line,) = (line for line in prepared.save(rows)["comparison"] if line["method"] == "last-n")
+    mean, error = line["paired"]
+    assert mean == pytest.approx(sum(float(each.mean()) for each in by_hand) / 2, rel=1e-3)
+    variances = [float(each.var()) / len(each) for each in by_hand]
+    assert error == pytest.approx(sum(variances) ** 0.5 / 2, rel=1e-3)
 
 
 def test_a_recovery_may_train_the_layers_beside_the_cuts(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -257,6 +314,9 @@ def test_what_is_left_of_the_longer_kinds_follows_unless_balanced(tmp_path: Path
         ({"drop": [6]}, r"drop=6 must be from 1 to 5"),
         ({"seeds": [-1]}, r"seeds=-1"),
         ({"colour": "red"}, r"has unknown keys: colour; it may have drop, fraction"),
+        ({"leave_one_out": True, "unseen": ["code"]}, r"leave_one_out judges on each kind of text=.* and no unseen"),
+        ({"leave_one_out": True, "text": ["code"]}, r"leave_one_out judges on each kind of text=.*two or more"),
+        ({"leave_one_out": True, "recoveries": ["compensate"]}, r"must name two or more, beside one that is left out"),
         ({"recoveries": ["pray"]}, r"recoveries='pray' must be one of none, compensate"),
         ({"recoveries": [{"recover": {"stepz": 3}}]}, r"stepz"),
         ({"recoveries": [{"name": "hope"}]}, r"recoveries: .* does nothing"),

@@ -18,13 +18,13 @@ SMALL = ("--length", 32, "--sequences", 4, "--batch", 2)
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that were streamed from."""
     asked: list[Path] = []
-    made = streaming.stream
+    made = streaming.streamed_model
 
-    def noted(model, folder, *rest):
+    def noted(folder, *given, **options):
         asked.append(folder)
-        return made(model, folder, *rest)
+        return made(folder, *given, **options)
 
-    monkeypatch.setattr("e3pruner.models.loading.stream", noted)
+    monkeypatch.setattr("e3pruner.models.loading.streamed_model", noted)
     return asked
 
 

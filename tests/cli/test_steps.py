@@ -68,6 +68,36 @@ def test_search_leaves_a_plan_and_its_options(searched: Path) -> None:
     assert options["batch"] == 4
 
 
+def test_search_by_what_remains_after_a_recovery(
+    model_folder: Path, text_file: Path, tmp_path: Path, e3: Command
+) -> None:
+    given = ("--model", model_folder, "--drop", 2, "--text", text_file, *SMALL, "--objective", "healed")
+    out = tmp_path / "out"
+    result = e3("search", *given, "--rungs", "3x64,2x128", "--recover", "lr=1e-3", "--option", "steps=2", "--out", out)
+    assert_done(result)
+    plan = PruningPlan.load(out / "pruning.json")
+    assert [len(record["masks"]) for record in plan.history if "masks" in record] == [3, 2]
+    assert f"{plan.metrics['healed_kl']:.3f} after a recovery" in result.output
+    assert yaml.safe_load((out / "e3.yaml").read_text())["recover"] == {"lr": 1e-3}
+    refused = e3("search", *given[:-2], "--recover", "lr=1e-3", "--out", tmp_path / "other")
+    assert (refused.exit_code, "--recover is of --objective healed" in refused.output) == (2, True)
+
+
+def test_the_command_writes_every_plan_the_choice_and_a_plot(
+    model_folder: Path, text_file: Path, tmp_path: Path, e3: Command
+) -> None:
+    given = ("search", "--model", model_folder, "--text", text_file, "--length", 32, "--sequences", 4, "--no-speed")
+    out = tmp_path / "out"
+    result = e3(*given, "--drop", "1,3", "--held-out", 2, "--max-perplexity-ratio", 1e9, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert PruningPlan.load(out / "pruning.json") == PruningPlan.load(out / "plans" / "drop-3.json")
+    assert "3 removed" in result.output
+    assert {"frontier.png", "report.html"} <= {path.name for path in out.iterdir()}
+    for wrong in (("--drop", "1,3", "--fraction", 0.5), ("--frontier", "--drop", 2), ("--max-perplexity-ratio", 2)):
+        refused = e3(*given, *wrong, "--out", tmp_path / "other")
+        assert (refused.exit_code, (tmp_path / "other").exists()) == (2, False)
+
+
 def test_the_saved_options_give_the_same_plan(searched: Path, tmp_path: Path, e3: Command) -> None:
     assert_done(e3("search", "--config", searched / "e3.yaml", "--out", tmp_path / "again"))
     assert (tmp_path / "again" / "pruning.json").read_bytes() == (searched / "pruning.json").read_bytes()

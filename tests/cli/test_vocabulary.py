@@ -21,7 +21,7 @@ TABLE: dict[str, tuple[list[str], dict[str, str]]] = {
     "protect": (SEARCHES, {}),
     "method": (SEARCHES, {"demo": "it shows one", "profile step": "it takes the default's step apart"}),
     "search": (SEARCHES, {"demo": "it shows one", "profile step": "it takes the default's step apart"}),
-    "recover": (["run", "distill"], {}),
+    "recover": (["run", "search", "distill"], {}),
     "track": (["run", "distill"], {}),
     "text": (READERS, {}),
     "length": (READERS, {}),

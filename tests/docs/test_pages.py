@@ -19,7 +19,7 @@ from tiny_models import tiny_model
 
 import e3kernels
 import e3pruner
-from e3pruner.models import smollm2
+from e3pruner.models.files import smollm2
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

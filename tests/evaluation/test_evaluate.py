@@ -97,3 +97,28 @@ def test_nan_names_the_batch():
 def test_every_tiny_model_can_be_evaluated():
     for model_type in TINY_CONFIGS:
         assert e3pruner.evaluate(tiny_model(model_type), BATCHES[:1], progress=False)["perplexity"] > 1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_figures_by_position_are_those_of_the_positions(padded):
+    teacher, student, ids = tiny_model("llama"), tiny_model("llama", seed=1), tiny_tokens(3, seed=1)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :5] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        own, other = (
+            each(ids, attention_mask=mask, position_ids=positions).logits[:, :-1].double().log_softmax(-1)
+            for each in (student, teacher)
+        )
+    kl = (other.exp() * (other - own)).sum(-1)
+    seen, real = mask.cumsum(-1)[:, :-1], mask[:, :-1] * mask[:, 1:] == 1
+    found = e3pruner.evaluate(student, [batch], teacher, by_position=True, progress=False)
+    rows = found.pop("positions")
+    assert [row["seen"] for row in rows] == [1, 2, 4, 8]
+    for row in rows:
+        some = real & (seen >= row["seen"]) & (seen < 2 * row["seen"])
+        assert row["tokens"] == some.sum()
+        assert row["kl"] == pytest.approx(kl[some].mean().item(), rel=1e-4)
+    assert found == pytest.approx(e3pruner.evaluate(student, [batch], teacher, progress=False), rel=1e-5)

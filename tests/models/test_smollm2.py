@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.slow
 def test_processes_that_start_together_make_one_checkpoint(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from e3pruner.models.smollm2 import load_smollm2; load_smollm2()"]
+    command = [sys.executable, "-c", "from e3pruner.models import load_smollm2; load_smollm2()"]
     environment = os.environ | {"E3_CACHE": str(tmp_path)}
     together = [subprocess.Popen(command, env=environment) for _ in range(2)]
     assert [process.wait(timeout=600) for process in together] == [0, 0]

@@ -9,6 +9,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from e3pruner import prune
+from e3pruner.models import OutputHead, last_hidden, output_head
+from e3pruner.models.loading import load_model
+from e3pruner.models.streaming import stream_of
 from e3pruner.recovery import TeacherCache, cache_teacher, distill
 from e3pruner.recovery import cache as cache_module
 from e3pruner.recovery.cache import KIND, cache_bytes
@@ -80,13 +83,16 @@ def test_bf16_is_that_of_autocast(teacher, tmp_path):
 
 @pytest.mark.parametrize(("vocabulary", "per_token"), [(49_152, 40), (151_936, 60)])
 def test_bytes_per_token(vocabulary, per_token):
-    assert cache_bytes(1000, 257, vocabulary) == 1000 * 256 * per_token
+    head = OutputHead(torch.empty(vocabulary, 576, dtype=torch.bfloat16, device="meta"), None, None, 1.0)
+    assert cache_bytes(1000, 257, head) == 1000 * 256 * per_token
+    assert cache_bytes(1000, 257, head, "hidden") == 1000 * 256 * 1152 + vocabulary * 1152
+    assert cache_bytes(1000, 257, head, "hidden-int8") == 1000 * 256 * 580 + vocabulary * 1152
 
 
 def test_the_disk_holds_what_was_estimated(teacher, tmp_path):
     make(teacher, tmp_path / "cache")
     stored = sum(file.stat().st_size for file in (tmp_path / "cache").glob("shard-*"))
-    estimate = cache_bytes(20, LENGTH, VOCAB_SIZE)
+    estimate = cache_bytes(20, LENGTH, output_head(teacher))
     assert estimate <= stored <= estimate + 3 * 400
 
 
@@ -134,6 +140,54 @@ def test_a_cache_of_the_whole_vocabulary_teaches_as_the_live_teacher(teacher, tm
     live = distill(prune(teacher, [0, 2, 5]), teacher=teacher, **options)
     stored = distill(prune(teacher, [0, 2, 5]), teacher=cache, **options)
     assert [p["loss"] for p in stored.curve] == pytest.approx([p["loss"] for p in live.curve], rel=1e-3)
+
+
+@pytest.mark.parametrize(("store", "error"), [("hidden", 2**-8), ("hidden-int8", 2**-6)])
+@pytest.mark.parametrize(
+    "options", [{}, {"divergence": "reverse", "temperature": 2.0}], ids=["forward", "reverse, T 2"]
+)
+def test_hidden_states_teach_as_the_live_teacher_over_the_whole_vocabulary(teacher, tmp_path, store, error, options):
+    cache = make(teacher, tmp_path / "cache", store=store)
+    options |= {"data": sequences(20), "steps": 3, "precision": "fp32"}
+    live = distill(prune(teacher, [0, 2, 5]), teacher=teacher, **options)
+    stored = distill(prune(teacher, [0, 2, 5]), teacher=cache, **options)
+    assert [p["loss"] for p in stored.curve] == pytest.approx([p["loss"] for p in live.curve], rel=error)
+
+
+@pytest.mark.parametrize(("store", "bits"), [("hidden", 8), ("hidden-int8", 7)])
+def test_hidden_states_are_rounded_and_no_more(teacher, tmp_path, store, bits):
+    cache = make(teacher, tmp_path / "cache", store=store)
+    batch = next(in_order(sequences(20), 20))
+    expected = last_hidden(teacher, batch.input_ids)[:, :-1].detach()
+    found = cache.targets(batch)
+    assert (found - expected).abs().amax(-1).le(2.0**-bits * expected.abs().amax(-1)).all()
+    if store == "hidden":
+        assert torch.equal(found, expected.bfloat16().float())
+
+
+def test_hidden_states_take_no_k_and_a_damaged_head_is_named(teacher, tmp_path):
+    with pytest.raises(ValueError, match="k=5 is of store='topk'; store='hidden' keeps the whole vocabulary"):
+        make(teacher, tmp_path / "cache", store="hidden", k=5)
+    with pytest.raises(ValueError, match="store='logits' must be one of topk, hidden, hidden-int8"):
+        make(teacher, tmp_path / "cache", store="logits")
+    make(teacher, tmp_path / "cache", store="hidden")
+    file = tmp_path / "cache" / "head.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"head.safetensors is damaged"):
+        TeacherCache(tmp_path / "cache")
+
+
+def test_a_streamed_teacher_is_read_once_for_all_batches_of_a_shard(teacher, tmp_path):
+    teacher.save_pretrained(tmp_path / "teacher")
+    streamed = load_model(str(tmp_path / "teacher"), "cpu", placement="stream")
+    make(streamed, tmp_path / "streamed", store="hidden")
+    before = list(stream_of(streamed).reads)
+    make(streamed, tmp_path / "again", store="hidden")
+    assert [now - then for now, then in zip(stream_of(streamed).reads, before, strict=True)] == [3] * 6  # shards
+    make(load_model(str(tmp_path / "teacher"), "cpu"), tmp_path / "whole", store="hidden")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "again") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

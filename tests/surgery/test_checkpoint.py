@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from e3pruner import PruningPlan, prune
 from e3pruner.models import find_layers
-from e3pruner.models.files.on_demand import on_demand
+from e3pruner.models.streaming import streamed_model
 from e3pruner.surgery import checkpoint
 from e3pruner.surgery.shards import write_shards
 
@@ -298,21 +298,18 @@ def test_a_wrong_byte_is_found_by_the_proof(tmp_path: Path, monkeypatch: pytest.
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     folder = saved(tmp_path / "dense", "qwen3_moe")
-    filled = []
-    with on_demand(folder) as model:
-        layers = find_layers(model)
-        assert not any(p.is_meta for n, p in model.named_parameters() if ".layers." not in n)
+    filled, model = [], streamed_model(folder)
+    layers = find_layers(model)
+    assert not any(p.is_meta for n, p in model.named_parameters() if ".layers." not in n)
 
-        def look(module, args):
-            filled.append([i for i, layer in enumerate(layers) if not any(p.is_meta for p in layer.parameters())])
+    def look(module, args):
+        filled.append([i for i, layer in enumerate(layers) if not any(p.is_meta for p in layer.parameters())])
 
-        for layer in layers:
-            layer.register_forward_pre_hook(look)
-        ids = tiny_tokens()
-        streamed_logits = logits(model, ids)
-        assert all(p.is_meta for p in layers.parameters())
-    assert filled == [[i] for i in range(NUM_LAYERS)] or filled == [[] for _ in range(NUM_LAYERS)]
-    assert torch.equal(streamed_logits, logits(AutoModelForCausalLM.from_pretrained(folder), ids))
+    for layer in layers:
+        next(layer.children()).register_forward_pre_hook(look)
+    streamed_logits = logits(model, tiny_tokens())
+    assert filled == [[i] for i in range(NUM_LAYERS)]
+    assert torch.equal(streamed_logits, logits(AutoModelForCausalLM.from_pretrained(folder), tiny_tokens()))
 
 
 def test_memory_stays_small_whatever_the_size(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from e3pruner import PruningPlan, prune
-from e3pruner.models.smollm2 import load_smollm2
+from e3pruner.models import load_smollm2
 
 LLAMA_CPP = os.environ.get("E3_LLAMA_CPP")
 

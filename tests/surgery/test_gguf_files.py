@@ -95,7 +95,7 @@ def test_smollm2_is_the_model_with_the_layers_skipped(tmp_path: Path) -> None:
     assert {t.tensor_type.name for t in after[1].values()} == {t.tensor_type.name for t in before[1].values()}
     options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", gguf_file=file.name, **options).eval()
-    from e3pruner.models.smollm2 import load_smollm2
+    from e3pruner.models import load_smollm2
 
     dense, _ = load_smollm2()
     ids = torch.arange(40)[None] * 997 % 49_152

@@ -50,6 +50,15 @@ class Figures:
         self.kl += stats.kl.double().sum().item()
         self.agreements += int((logits.argmax(-1) == target.argmax(-1)).sum())
 
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(
+            self.tokens + other.tokens,
+            self.cross_entropy + other.cross_entropy,
+            self.kl + other.kl,
+            self.agreements + other.agreements,
+            self.compared or other.compared,
+        )
+
     def means(self) -> dict[str, float]:
         """{"perplexity"}, the exp of the mean cross-entropy; beside a teacher {"kl", "top1_agreement"} too."""
         result = {"perplexity": torch.tensor(self.cross_entropy / self.tokens, dtype=torch.float64).exp().item()}

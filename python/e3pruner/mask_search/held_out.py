@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -15,9 +16,9 @@ from e3pruner.models.skipping_forward import Mask
 _OVER = "predicted"
 
 
-def held_out_figures(problem: SearchProblem, masks: Sequence[Mask]) -> list[dict[str, float]]:
+def held_out_figures(problem: SearchProblem, masks: Sequence[Mask]) -> list[dict[str, Any]]:
     """{"kl", "perplexity", "top1_agreement"} of each mask on the text of `problem`, which is entered: what
-    `e3pruner.evaluate` gives for the pruned model."""
+    `e3pruner.evaluate` gives for the pruned model; and "sequences", its KL on each sequence."""
     numbers, measured = range(len(problem.batches)), problem.measurements.measured
     for batch in numbers:
         if unknown := [mask for mask in dict.fromkeys(masks) if _key(mask, batch) not in measured]:
@@ -26,17 +27,24 @@ def held_out_figures(problem: SearchProblem, masks: Sequence[Mask]) -> list[dict
     found = []
     for mask in masks:
         table = [measured[_key(mask, batch)] for batch in numbers]
-        kl, nll, agreement = problem.calibration.mean(table, numbers, _OVER)
-        found.append({"kl": kl, "perplexity": math.exp(nll), "top1_agreement": agreement})
+        kl, nll, agreement = problem.calibration.mean([row[:3] for row in table], numbers, _OVER)
+        of_each = {"kl": [value for row in table for value in row[3:]]}
+        found.append({"kl": kl, "perplexity": math.exp(nll), "top1_agreement": agreement, "sequences": of_each})
     return found
 
 
 def _key(mask: Mask, batch: int) -> str:
-    return f"figures {batch} {''.join('01'[runs] for runs in mask)}"
+    return f"figures and sequences {batch} {''.join('01'[runs] for runs in mask)}"
 
 
 def _means(problem: SearchProblem, hidden: Tensor, batch: int) -> list[float]:
-    rows, figures = problem.rows(batch), Figures()
+    """KL, cross-entropy and agreement of the batch, then the KL of each sequence."""
+    rows, whole, each = problem.rows(batch), Figures(), []
     teacher = problem.teacher_of(batch).view_as(hidden)
-    figures.add(problem.head, rows.at_predicted(hidden), rows.predicted, (problem.head, rows.at_predicted(teacher)))
-    return [total / figures.tokens for total in (figures.kl, figures.cross_entropy, figures.agreements)]
+    for row, *states in zip(rows.split(1), hidden.split(1), teacher.split(1), strict=True):
+        student, target = map(row.at_predicted, states)
+        figures = Figures()
+        figures.add(problem.head, student, row.predicted, (problem.head, target))
+        whole += figures
+        each.append(figures.kl / figures.tokens)
+    return [total / whole.tokens for total in (whole.kl, whole.cross_entropy, whole.agreements)] + each

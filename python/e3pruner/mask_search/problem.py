@@ -23,7 +23,7 @@ from e3pruner.mask_search.units import Units
 from e3pruner.models import output_head
 from e3pruner.models.skipping_forward import Mask, SkippingForward, shared_prefixes
 from e3pruner.models.stack import evaluating
-from e3pruner.models.streaming import computing_in, stream_of
+from e3pruner.models.streaming import computing_in
 from e3pruner.text.sequences import Sequences
 
 _COUNTS = {"kl": "counted", "nll": "predicted"}
@@ -90,8 +90,6 @@ class SearchProblem:
         self.expect = self._progress.expect
         self._divergences = divergences
         self._masks_at_once = masks_at_once
-        # Where weights come from files a sweep over them serves all batches; elsewhere one at a time needs less memory.
-        self._batches_at_once = 1 if stream_of(model) is None else len(self.batches)
         self._dtype = dtype
         self._context = ExitStack()
 
@@ -152,8 +150,9 @@ class SearchProblem:
         Raises `FloatingPointError` naming the mask for which it is not finite.
         """
         chosen = range(len(self.batches)) if batches is None else batches
-        for start in range(0, len(chosen), self._batches_at_once):
-            self._measure_unknown(measure, masks, chosen[start : start + self._batches_at_once])
+        tokens = [self.batches[batch].input_ids.numel() for batch in chosen]
+        for group in self.forward.groups(tokens, min(len(masks), self._masks_at_once or len(masks)) or 1):
+            self._measure_unknown(measure, masks, [chosen[each] for each in group])
         table = [self._scores(measure, masks, batch) for batch in chosen]
         return self.calibration.mean(table, chosen, _COUNTS[measure])
 

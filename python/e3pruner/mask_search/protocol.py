@@ -86,6 +86,15 @@ def log_z_scores(problem: SearchProblem, importance: Sequence[float]) -> Tensor:
     return (logs - logs.mean()) / logs.std(correction=0).clamp(min=1e-9)
 
 
+def contiguous_masks(problem: SearchProblem) -> Tensor:
+    """The masks (N, F), fp64, of all runs of `drop` neighbouring units that may go together; N may be 0."""
+    free = set(problem.free)
+    runs = [range(start, start + problem.drop) for start in problem.free]
+    fits = [run for run in runs if set(run) <= free and problem.units.may_go(run)]
+    masks = [removal_mask(problem, run) for run in fits]
+    return torch.stack(masks) if masks else torch.empty(0, len(problem.free), dtype=torch.float64)
+
+
 def run_starts(problem: SearchProblem) -> list[int]:
     """Where a run of `drop` neighbouring layers that may all go can begin; raises `ValueError` if nowhere."""
     free = set(problem.free)

@@ -23,7 +23,8 @@ class Ranks:
     def __init__(self, device: torch.device) -> None:
         joined = distributed.is_available() and distributed.is_initialized()
         self.count = distributed.get_world_size() if joined else 1
-        self.first = not joined or distributed.get_rank() == 0
+        self.number = distributed.get_rank() if joined else 0
+        self.first = self.number == 0
         self._device = device
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
@@ -34,6 +35,14 @@ class Ranks:
         all_values = [torch.empty_like(own) for _ in range(self.count)]
         distributed.all_gather(all_values, own)
         return [each.tolist() for each in all_values]
+
+    def gather_any(self, content: T) -> list[T]:
+        """`content` of every rank, by rank: anything that can be pickled."""
+        if self.count == 1:
+            return [content]
+        found: list[Any] = [None] * self.count
+        distributed.all_gather_object(found, content)
+        return found
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each of `values` over the ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from math import isfinite
@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 
 from e3pruner.evaluation.target import number_to_drop
 from e3pruner.mask_search.calibration import Calibration
+from e3pruner.mask_search.healed import RUNGS, Healing, heal
 from e3pruner.mask_search.measurements import Checkpoint, Measurements
 from e3pruner.mask_search.method import METHODS, Method, Progress, Search
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.ranks import Ranks
+from e3pruner.mask_search.study import Study
 from e3pruner.mask_search.units import Units, units_of
 from e3pruner.models import find_layers, output_head
 from e3pruner.models.device import rounded_dtype
@@ -29,7 +31,9 @@ from e3pruner.surgery import PruningPlan
 from e3pruner.surgery.config import pruned_config
 from e3pruner.surgery.in_memory import skeleton
 from e3pruner.text.given import Given, batches_of
-from e3pruner.vocabulary import check_integer, check_options, did_you_mean
+from e3pruner.vocabulary import check_choice, check_integer, check_options, did_you_mean
+
+OBJECTIVES = ("raw", "healed")
 
 
 def search(
@@ -48,6 +52,10 @@ def search(
     progress: bool = True,
     masks_at_once: int | None = None,
     prefixes_per_call: int = 1,
+    objective: str = "raw",
+    training: Given | None = None,
+    rungs: str = RUNGS,
+    recover: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PruningPlan:
     """Search the decoder layers whose removal changes the predictions of `model` least.
@@ -76,12 +84,22 @@ def search(
     prefixes_per_call: how many hidden states are concatenated for one call of a layer. More than 1 pay off where
         reading the weights costs more than multiplying by them; what is measured is rounded differently.
 
+    objective: "raw": the mask that changes the predictions least as the model is cut; "healed": the mask that does so
+        after a short recovery, of those that the method finds best and of runs of neighbouring layers.
+    training: with "healed", the text to recover on; none of it may be calibration text, which judges. Ranks share it.
+    rungs: with "healed", "MASKSxTOKENS,...": so many masks are recovered on so many tokens, the best of them, and what
+        they promise, on more. What that costs is said before it begins.
+    recover: with "healed", options of `e3pruner.distill` for these recoveries; one sequence per step and `precision`
+        unless told.
+
     Under `torch.distributed` every rank calls this with the same arguments but its own share of each batch, and gets
     the same plan; rank 0 writes the checkpoint and shows the bar. Where one rank's share is refused, all raise.
+    Recoveries are shared out, one mask per rank.
 
     Returns the plan. Its `history` holds one record per step (see `method.Search`) with "step" and "cost", the dense
     forward passes times tokens up to there; its `metrics` the calibration "tokens", the mean "kl" of the final mask on
-    them in nats per token, and the "cost" of the search.
+    them in nats per token, and the "cost" of the search; after recoveries "healed_kl" on them, and
+    "healed_tokens", those of the last rung.
 
     Raises `ValueError` or `TypeError` naming the argument before anything is computed, and `FloatingPointError` naming
     the step if a divergence is not finite.
@@ -100,6 +118,12 @@ def search(
     if masks_at_once is not None:
         check_integer("masks_at_once", masks_at_once, 1)
     check_integer("prefixes_per_call", prefixes_per_call, 1)
+    healing = None
+    check_choice("objective", objective, OBJECTIVES)
+    if objective == "healed":
+        healing = Healing.of(model, training, rungs, recover, precision)
+    elif training is not None or recover is not None:
+        raise ValueError(f"training and recover are of objective='healed', not {objective!r}")
     calibration = _calibration(model, token_batches)
     dtype = rounded_dtype(model, precision)
     ranks = calibration.ranks
@@ -112,6 +136,7 @@ def search(
             str(dtype),
             prefixes_per_call,
             options,
+            None if healing is None else [healing.training.identity, healing.rungs, healing.recover],
         ],
     )
     known = Measurements()
@@ -131,15 +156,25 @@ def search(
         masks_at_once=masks_at_once,
         prefixes_per_call=prefixes_per_call,
     )
+    if healing is not None and progress and ranks.first:
+        Console(stderr=True, highlight=False).print(healing.said(problem))
+    healed: dict[str, Any] = {}
     try:
         with problem, bar or nullcontext():
             history, removed = run_search(problem, run(problem, **options))
-            cost = problem.account.cost
+            study = None if healing is None else Study.of_measured(problem)
+        if healing is not None and study is not None:
+            for record in heal(study, _ends(history, removed), healing):
+                history.append({"step": len(history), "cost": problem.account.cost, **record})
+                removed = record["removed"]
+                healed = {"healed_kl": min(record["healed"]), "healed_tokens": record["tokens"]}
+        cost = problem.account.cost
+        with problem:
             (kl,) = problem.score([problem.mask(removed)])
     finally:
         if isinstance(known, Checkpoint):
             known.save()
-    metrics = {"kl": kl, "tokens": calibration.tokens, "cost": cost}
+    metrics = {"kl": kl, "tokens": calibration.tokens, "cost": cost, **healed}
     layers, sublayers = units.removed(removed)
     return PruningPlan.of_removed(
         layers,
@@ -151,6 +186,13 @@ def search(
         history=history,
         metrics=metrics,
     )
+
+
+def _ends(history: Sequence[Mapping[str, Any]], removed: list[int]) -> list[list[int]]:
+    """The masks that a search ended with, as units: its choice, then what stood against it."""
+    rivals = [sorted(units) for record in reversed(history) for units in record.get("finalists", [])]
+    steps = [sorted(record["removed"]) for record in reversed(history) if len(record["removed"]) == len(removed)]
+    return [list(units) for units in dict.fromkeys(map(tuple, [removed, *rivals, *steps]))]
 
 
 def _calibration(model: PreTrainedModel, token_batches: Given) -> Calibration:

@@ -38,6 +38,11 @@ class Units:
         kept = [layer for layer in range(self.count // self.units_per_layer) if layer not in gone]
         return bool(kept) and not any(demand.broken_by(kept) for demand in self.demands)
 
+    def may_go(self, removed: Collection[int]) -> bool:
+        """Whether `removed` may go together and holds as many units of each group as shall go."""
+        gone = set(removed)
+        return all(len(gone & set(members)) == count for members, count in self.groups) and self.fits(removed)
+
     def cheapest(
         self, values: Sequence[float], *, gone: Collection[int] = (), like: Collection[int] = ()
     ) -> list[int] | None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from e3pruner.models.stack import calling, decoder_of, evaluating, returning_dicts
+from e3pruner.models.streaming import named_weights
 
 # Settings that multiply the logits (1) or divide them (-1).
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
@@ -78,12 +80,12 @@ def last_hidden(
     """The hidden states (B, T, H) that the output head receives; no cache is kept.
 
     `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding, on any side; `position_ids`
-    (B, T) of packed documents, each counted from 0; `inputs`: what else `model` takes.
+    (B, T) of packed documents, each counted from 0; `inputs`: what else `model` takes, such as the pixels of images.
 
     It is what the model's own forward pass hands to the head, whatever lies between the layers and it: a norm, a
     factor, BERT's transform. Raises `ValueError` where the head is not called with (B, T, H).
     """
-    inputs |= position_arguments(model, attention_mask, position_ids)
+    inputs |= position_arguments(model, attention_mask, position_ids, beside=bool(inputs))
     with returning_dicts(model), without_head(model) as received:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
     return only_hidden(model, received)
@@ -114,12 +116,15 @@ def only_hidden(model: PreTrainedModel, received: list[Tensor]) -> Tensor:
 
 
 def position_arguments(
-    model: PreTrainedModel, attention_mask: Tensor | None, position_ids: Tensor | None
+    model: PreTrainedModel, attention_mask: Tensor | None, position_ids: Tensor | None, *, beside: bool = False
 ) -> dict[str, Tensor]:
     """What tells `model` where its tokens stand: `position_ids` as given, else counted over the tokens of
     `attention_mask` (B, T), so that padding on the left shifts none. Nothing without either, nor for a model that finds
-    positions by its mask alone (ALiBi).
+    positions by its mask alone (ALiBi), nor where it takes them from what it is given `beside` the tokens: rows and
+    columns of an image.
     """
+    if position_ids is None and beside and any(hasattr(module, "get_rope_index") for module in model.modules()):
+        return {}
     if position_ids is None and attention_mask is not None:
         if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
             return {}
@@ -172,9 +177,10 @@ def _factor(model: PreTrainedModel) -> float:
     factors = [(getattr(config, name, None), exponent) for name, exponent in _FACTORS.items()]
     product = math.prod(factor**exponent for factor, exponent in factors if isinstance(factor, int | float))
     ids = torch.arange(8, device=linear.weight.device)[None] % linear.weight.shape[0]
-    with evaluating(model), returning_dicts(model):
+    received: list[Tensor] = []
+    with evaluating(model), returning_dicts(model), calling(linear, partial(_noting, received, linear.forward)):
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = last_hidden(model, ids)
+    hidden = only_hidden(model, received)
     # A missed factor changes logits by its own size; rounding in the order of operations by a few ulp.
     tolerance = 8 * torch.finfo(linear.weight.dtype).eps * expected.abs().max()
     errors = []
@@ -190,12 +196,17 @@ def _factor(model: PreTrainedModel) -> float:
     )
 
 
+def _noting(received: list[Tensor], own: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    received.append(hidden)
+    return own(hidden)
+
+
 def check_finite(model: PreTrainedModel, logits: Tensor) -> None:
     """Raises ValueError if `logits` of `model` are not finite, naming the weight that is to blame."""
     if logits.isfinite().all():
         return
     blame = ", though all its weights are"
-    for name, weight in model.named_parameters():
+    for name, weight in (each for part in named_weights(model) for each in part.items()):
         if count := weight.numel() - int(weight.isfinite().sum()):
             values = "1 value that is" if count == 1 else f"{count:,} values that are"
             blame = f": {name} holds {values} NaN or infinite, of {weight.numel():,}"

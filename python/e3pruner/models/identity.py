@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedModel
 
+from e3pruner.models.streaming import named_weights
 from e3pruner.storage import content_digest, fingerprint
 
 
@@ -11,5 +12,5 @@ def model_identity(model: PreTrainedModel) -> str:
     A model of 16 GB takes some 15 s on one core, less on more.
     """
     saved = model.state_dict().keys()
-    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in saved}
-    return fingerprint(model.config.to_dict(), content_digest(tensors))
+    parts = ({name: part[name] for name in part if name in saved} for part in named_weights(model))
+    return fingerprint(model.config.to_dict(), content_digest(parts))

@@ -52,7 +52,7 @@ class Step:
     wrote: bool  # into the hidden state that it was given
 
 
-@dataclass(frozen=True)
+@dataclass
 class Route:
     """How hidden states pass through the layers of a model.
 
@@ -63,7 +63,8 @@ class Route:
     but the first, the mappings that the call before was given too. tail: the child of the module that holds the layers
     that turns what the last layer returned into the last hidden state; None where more happens there. writers: layers
     that write into the hidden state that they are given. proven: the ways of walking it, of one mask or many, one batch
-    or many, that have been seen to give what the model gives.
+    or many, that have been seen to give what the model gives. example: a few tokens and the last hidden state that the
+    model gave for them, if it was learnt from them.
     """
 
     kinds: list[type]
@@ -74,6 +75,7 @@ class Route:
     tail: str | None
     writers: set[int]
     proven: set[Way] = field(default_factory=set)
+    example: tuple[Inputs, Tensor] | None = None
 
     def handed_on(self, layer: int, arguments: Arguments) -> Any:
         """What `layer` returns if it is skipped: its hidden state, and the rest as it was given, in the layer's form.
@@ -97,8 +99,9 @@ def route_of(model: PreTrainedModel, inputs: Inputs | None = None) -> Route:
         inputs = {"input_ids": torch.arange(_BRIEF, device=model.device)[None]}
     if (route := _known(model, inputs)) is None:
         with torch.no_grad(), evaluating(model):
-            recorded(model, brief(inputs))
+            _, last = recorded(model, few := brief(inputs))
         route = _ROUTES[find_layers(model)][frozenset(inputs)]
+        route.example = few, last
     return route
 
 

@@ -26,15 +26,16 @@ Path = tuple[Units, ...]  # of the layers called so far
 Returned = tuple[Arguments, Any]  # what a layer was given and what it returned
 
 
-def walk(walks: Sequence[LayerWalk], paths: Sequence[Path]) -> list[dict[Path, Tensor]]:
-    """The last hidden state (B, T, H) of every batch at the end of each path, which has the units of every call of a
-    layer. Each layer is entered once, for all batches: its weights need to be in memory only meanwhile.
+def walk(walks: Sequence[tuple[LayerWalk, Iterable[Path]]]) -> list[dict[Path, Tensor]]:
+    """The last hidden state (B, T, H) of every batch at the end of each of its paths, which have the units of every
+    call of a layer. Each layer is entered once, for all batches: its weights need to be in memory only meanwhile.
     """
-    states = [each.first() for each in walks]
-    for depth in range(len(walks[0].route.layers) - 1):
-        for number, each in enumerate(walks):
+    batches = [(each, list(dict.fromkeys(paths))) for each, paths in walks]
+    states = [each.first() for each, _ in batches]
+    for depth in range(len(batches[0][0].route.layers) - 1):
+        for number, (each, paths) in enumerate(batches):
             states[number] = each.onward(depth, paths, states[number])
-    return [each.last_hiddens(paths, states.pop(0)) for each in walks]
+    return [each.last_hiddens(paths, states.pop(0)) for each, paths in batches]
 
 
 class LayerWalk:

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from e3pruner.models.device import AUTO, usable_device
-from e3pruner.models.smollm2 import smollm2_folder
-from e3pruner.models.streaming import stream
+from e3pruner.models.files.smollm2 import smollm2_folder
+from e3pruner.models.streaming import streamed_model
 from e3pruner.storage import read_json
 
 BUILT_IN = "smollm2"
@@ -90,8 +90,12 @@ def load_model(
     """
     where = usable_device(device)
     folder = checked_folder(name, trust_remote_code)
-    streams = placement == Placement.STREAM
-    options: dict[str, Any] = {"dtype": "auto" if streams else str(dtype)}
+    if device == AUTO:
+        _say_device(str(where))
+    if placement == Placement.STREAM:
+        kept = None if dtype == Dtype.AUTO else getattr(torch, dtype)
+        return streamed_model(folder, where, kept, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"dtype": str(dtype)}
     options |= {"local_files_only": True, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # to say which, below
     if quantised := bool(read_json(folder / "config.json").get("quantization_config")):
@@ -108,10 +112,6 @@ def load_model(
             f"--model {name}: {len(wrong)} tensors that its config.json asks for are not in its weights, or have "
             f"another shape: {wrong[0]}{', ...' if wrong[1:] else ''}"
         )
-    if device == AUTO:
-        _say_device(str(where))
-    if streams:
-        return stream(model.eval(), folder, where, None if dtype == Dtype.AUTO else getattr(torch, dtype))
     resident: PreTrainedModel = model.eval() if quantised else model.to(where).eval()
     if not quantised:
         return resident

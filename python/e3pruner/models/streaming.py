@@ -1,8 +1,9 @@
-"""Decoder layers that are brought to where they are computed when they are called, and leave again.
+"""Models whose decoder layers are read from their checkpoint when they are called, and leave again.
 
-Their weights stay mapped from the checkpoint's files: the system keeps of them what fits and drops it when memory is
-wanted. A layer's copy, in another dtype or on another device, exists from just before its call until two layers later;
-where neither differs there is no copy at all, and the next layer's pages are asked for while this one computes.
+Weights stay mapped from the files: the system keeps of them what fits and drops it when memory is wanted. A layer has
+its weights from just before its call until the next one's: mapped, where the checkpoint has them as the model does,
+else made of what it has (experts that it stores one by one, quantised ones, another dtype or device). The next layer
+is read while this one computes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -19,33 +20,46 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from e3pruner.models.files.shards import read_shards
+from e3pruner.compat import fill, quantizer_of, without_progress
+from e3pruner.models.files.empty import check_complete, empty_model, read_config
+from e3pruner.models.files.names import TensorNames
+from e3pruner.models.files.shards import Shard, read_shards
 from e3pruner.models.stack import find_layers, stack_name
 from e3pruner.precision import weights_in
 
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # of safetensors
+Leaves = dict[tuple[nn.Module, str], nn.Parameter | Tensor]  # of a layer: parameters and buffers, by where they are
 _STREAMS: WeakKeyDictionary[nn.Module, Stream] = WeakKeyDictionary()
 
 
 class Stream:
-    """Brings the layers of `model`, whose weights are mapped from files, to `device` in `dtype` as they are called.
+    """Brings the layers of `model`, whose parameters are on the meta device, to `device` in `dtype` as they are called.
 
-    dtype: None keeps the weights' own. `reads` counts how often the weights of each layer were brought.
+    parts: of each layer, the tensors of the checkpoint that make it, by their names there. dtype: None keeps the
+    model's. quantizer: what reads them, if they are quantised. `reads` counts how often each layer was brought.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        parts: Mapping[int, Mapping[str, Any]],
+        device: torch.device,
+        dtype: torch.dtype | None,
+        quantizer: Any = None,
+    ) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
         self.layers = find_layers(model)
         self.reads = [0] * len(self.layers)
-        self._home = [{name: p.data for name, p in layer.named_parameters()} for layer in self.layers]
-        self._here: dict[int, dict[str, Tensor]] = {}
-        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+        self._parts, self._quantizer = parts, quantizer
+        self._absent = [_leaves(layer) for layer in self.layers]
+        self._here: dict[int, Leaves] = {}
+        self._coming: dict[int, Future[Leaves]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="e3 stream")
         for index, layer in enumerate(self.layers):
-            for buffer in layer.buffers():
+            for buffer in (each for each in layer.buffers() if not each.is_meta):
                 buffer.data = buffer.data.to(device)
             layer.forward = partial(self._run, index, layer.forward)
         _STREAMS[self.layers] = self
@@ -62,12 +76,27 @@ class Stream:
             self._leave()
             self.dtype = before
 
+    def weights(self, index: int) -> Leaves:
+        """The parameters and buffers of one layer in the model's dtype, on the CPU."""
+        self._leave()
+        return self._read(index)
+
+    def _read(self, index: int) -> Leaves:
+        """The same; they are mapped where the checkpoint has them as the model does."""
+        with without_progress():
+            fill(self.model, self._parts[index], self.model.dtype, self._quantizer)
+        found = _leaves(self.layers[index])
+        self._place(self._absent[index])
+        _check_filled(self.model, found)
+        return found
+
     def _leave(self) -> None:
         """Puts every layer back."""
+        for index in [*self._coming]:
+            self._coming.pop(index).result()
         for index in [*self._here]:
-            self._place(index, self._home[index])
+            self._place(self._absent[index])
         self._here.clear()
-        self._coming.clear()
 
     def _run(self, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._bring(index)
@@ -76,49 +105,103 @@ class Stream:
         return own(*args, **kwargs)
 
     def _bring(self, index: int) -> None:
-        """Puts the weights of one layer in place, and those that were there before the last one back."""
+        """Puts the weights of one layer in place, and lets those go that were there before."""
         if index in self._here:
             return
         coming = self._coming.pop(index, None)
-        self._here[index] = self._copy(index) if coming is None else coming.result()
+        self._here[index] = self._reader.submit(self._copy, index).result() if coming is None else coming.result()
         self.reads[index] += 1
-        self._place(index, self._here[index])
+        self._place(self._here[index])
         for other in [each for each in self._here if each != index]:
-            self._place(other, self._home[other])
+            self._place(self._absent[other])
             del self._here[other]
 
-    def _place(self, index: int, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.layers[index].named_parameters():
-            parameter.data = weights[name]
+    def _place(self, leaves: Leaves) -> None:
+        for (module, name), tensor in leaves.items():
+            held = module._parameters if name in module._parameters else module._buffers
+            held[name] = tensor  # type: ignore[assignment]
 
-    def _copy(self, index: int) -> dict[str, Tensor]:
-        return {name: self._moved(weight) for name, weight in self._home[index].items()}
+    @torch.no_grad()
+    def _copy(self, index: int) -> Leaves:
+        return {place: self._moved(tensor) for place, tensor in self._read(index).items()}
 
-    def _moved(self, weight: Tensor) -> Tensor:
-        if weight.is_floating_point() and self.dtype is not None and weight.dtype != self.dtype:
-            return weight.to(self.device, self.dtype)
-        if self.device.type == "cpu":
+    def _moved(self, weight: nn.Parameter | Tensor) -> nn.Parameter | Tensor:
+        kept = self.dtype is None or not isinstance(weight, nn.Parameter) or not weight.is_floating_point()
+        dtype = weight.dtype if kept or self._quantizer is not None else self.dtype
+        if dtype == weight.dtype and self.device == weight.device:
             _ask_for(weight)
             return weight
-        return weight.pin_memory().to(self.device, non_blocking=True)
+        pinned = weight.data.pin_memory() if self.device.type == "cuda" and dtype == weight.dtype else weight.data
+        moved = pinned.to(self.device, dtype, non_blocking=True)
+        return nn.Parameter(moved, requires_grad=False) if isinstance(weight, nn.Parameter) else moved
 
 
-def stream(
-    model: PreTrainedModel, folder: Path, device: torch.device, dtype: torch.dtype | None = None
+def streamed_model(
+    folder: Path,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """`model` as it was loaded on the CPU from `folder`: its layers are streamed, everything else moves to `device` in
-    `dtype` (None: its own).
+    """The model of a checkpoint `folder`, in evaluation mode: its layers are streamed to `device`, the CPU unless told,
+    and everything else is there, in `dtype` (None: the checkpoint's).
 
-    Raises `ValueError` where the folder does not hold the layers' weights as the model does: they are in memory then.
+    It is of the class that the checkpoint was saved from. Its layers' parameters are on the meta device except while
+    they are called. Raises what transformers raises where it cannot read quantised weights here (see `quantizer_of`);
+    ValueError for a checkpoint that lacks tensors, by name.
     """
-    _check_mapped(model, folder)
-    prefix = stack_name(model) + "."
-    Stream(model, device, dtype)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not name.startswith(prefix):
-            wanted = dtype if tensor.is_floating_point() and isinstance(tensor, nn.Parameter) else None
-            tensor.data = tensor.data.to(device, wanted)
+    device = device or torch.device("cpu")
+    config, shards = read_config(folder, trust_remote_code), read_shards(folder)
+    quantizer = quantizer_of(config)
+    model = empty_model(config, trust_remote_code)
+    check_complete(folder, model, shards)
+    if quantizer is not None:
+        quantizer.preprocess_model(
+            model=model,
+            dtype=model.dtype,
+            device_map={"": "cpu"},
+            checkpoint_files=[str(shard.file) for shard in shards],
+            use_kernels=False,
+        )
+    parts = _by_layer(TensorNames(model, quantizer), shards)
+    with without_progress():
+        fill(model, parts.pop(None), model.dtype, quantizer)
+    model.tie_weights()
+    inside = set(find_layers(model).modules())
+    _check_filled(model, {place: leaf for place, leaf in _leaves(model).items() if place[0] not in inside})
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    Stream(model, {layer: part for layer, part in parts.items() if layer is not None}, device, dtype, quantizer)
+    for (module, _), tensor in _leaves(model).items():
+        if module not in inside:
+            rounded = isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and quantizer is None
+            tensor.data = tensor.data.to(device, dtype if rounded else None)
     return model
+
+
+def _by_layer(names: TensorNames, shards: Sequence[Shard]) -> dict[int | None, dict[str, Any]]:
+    """Slices of the tensors in `shards` by name, those of each layer together and those of none; what lies behind the
+    last layer (multi-token prediction) is of a layer that the model does not have."""
+    parts: dict[int | None, dict[str, Any]] = {layer: {} for layer in (None, *range(names.num_layers))}
+    for shard in shards:
+        opened = safe_open(shard.file, framework="pt")
+        for name in sorted(shard.tensors):
+            at = names.layer_of(name)
+            parts.setdefault(at.layer if at else None, {})[name] = opened.get_slice(name)
+    return parts
+
+
+def named_weights(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The parameters and buffers of `model` by name, in parts: everything at once, or of a streamed model, as its
+    checkpoint has them, a layer at a time."""
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    if (streamed := stream_of(model)) is None:
+        yield tensors
+        return
+    prefix, names = f"{stack_name(model)}.", {module: name for name, module in model.named_modules()}
+    yield {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    for index in range(len(streamed.layers)):
+        yield {f"{names[module]}.{name}": leaf for (module, name), leaf in streamed.weights(index).items()}
 
 
 @contextmanager
@@ -153,20 +236,21 @@ def check_resident(name: str, model: nn.Module, what: str) -> None:
         )
 
 
-def _check_mapped(model: PreTrainedModel, folder: Path) -> None:
-    stored = {name: tensor.entry for shard in read_shards(folder) for name, tensor in shard.tensors.items()}
-    prefix = stack_name(model) + "."
-    for name, parameter in model.named_parameters():
-        wanted = {"dtype": _NAMES.get(parameter.dtype), "shape": list(parameter.shape)}
-        if name.startswith(prefix) and stored.get(name) != wanted:
-            raise ValueError(
-                f"placement='stream': {folder} does not hold {name} as the model does ({wanted}), but "
-                + (
-                    f"as {dict(stored[name])}; save it once with save_pretrained in the model's dtype and stream that"
-                    if name in stored
-                    else "makes it of tensors of other names; placement='whole' loads it"
-                )
-            )
+def _leaves(module: nn.Module) -> Leaves:
+    """The parameters and buffers of `module` and of all that is in it, by the module that holds each and its name."""
+    return {
+        (each, name): tensor
+        for each in module.modules()
+        for name, tensor in (*each._parameters.items(), *each._buffers.items())
+        if tensor is not None
+    }
+
+
+def _check_filled(model: PreTrainedModel, leaves: Leaves) -> None:
+    for (module, name), leaf in leaves.items():
+        if leaf.is_meta:
+            owner = next(path for path, each in model.named_modules() if each is module)
+            raise ValueError(f"model ({model.config.model_type}): its checkpoint lacks {owner}.{name}")
 
 
 def _ask_for(weight: Tensor) -> None:

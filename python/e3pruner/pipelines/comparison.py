@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3pruner
 from e3pruner.evaluation import layers_to_drop
@@ -27,21 +27,22 @@ from e3pruner.models.device import AUTO
 from e3pruner.models.identity import model_identity
 from e3pruner.models.loading import Dtype, load_model, load_tokenizer
 from e3pruner.models.stack import check_unquantised
-from e3pruner.pipelines.matrix import Cell, Matrix, Recovery
+from e3pruner.pipelines.matrix import Cell, Matrix
 from e3pruner.pipelines.results import run_results
 from e3pruner.precision import autocast_dtype
 from e3pruner.report import build_report, save_results
 from e3pruner.report.comparison import markdown, summary
 from e3pruner.storage import fingerprint, locked, read_json_lines, replacing_file, write_json_lines
 from e3pruner.surgery import PruningPlan
-from e3pruner.text.kinds import KindsOfText, kinds_of_text
+from e3pruner.text.kinds import KindsOfText, kinds_of_text, leaving_one_out
+from e3pruner.text.sources import WRITTEN
 
 CELLS_FILE, MEASURED_FOLDER = "cells.jsonl", "measured"
 TABLE_FILE = "comparison.md"
 _COMPENSATION = 32  # training sequences of each kind: the closed forms are fitted to those of all but the last
 _BATCH = 4
 _ROW = {"key": str, "drop": natural, "removed": [natural], "cost": float, "seconds": float}
-_ROW |= {"held_out": {str: {"kl": float, "perplexity": float}}}
+_ROW |= {"held_out": {str: {"kl": float, "perplexity": float, "sequences?": {"kl": [float]}}}}
 
 Row = dict[str, Any]
 
@@ -55,7 +56,7 @@ class KnownText(NamedTuple):
 
 @dataclass
 class Comparison:
-    """A matrix on one model and one set of texts, its results in `folder`.
+    """A matrix on one model and its texts, its results in `folder`. `texts`: by the kind that is left out, or by "".
 
     `Comparison.from_yaml("matrix.yaml", "compared").run()` does what `e3 compare` measures; `save` writes its tables.
 
@@ -64,7 +65,7 @@ class Comparison:
 
     matrix: Matrix
     model: PreTrainedModel
-    text: KindsOfText
+    texts: dict[str, KindsOfText]
     folder: Path
 
     @classmethod
@@ -89,11 +90,12 @@ class Comparison:
                 f"--out {folder} holds no {CELLS_FILE}, so no comparison goes on there; name another folder"
             )
         tokenizer = load_tokenizer(matrix.model, trust_remote_code=trust_remote_code)
-        text = kinds_of_text(tokenizer, matrix.text, length=matrix.length, held_out=matrix.held_out)
+        writing = not {*matrix.text, *matrix.unseen}.isdisjoint(WRITTEN)
+        texts = None if writing else texts_of(matrix, tokenizer)  # before the model, which may be large
         # In fp32 whatever the checkpoint: `precision` says what is computed in, and recovery needs the master weights.
         dense = load_model(matrix.model, device, Dtype.FLOAT32, trust_remote_code=trust_remote_code)
         check_unquantised("model", dense, "to cut and heal it in memory, name it dequantised")
-        return cls(matrix, dense, text, folder)
+        return cls(matrix, dense, texts or texts_of(matrix, tokenizer, dense), folder)
 
     def __post_init__(self) -> None:
         if self.matrix.fraction:
@@ -103,16 +105,15 @@ class Comparison:
         self.units = {drop: units_of(self.model, drop, self.matrix.protect) for drop in self.matrix.drop}
         self.dtype = autocast_dtype(self.matrix.precision, self.model.device)
         self.identity = {"dtype": str(self.dtype), "model": model_identity(self.model)}
-        self.held_out = {kind: self.known(tokens) for kind, tokens in self.text.held_out.items()}
-        self._searched: dict[int, KnownText] = {}
+        self._known: dict[str, KnownText] = {}
 
     def key(self, cell: Cell) -> str:
         """A hash of everything that decides the figures of a cell."""
-        tokens = [each.store.identity for each in (self.calibration(cell.seed), *self.held_out.values())]
+        tokens = [each.store.identity for each in (self.calibration(cell), *self.held_out(cell).values())]
         settings, recovery = asdict(cell), cell.recovery
         settings["contestant"].pop("name")
         settings["recovery"].pop("name")
-        training = fingerprint(self.text.training) if recovery.heals else None
+        training = fingerprint(self.texts[cell.left_out].training) if recovery.heals else None
         return fingerprint(settings, tokens, self.matrix.protect, training)[:16]
 
     def run(self, advance: Callable[[Row], None] = lambda row: None) -> list[Row]:
@@ -138,33 +139,39 @@ class Comparison:
         matrix = self.matrix
         title = matrix.title or f"{matrix.model}: {len(matrix.methods)} methods, {len(matrix.seeds)} seeds"
         settings = matrix.settings()
-        results = run_results(title, settings) | {"matrix": settings, "comparison": summary(rows)} | dict(about or {})
+        lines = summary(rows, matrix.methods[0].name)
+        results = run_results(title, settings) | {"matrix": settings, "comparison": lines} | dict(about or {})
         save_results(results, self.folder)
         with replacing_file(self.folder / TABLE_FILE) as temporary:
             temporary.write_text(markdown(results), encoding="utf-8")
         build_report(self.folder)
         return results
 
-    def calibration(self, seed: int) -> KnownText:
-        """The calibration tokens of a seed, the same for every method."""
-        if seed not in self._searched:
-            self._searched[seed] = self.known(self.text.calibration_of(seed, self.matrix.sequences))
-        return self._searched[seed]
+    def calibration(self, cell: Cell) -> KnownText:
+        """The calibration tokens of a cell's seed, the same for every method."""
+        return self.known(self.texts[cell.left_out].calibration_of(cell.seed, self.matrix.sequences))
+
+    def held_out(self, cell: Cell) -> dict[str, KnownText]:
+        """What a cell is judged on, by kind of text."""
+        return {kind: self.known(tokens) for kind, tokens in self.texts[cell.left_out].held_out.items()}
 
     def measure(self, cell: Cell) -> Row:
         """Search, recover, and judge on held-out text."""
         row = self._search(cell)
         if not cell.recovery.heals:
-            return row | {"held_out": {kind: self._judge(row["removed"], each) for kind, each in self.held_out.items()}}
-        return row | self._recover(cell.recovery, row["removed"], cell.seed)
+            held_out = {kind: self._judge(row["removed"], each) for kind, each in self.held_out(cell).items()}
+            return row | {"held_out": held_out}
+        return row | self._recover(cell, row["removed"])
 
     def known(self, tokens: Tensor) -> KnownText:
         """What the folder knows of these tokens."""
         digest = fingerprint(tokens)
-        path = self.folder / MEASURED_FOLDER / f"{digest[:16]}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        store = Checkpoint(path, self.identity | {"tokens": digest})
-        return KnownText(Calibration(tokens.split(_BATCH), self.model.device), store)
+        if digest not in self._known:
+            path = self.folder / MEASURED_FOLDER / f"{digest[:16]}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store = Checkpoint(path, self.identity | {"tokens": digest})
+            self._known[digest] = KnownText(Calibration(tokens.split(_BATCH), self.model.device), store)
+        return self._known[digest]
 
     def problem(self, text: KnownText, drop: int, seed: int = 0) -> SearchProblem:
         """The search for `drop` layers on `text`, with all that is known of it."""
@@ -178,7 +185,7 @@ class Comparison:
         )
 
     def _search(self, cell: Cell) -> Row:
-        text = self.calibration(cell.seed)
+        text = self.calibration(cell)
         problem = self.problem(text, cell.drop, cell.seed)
         known = set(text.store.seconds)
         try:
@@ -197,6 +204,7 @@ class Comparison:
             "options": cell.contestant.search,
             "drop": cell.drop,
             "seed": cell.seed,
+            "left_out": cell.left_out,
             "recovery": cell.recovery.name,
             "removed": removed,
             "calibration_kl": kl,
@@ -206,7 +214,7 @@ class Comparison:
             "seconds": seconds + max(0.0, took - measuring),
         }
 
-    def _judge(self, removed: Sequence[int], held_out: KnownText) -> dict[str, float]:
+    def _judge(self, removed: Sequence[int], held_out: KnownText) -> dict[str, Any]:
         """Figures of the dense model without `removed` on one kind of held-out text."""
         try:
             with self.problem(held_out, len(removed)) as problem:
@@ -214,32 +222,42 @@ class Comparison:
         finally:
             held_out.store.save()
 
-    def _recover(self, recovery: Recovery, removed: Sequence[int], seed: int) -> Row:
+    def _recover(self, cell: Cell, removed: Sequence[int]) -> Row:
+        recovery, text = cell.recovery, self.texts[cell.left_out]
         plan = PruningPlan.of_removed(removed, len(find_layers(self.model)))
         student = e3pruner.prune(self.model, plan)
         began = time.perf_counter()
         if recovery.compensates:
-            fitted, judge = self._compensation()
+            fitted, judge = self._compensation(text)
             e3pruner.compensate(student, self.model, plan, fitted, judge=judge)
         if recovery.recover is not None:
-            options = {"seed": seed, "plan": plan, **recovery.recover}
-            e3pruner.distill(student, teacher=self.model, data=self.text.training, **options)
+            options = {"seed": cell.seed, "plan": plan, **recovery.recover}
+            e3pruner.distill(student, teacher=self.model, data=text.training, **options)
         took = time.perf_counter() - began
-        keys = ("kl", "perplexity", "top1_agreement")
+        options = {"precision": self.matrix.precision, "by_sequence": True, "progress": False}
         held_out = {}
-        for kind, sequences in self.text.held_out.items():
-            figures = e3pruner.evaluate(
-                student, sequences.split(_BATCH), self.model, precision=self.matrix.precision, progress=False
-            )
-            held_out[kind] = {key: figures[key] for key in keys}
+        for kind, sequences in text.held_out.items():
+            figures = e3pruner.evaluate(student, sequences.split(_BATCH), self.model, **options)
+            held_out[kind] = {key: figures[key] for key in ("kl", "perplexity", "top1_agreement")}
+            held_out[kind]["sequences"] = {"kl": figures["sequences"]["kl"]}
         return {"held_out": held_out, "recovery_seconds": took}
 
-    def _compensation(self) -> tuple[Tensor, Tensor]:
+    def _compensation(self, text: KindsOfText) -> tuple[Tensor, Tensor]:
         """What a compensation is fitted to, and what judges it: text of another kind, the last of the matrix."""
-        kinds = len(self.matrix.text)
-        rows = self.text.training[: _COMPENSATION * kinds]
+        kinds = len(self.matrix.text) - self.matrix.leave_one_out
+        rows = text.training[: _COMPENSATION * kinds]
         kind = torch.arange(len(rows)) % kinds  # the kinds take turns
         return rows[kind < kinds - 1], rows[kind == kinds - 1]
+
+
+def texts_of(
+    matrix: Matrix, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel | None = None
+) -> dict[str, KindsOfText]:
+    """The texts of a comparison, by the kind that is left out, or by ""."""
+    sizes: dict[str, Any] = {"length": matrix.length, "held_out": matrix.held_out, "teacher": teacher}
+    if matrix.leave_one_out:
+        return leaving_one_out(tokenizer, matrix.text, **sizes)
+    return {"": kinds_of_text(tokenizer, matrix.text, unseen=matrix.unseen, **sizes)}
 
 
 def read_rows(path: Path) -> list[Row]:

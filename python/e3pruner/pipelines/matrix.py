@@ -74,6 +74,7 @@ class Cell:
     drop: int
     seed: int
     recovery: Recovery
+    left_out: str = ""  # the kind of text that it is judged on and sees nothing of, if one kind is left out at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +83,9 @@ class Matrix:
 
     methods: `Contestant`s, or what `Contestant.of` takes. drop: numbers of layers to remove, or fraction: shares of the
     model's layers. seeds: each draws the calibration sequences, the same for every method. recoveries: `Recovery`s, or
-    what `Recovery.of` takes. text: kinds, or files. sequences: of a search, over all kinds of text; held_out: sequences
-    of each kind.
+    what `Recovery.of` takes. text: kinds (see `e3pruner.text.sources`), or files. unseen: further ones that every cell
+    is judged on and none sees; leave_one_out: each kind of `text` is left out once, and is what is judged then, so that
+    all figures are of kinds that no step saw. sequences: of a search, over all kinds of text; held_out: of each kind.
 
     Raises ValueError or TypeError naming what is wrong.
     """
@@ -95,6 +97,8 @@ class Matrix:
     recoveries: list[Any] = field(default_factory=lambda: [NO_RECOVERY])
     model: str = "smollm2"
     text: list[str] = field(default_factory=lambda: ["manual", "code"])
+    unseen: list[str] = field(default_factory=list)
+    leave_one_out: bool = False
     sequences: int = 16
     held_out: int = 32
     length: int = 256
@@ -123,10 +127,14 @@ class Matrix:
             called = [entry.name for entry in getattr(self, name)]
             if len(set(called)) != len(called):
                 raise ValueError(f"{name} holds a name twice: {called}; tell them apart by `name`")
-        if len(self.text) < 2 and any(recovery.compensates for recovery in self.recoveries):
+        if self.leave_one_out and (self.unseen or len(self.text) < 2):
+            raise ValueError(
+                f"leave_one_out judges on each kind of text={self.text} in turn: name two or more, and no unseen ones"
+            )
+        if len(self.text) - self.leave_one_out < 2 and any(recovery.compensates for recovery in self.recoveries):
             raise ValueError(
                 f"recoveries: {COMPENSATE!r} is fitted to some kinds of text and judged on the last; "
-                f"text={self.text} must name two or more"
+                f"text={self.text} must name two or more, beside one that is left out"
             )
         check_choice("precision", self.precision, PRECISIONS)
 
@@ -144,11 +152,12 @@ class Matrix:
 
     def cells(self) -> Iterator[Cell]:
         """Seed by seed, from few removed layers to many, so that what they share is measured once."""
-        for seed in self.seeds:
-            for drop in self.drop:
-                for contestant in self.methods:
-                    for recovery in self.recoveries:
-                        yield Cell(contestant, drop, seed, recovery)
+        for left_out in self.text if self.leave_one_out else [""]:
+            for seed in self.seeds:
+                for drop in self.drop:
+                    for contestant in self.methods:
+                        for recovery in self.recoveries:
+                            yield Cell(contestant, drop, seed, recovery, left_out)
 
     def settings(self) -> dict[str, Any]:
         """All of it, as JSON values."""

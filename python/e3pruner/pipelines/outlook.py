@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from e3pruner.mask_search.search import try_surgery
 from e3pruner.mask_search.units import units_of
 from e3pruner.models import find_layers
-from e3pruner.models.files.on_demand import empty_model
+from e3pruner.models.files.empty import empty_model
 from e3pruner.models.loading import BUILT_IN, checked_folder
 from e3pruner.surgery.demands import demands_of
 from e3pruner.surgery.engines import ENGINES, orders_of

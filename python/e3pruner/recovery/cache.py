@@ -1,17 +1,17 @@
-"""A teacher on disk: its top-k log-probabilities of a text, so that training needs no teacher in memory.
+"""A teacher on disk: what it predicts on a text, so that training needs no teacher in memory.
 
-A folder of safetensors shards beside a JSON manifest. A shard holds, for its sequences, `ids` (rows, S − 1, k) and
-`logprobs` (rows, S − 1, k) in fp16, likeliest first: with k = 10 and a vocabulary above 65,536 tokens 60 bytes per
-token, below it 40. Their rounding changes a probability by less than 0.05 % of |log p|; what is missing to 1 is the
-tail, which `e3kernels.linear_topk_kl` treats as one event.
+A folder of safetensors shards beside a JSON manifest, and for hidden states the teacher's output head. A shard holds,
+for its sequences, the tensors (rows, S − 1, ...) that `stored` describes.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -20,21 +20,33 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import e3kernels as e3k
-from e3pruner.form import positive
-from e3pruner.models import OutputHead, last_hidden, output_head
+from e3pruner.form import check_form, positive
+from e3pruner.models import OutputHead, output_head
 from e3pruner.models.identity import model_identity
+from e3pruner.models.skipping_forward import each_last_hidden
 from e3pruner.models.stack import evaluating
 from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
 from e3pruner.precision import autocast_dtype
+from e3pruner.recovery.stored import (
+    HEAD,
+    HiddenStates,
+    Store,
+    Stored,
+    Tail,
+    TopK,
+    check_store,
+    head_settings,
+    is_store,
+    load_head,
+    save_head,
+)
 from e3pruner.storage import fingerprint, locked, read_checked, remove_temporaries, write_checked, write_tensors
 from e3pruner.text.batches import Batch
 from e3pruner.text.given import Given, sequences_of
 from e3pruner.text.sequences import Sequences
 
-Tail = Literal["bucket", "renorm", "truncated"]
 MANIFEST = "manifest.json"
-KIND = "e3pruner.teacher-cache 2"
+KIND = "e3pruner.teacher-cache 3"
 FORM = {
     "model": str,
     "tokenizer": (str, None),
@@ -43,12 +55,13 @@ FORM = {
     "length": positive,
     "vocabulary": positive,
     "tokens": (int, None),
-    "k": positive,
-    "temperature": float,
+    "store": is_store,
     "batch_size": positive,
     "precision": str,
     "shard_rows": positive,
 }
+TOPK_FORM = {"k": positive, "temperature": float}
+HIDDEN_FORM = {"head": {"softcap": (float, None), "scale": float, "weights": str}}
 SHARD_TOKENS = 1 << 17
 OPEN_SHARDS = 64
 
@@ -57,13 +70,13 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint(tokenizer.get_vocab(), tokenizer.special_tokens_map)
 
 
-def cache_bytes(sequences: int, length: int, vocabulary: int, k: int = 10) -> int:
-    """Bytes of the log-probabilities and ids of `sequences` · (`length` − 1) predictions."""
-    return sequences * (length - 1) * k * (torch.float16.itemsize + _id_dtype(vocabulary).itemsize)
-
-
-def _id_dtype(vocabulary: int) -> torch.dtype:
-    return torch.uint16 if vocabulary <= 1 << 16 else torch.int32
+def cache_bytes(sequences: int, length: int, head: OutputHead, store: Store = "topk", k: int | None = None) -> int:
+    """Bytes of what is stored of `sequences` · (`length` − 1) predictions of a teacher with this output head, which
+    lies beside hidden states."""
+    vocabulary = head.weight.shape[0]
+    manifest = {"store": store, "k": check_store(store, k, vocabulary), "vocabulary": vocabulary, "temperature": 1.0}
+    beside = 0 if store == "topk" else head.weight.nbytes
+    return sequences * (length - 1) * _stored(manifest, head).bytes_per_token + beside
 
 
 class TeacherCache:
@@ -84,6 +97,7 @@ class TeacherCache:
             raise ValueError(f"tail={tail!r} must be one of {get_args(Tail)}")
         self.folder, self.tail = Path(folder), tail
         self.manifest = _read_manifest(self.folder)
+        self.stored = _stored(self.manifest, self._head() if "head" in self.manifest else None, tail)
         self.vocabulary: int = self.manifest["vocabulary"]
         self.tokenizer_size: int | None = self.manifest["tokens"]
         self._open: OrderedDict[int, Any] = OrderedDict()
@@ -100,7 +114,12 @@ class TeacherCache:
         return fingerprint(self.manifest, self.tail)
 
     def narrow(self, vocabulary: int) -> None:
-        """Raises ValueError: what is stored is normalised over all of its vocabulary."""
+        """Cut the head that hidden states go through. Raises ValueError for likeliest tokens, whose probabilities are
+        normalised over the whole vocabulary."""
+        if isinstance(self.stored, HiddenStates):
+            self.stored = replace(self.stored, head=self.stored.head.narrowed(vocabulary))
+            self.vocabulary = vocabulary
+            return
         raise ValueError(
             f"{self.folder} holds predictions over {self.vocabulary} tokens; to learn from the first {vocabulary} of "
             f"them, make a cache with vocabulary={vocabulary}"
@@ -112,7 +131,7 @@ class TeacherCache:
             rows, length = self.manifest["sequences"], self.manifest["length"]
             shape = tuple(data.shape)
             raise ValueError(f"data {shape} is not what {self.folder}, {(rows, length)}, was made of")
-        if temperature != self.manifest["temperature"]:
+        if self.manifest.get("temperature", temperature) != temperature:
             raise ValueError(
                 f"temperature={temperature} must be that of {self.folder}, {self.manifest['temperature']}: the tail of "
                 "another temperature is not stored"
@@ -126,33 +145,30 @@ class TeacherCache:
         for index in track(range(count), "verify", console=Console(stderr=True)):
             self._shard(index)
 
-    def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(log-probabilities fp32, ids int64), each (B, S − 1, k), of the batch's rows of the data."""
+    def targets(self, batch: Batch) -> Any:
+        """What is stored of the batch's rows of the data: of the likeliest tokens (log-probabilities fp32, ids int64),
+        each (B, S − 1, k); or hidden states (B, S − 1, H)."""
         if batch.rows is None:
             raise ValueError(f"a batch without rows: {self.folder} finds its predictions by the number of the sequence")
-        per_shard = self.manifest["shard_rows"]
-        logprobs, ids = [], []
-        for row in batch.rows.tolist():
-            shard, at = self._shard(row // per_shard), row % per_shard
-            # Autocast on a CPU refuses to join fp16.
-            logprobs.append(shard.get_slice("logprobs")[at : at + 1].float())
-            ids.append(shard.get_slice("ids")[at : at + 1])
-        device = batch.input_ids.device
-        return torch.cat(logprobs).to(device), torch.cat(ids).to(device, torch.int64)
+        per_shard, device = self.manifest["shard_rows"], batch.input_ids.device
+        rows = [(self._shard(row // per_shard), row % per_shard) for row in batch.rows.tolist()]
+        with torch.autocast("cpu", enabled=False):  # which refuses to stack fp16
+            parts = {
+                name: torch.stack([shard.get_slice(name)[at] for shard, at in rows]).to(device)
+                for name in self.stored.names
+            }
+        self.stored = self.stored.on(device)
+        return self.stored.targets(parts)
 
-    def loss(
-        self, hidden: Tensor, head: OutputHead, targets: tuple[Tensor, Tensor], labels: Tensor, **options: Any
-    ) -> Any:
-        logprobs, ids = targets
-        return e3k.linear_topk_kl(
-            student_hidden=hidden,
-            teacher_logprobs=logprobs,
-            teacher_ids=ids,
-            labels=labels,
-            tail=self.tail,
-            **head.arguments("student"),
-            **options,
-        )
+    def loss(self, hidden: Tensor, head: OutputHead, targets: Any, labels: Tensor, **options: Any) -> Any:
+        return self.stored.loss(hidden, head, targets, labels, **options)
+
+    def _head(self) -> OutputHead:
+        try:
+            head = load_head(self.folder, self.manifest["head"])
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.folder / HEAD} is missing or damaged: {error}") from error
+        return head.narrowed(self.manifest["vocabulary"])
 
     def _shard(self, index: int) -> Any:
         """A shard, whose checksum is compared when it is opened for the first time."""
@@ -161,7 +177,7 @@ class TeacherCache:
             try:
                 shard = safe_open(file, framework="pt")
                 if index not in self._checked:
-                    _check_content(file, shard)
+                    _check_content(file, shard, self.stored.names)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is missing or damaged: {error}") from error
             self._checked.add(index)
@@ -172,8 +188,8 @@ class TeacherCache:
         return self._open[index]
 
 
-def _check_content(file: Path, shard: Any) -> None:
-    content = {name: shard.get_tensor(name) for name in ("ids", "logprobs")}
+def _check_content(file: Path, shard: Any, names: Iterable[str]) -> None:
+    content = {name: shard.get_tensor(name) for name in names}
     if (shard.metadata() or {}).get("content") != fingerprint(content):
         raise ValueError(f"{file} is damaged: its content is not that of its checksum")
 
@@ -184,14 +200,19 @@ def cache_teacher(
     folder: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    k: int = 10,
+    store: Store = "topk",
+    k: int | None = None,
     vocabulary: int | None = None,
     temperature: float = 1.0,
     batch_size: int = 8,
     precision: str = "auto",
     force: bool = False,
 ) -> TeacherCache:
-    """Store the `k` likeliest next tokens of every position of `data` in `folder`: what `distill` takes.
+    """Store what `teacher` predicts at every position of `data` in `folder`: what `distill` takes.
+
+    store: "topk", the `k` likeliest next tokens, 10 unless told, at this `temperature`: 4 or 6 bytes each, the
+    likeliest first; "hidden", the H numbers in bfloat16 that the output head is given, and the head beside them: the
+    divergence over the full vocabulary at any temperature, for 2·H bytes; "hidden-int8", the same in H + 4.
 
     vocabulary: how many columns of the teacher's logits count, from the first on; what is behind them is cut before the
     softmax, as padding that no token uses. Unless told, the size of `tokenizer`, and without one all; a student learns
@@ -199,9 +220,11 @@ def cache_teacher(
 
     A folder in which an earlier call was cut short, even by a kill, is completed: whole shards are kept.
 
-    Raises ValueError for k outside 1 … vocabulary, for logits that are not finite, and for a folder whose cache is of
-    another model, tokenizer, data or setting, naming which; FileExistsError for a folder that holds other files, unless
-    `force`; OSError if the disk has too little room, before it starts.
+    Of a streamed teacher each layer is read once for as many batches as go together.
+
+    Raises ValueError for k outside 1 … vocabulary, or beside hidden states, for predictions that are not finite, and
+    for a folder whose cache is of another model, tokenizer, data or setting, naming which; FileExistsError for a folder
+    that holds other files, unless `force`; OSError if the disk has too little room, before it starts.
     """
     folder = Path(folder)
     head, tokens = output_head(teacher), tokenizer_size(tokenizer)
@@ -214,8 +237,7 @@ def cache_teacher(
     vocabulary = common_vocabulary(columns, vocabulary, tokens)
     head = head.narrowed(vocabulary)
     length = rows.shape[1]
-    if not 1 <= k <= vocabulary:
-        raise ValueError(f"k={k} must be in 1 … {vocabulary}")
+    k = check_store(store, k, vocabulary)
     dtype = autocast_dtype(precision, teacher.device)
     manifest = {
         "model": model_identity(teacher),
@@ -225,28 +247,34 @@ def cache_teacher(
         "length": length,
         "vocabulary": vocabulary,
         "tokens": tokens,
-        "k": k,
-        "temperature": temperature,
+        "store": store,
+        **({"k": k, "temperature": temperature} if store == "topk" else {"head": head_settings(head)}),
         "batch_size": batch_size,
         "precision": str(dtype or torch.float32),
         # Whole batches, so that a resumed run computes the same ones.
         "shard_rows": max(1, SHARD_TOKENS // (length * batch_size)) * batch_size,
     }
+    stored = _stored(manifest, head)
     with locked(folder):
-        _start(folder, manifest, force)
+        _start(folder, manifest, head, force)
         todo = [i for i, file in enumerate(_shard_files(folder, manifest)) if not file.exists()]
         with evaluating(teacher), torch.no_grad():
             for index in track(todo, description="cache the teacher", console=Console(stderr=True)):
                 shard = torch.arange(len(rows)).split(manifest["shard_rows"])[index]
-                batches = (Batch.of_rows(rows, some).to(teacher.device) for some in shard.split(batch_size))
-                parts = [_top(teacher, head, batch, k, temperature, dtype) for batch in batches]
-                logprobs, ids = (torch.cat(column) for column in zip(*parts, strict=True))
-                content = {"logprobs": logprobs, "ids": ids.to(_id_dtype(vocabulary))}
+                batches = [Batch.of_rows(rows, some).to(teacher.device) for some in shard.split(batch_size)]
+                content = _content(teacher, head, batches, stored, dtype)
                 write_tensors(_shard_file(folder, index), content, {"content": fingerprint(content)})
     return TeacherCache(folder, tokenizer=tokenizer)
 
 
-def _start(folder: Path, manifest: dict[str, Any], force: bool) -> None:
+def _stored(manifest: Mapping[str, Any], head: OutputHead | None, tail: Tail = "bucket") -> Stored:
+    if manifest["store"] == "topk":
+        return TopK(manifest["k"], manifest["vocabulary"], manifest["temperature"], tail)
+    assert head is not None  # it lies beside hidden states
+    return HiddenStates(head, rounded=manifest["store"] == "hidden-int8")
+
+
+def _start(folder: Path, manifest: dict[str, Any], head: OutputHead, force: bool) -> None:
     """Check `folder` and write its manifest."""
     remove_temporaries(folder)
     if (folder / MANIFEST).exists():
@@ -260,36 +288,34 @@ def _start(folder: Path, manifest: dict[str, Any], force: bool) -> None:
     if not force and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no cache; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    need = cache_bytes(manifest["sequences"], manifest["length"], manifest["vocabulary"], manifest["k"])
+    need = cache_bytes(manifest["sequences"], manifest["length"], head, manifest["store"], manifest.get("k"))
     if (free := shutil.disk_usage(folder).free) < need:
         raise OSError(f"{folder} has room for {free:,} bytes, the cache needs {need:,}")
+    if "head" in manifest:
+        save_head(folder, head)
     write_checked(folder / MANIFEST, KIND, manifest)
 
 
-def _top(
-    teacher: PreTrainedModel, head: OutputHead, batch: Batch, k: int, temperature: float, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
+def _content(
+    teacher: PreTrainedModel, head: OutputHead, batches: Sequence[Batch], stored: Stored, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """What a shard holds of `batches`."""
     # Autocast on a CPU refuses to stack fp16: it is for the model only.
     autocast = torch.autocast(teacher.device.type, dtype, enabled=dtype is not None)
-    with autocast:
-        hidden = last_hidden(teacher, batch.input_ids, batch.attention_mask, batch.position_ids)[:, :-1]
-    logprobs, ids = [], []
-    for sequence in hidden:  # one at a time: (S − 1, V) logits are all that is ever materialised
+    coming, parts = each_last_hidden(teacher, [batch.inputs for batch in batches]), []
+    for _ in batches:
         with autocast:
-            logits = head.logits(sequence).float() / temperature
-        if not logits.isfinite().all():
-            raise ValueError("teacher: its logits hold NaN or infinity; nothing can be learnt from them")
-        values, indices = logits.log_softmax(-1).topk(k)
-        # What fp16 would round to −∞ would be padding, and no longer count among the entries that a row holds.
-        logprobs.append(values.clamp(min=torch.finfo(torch.float16).min).half().cpu())
-        ids.append(indices.cpu())
-    return torch.stack(logprobs), torch.stack(ids)
+            hidden = next(coming)[:, :-1]
+        parts.append(stored.of(hidden, head, autocast))
+    return {name: torch.cat([part[name] for part in parts]) for name in stored.names}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
-        return read_checked(file, KIND, FORM)
+        manifest = read_checked(file, KIND, FORM)
+        check_form(file, manifest, TOPK_FORM if manifest["store"] == "topk" else HIDDEN_FORM)
+        return manifest
     except OSError as error:
         raise ValueError(f"{file} is missing ({error}); {folder} is no teacher cache") from error
     except ValueError as error:

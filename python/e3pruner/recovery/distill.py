@@ -40,6 +40,7 @@ def distill(
     force: bool = False,
     track: str | None = None,
     track_folder: str | Path | None = None,
+    progress: bool = True,
     **options: Any,
 ) -> DistillResult:
     """Train `pruned`, in place, on the divergence of its predictions from those of `teacher`.
@@ -55,7 +56,7 @@ def distill(
     finite, and at the end; `resume=True` goes on from the last one to the same bits as an uninterrupted run.
 
     `track` shows the curves meanwhile: "tensorboard" (event files in `track_folder`, else in `output`), "wandb" or
-    "trackio". A resumed run goes on with the same curves.
+    "trackio". A resumed run goes on with the same curves. `progress`: show a bar on standard error.
 
     Raises ValueError for an illegal option or token, a teacher with a vocabulary of another size that is not known to
     be padding, or with weights shared with `pruned`, a student that is frozen wherever `trainable` points, a damaged
@@ -97,10 +98,11 @@ def distill(
     alone = nullcontext() if output is None else locked(output)
     with alone, casts, trained_parameters(pruned, chosen, plan, dtype) as parameters:
         folder = None if output is None else StateFolder(output, resume=resume, force=force)
-        settings["frozen weights"] = content_digest({n: p for n, p in pruned.named_parameters() if n not in parameters})
+        frozen = {n: p for n, p in pruned.named_parameters() if n not in parameters}
+        settings["frozen weights"] = content_digest([frozen])
         training = Training(loss, parameters, sequences, watched, steps, settings)
         if folder is not None and resume:
             training.restore(folder)
         first = training.result.steps + 1 if resume else 0
         with opened_tracker(track, events, fingerprint(settings)[:16], first) as tracker:
-            return training.run(folder, tracker)
+            return training.run(folder, tracker, progress)

@@ -88,21 +88,21 @@ class Training:
             self.average.unpack(tensors)
         self.result = result
 
-    def run(self, folder: StateFolder | None, tracker: GeneralTracker) -> DistillResult:
+    def run(self, folder: StateFolder | None, tracker: GeneralTracker, progress: bool = True) -> DistillResult:
         """The rest of the steps; afterwards the parameters are their average, if one is kept."""
         if self.result.steps < self.steps:
-            self._train(folder, tracker)
+            self._train(folder, tracker, progress)
         if self.average is not None:
             self.average.exchange()
         return self.result
 
-    def _train(self, folder: StateFolder | None, tracker: GeneralTracker) -> None:
+    def _train(self, folder: StateFolder | None, tracker: GeneralTracker, shown: bool) -> None:
         result, options = self.result, self.options
         started = time.monotonic() - result.seconds
         held_out = (
             HeldOut(self.loss, self.held_out_data, options.batch_size) if self.held_out_data is not None else None
         )
-        with _progress() as progress, deferred_interrupt() as interrupted:
+        with _progress(shown) as progress, deferred_interrupt() as interrupted:
             task = progress.add_task("distil", total=self.steps, completed=result.steps, status="")
             while True:
                 last = result.steps == self.steps
@@ -208,7 +208,7 @@ def _log(tracker: GeneralTracker, kind: str, record: dict[str, float]) -> None:
     tracker.log({f"{kind}/{name}": value for name, value in record.items() if name != "step"}, step=int(record["step"]))
 
 
-def _progress() -> Progress:
+def _progress(shown: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -217,4 +217,5 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
         console=Console(stderr=True),
+        disable=not shown,
     )

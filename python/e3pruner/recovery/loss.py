@@ -78,7 +78,7 @@ class DistillLoss:
 
     def student_hidden(self, batch: Batch) -> Tensor:
         """The student's last hidden states (B, S, H)."""
-        return last_hidden(self.student, batch.input_ids, batch.attention_mask, batch.position_ids)
+        return last_hidden(self.student, **batch.inputs)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.student.device.type, self.dtype, enabled=self.dtype is not None)

@@ -50,7 +50,7 @@ class StateFolder:
         """`content`: JSON, in which "step" is the number of the state."""
         file = self._tensors_file(content)
         write_tensors(file, tensors)
-        write_checked(self.file, KIND, content | {"tensors": content_digest(tensors)})
+        write_checked(self.file, KIND, content | {"tensors": content_digest([tensors])})
         for old in self.path.glob("state-*.safetensors"):
             if old != file:
                 old.unlink()
@@ -70,7 +70,7 @@ class StateFolder:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is missing or damaged ({error}); start again with force") from error
-        if content_digest(tensors) != content["tensors"]:
+        if content_digest([tensors]) != content["tensors"]:
             raise ValueError(f"{file} is damaged: it is not what was saved; start again with force")
         return tensors
 

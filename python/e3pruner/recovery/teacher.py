@@ -16,6 +16,7 @@ from e3pruner.models.identity import model_identity
 from e3pruner.models.stack import evaluating
 from e3pruner.models.streaming import stream_of
 from e3pruner.precision import weights_in
+from e3pruner.storage import fingerprint
 from e3pruner.text.batches import Batch
 from e3pruner.text.given import check_rows
 from e3pruner.text.sequences import Sequences
@@ -94,8 +95,26 @@ class LiveTeacher:
     @torch.no_grad()
     def targets(self, batch: Batch) -> Tensor:
         with evaluating(self.model):
-            return last_hidden(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)[:, :-1]
+            return last_hidden(self.model, **batch.inputs)[:, :-1]
 
     def loss(self, hidden: Tensor, head: OutputHead, targets: Tensor, labels: Tensor, **options: Any) -> Any:
         both = head.arguments("student") | self.head.arguments("teacher")
         return e3k.linear_entropy_kl(student_hidden=hidden, teacher_hidden=targets, labels=labels, **both, **options)
+
+
+class RememberingTeacher(LiveTeacher):
+    """A `LiveTeacher` of many students that learn from the same text: it runs once over each batch, and keeps its last
+    hidden states on the CPU.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+        super().__init__(model, dtype)
+        self._kept: dict[str, Tensor] = {}
+
+    def targets(self, batch: Batch) -> Tensor:
+        """What the model predicts for `batch`, whoever asked first."""
+        inputs = {"input_ids": batch.input_ids, "mask": batch.attention_mask, "positions": batch.position_ids}
+        key = fingerprint({name: each for name, each in inputs.items() if each is not None})
+        if key not in self._kept:
+            self._kept[key] = super().targets(batch).cpu()
+        return self._kept[key].to(batch.input_ids.device)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
+from e3pruner.evaluation.paired import Paired, paired
 from e3pruner.report.table import markdown_table
 
 Line = dict[str, Any]
@@ -27,12 +29,16 @@ class Spread(NamedTuple):
         return f"{self.mean:.3f}" if self.low == self.high else f"{self.mean:.3f} ({self.low:.3f}–{self.high:.3f})"
 
 
-def summary(rows: Iterable[dict[str, Any]]) -> list[Line]:
+def summary(rows: Iterable[dict[str, Any]], reference: str) -> list[Line]:
     """One line for each (number of removed layers, recovery, method), the least held-out KL first within the former.
 
     Keys: "drop", "recovery", "method", "seeds"; "kl", over all kinds of text, and "kinds", each kind's KL and
-    perplexity, as [mean, least, largest] over the seeds; "cost" in tokens times dense passes and "seconds", means;
-    "removed", the layers of each seed.
+    perplexity, as [mean, least, largest] over the seeds; "paired", KL less that of the method `reference` on the same
+    sequences, and its standard error (see `paired`), null for itself; "cost" in tokens times dense passes and
+    "seconds", means; "removed", the layers of each search, and "agreement", the mean share of the layers of one that
+    another of them removes too.
+
+    Where each kind of text is left out once, a seed's rows are one cell, judged on all kinds.
     """
     groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -41,25 +47,52 @@ def summary(rows: Iterable[dict[str, Any]]) -> list[Line]:
         {"drop": drop, "recovery": recovery, "method": method, **_figures(cells)}
         for (drop, recovery, method), cells in groups.items()
     ]
+    for line in lines:
+        key = line["drop"], line["recovery"], reference
+        own = key != (line["drop"], line["recovery"], line["method"]) and key in groups
+        difference = paired(_sequences(groups[(*key[:2], line["method"])]), _sequences(groups[key])) if own else None
+        line["paired"] = None if difference is None else list(difference)
     return sorted(lines, key=lambda line: (line["drop"], line["recovery"], line["kl"][0]))
 
 
-def _figures(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    kinds = cells[0]["held_out"]
-    overall = [math.fsum(cell["held_out"][kind]["kl"] for kind in kinds) / len(kinds) for cell in cells]
+def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    cells: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(row["seed"], {}).update(row["held_out"])
+    kinds = next(iter(cells.values()))
+    overall = [math.fsum(cell[kind]["kl"] for kind in kinds) / len(kinds) for cell in cells.values()]
+    removed = [row["removed"] for row in rows]
     return {
         "seeds": len(cells),
         "kl": list(Spread.of(overall)),
         "kinds": {
             kind: {
-                name: list(Spread.of([cell["held_out"][kind][name] for cell in cells])) for name in ("kl", "perplexity")
+                name: list(Spread.of([cell[kind][name] for cell in cells.values()])) for name in ("kl", "perplexity")
             }
             for kind in kinds
         },
-        "cost": math.fsum(cell["cost"] for cell in cells) / len(cells),
-        "seconds": math.fsum(cell["seconds"] for cell in cells) / len(cells),
-        "removed": [cell["removed"] for cell in cells],
+        "cost": math.fsum(row["cost"] for row in rows) / len(rows),
+        "seconds": math.fsum(row["seconds"] for row in rows) / len(rows),
+        "removed": removed,
+        "agreement": agreement(removed),
     }
+
+
+def agreement(removed: Sequence[Sequence[int]]) -> float | None:
+    """How stable a choice is: the mean over pairs of searches of the share of the layers of one that the other removes
+    too; None of a single one.
+    """
+    pairs = list(combinations(map(set, removed), 2))
+    return math.fsum(len(a & b) / len(a) for a, b in pairs) / len(pairs) if pairs else None
+
+
+def _sequences(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """By kind, the KL of each sequence, its mean over the rows."""
+    columns: dict[str, list[list[float]]] = {}
+    for row in rows:
+        for kind, figures in row["held_out"].items():
+            columns.setdefault(kind, []).append(figures["sequences"]["kl"])
+    return {kind: [math.fsum(each) / len(each) for each in zip(*found, strict=True)] for kind, found in columns.items()}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -74,11 +107,20 @@ def markdown(results: dict[str, Any]) -> str:
         f"{environment['versions']['transformers']}, {environment['date'][:10]}.",
         f"Mean (least–largest) over {len(matrix['seeds'])} seeds. Calibration: {matrix['sequences']} sequences of "
         f"{matrix['length']} tokens, the same for every method; held out: {matrix['held_out']} of each kind of text. "
-        "KL in nats per token; cost in tokens times dense forward passes; seconds as its measurements took.",
+        "KL in nats per token; difference: that of the same sequences from the first method's, ± its standard error; "
+        "same layers: what two searches of a method agree on; cost in tokens times dense forward passes; seconds as "
+        "its measurements took." + _unseen(matrix),
     ]
     for caption, lines in panels(results):
         parts += [f"## {caption}", markdown_table(headings(lines), map(cells_of, lines))]
     return "\n\n".join(parts) + "\n"
+
+
+def _unseen(matrix: dict[str, Any]) -> str:
+    if matrix.get("leave_one_out"):
+        return " Each kind of text was left out once: what is judged is of a kind that no step saw."
+    unseen = ", ".join(matrix.get("unseen", []))
+    return f" No step saw text of the kinds {unseen}." if unseen else ""
 
 
 def panels(results: dict[str, Any]) -> list[tuple[str, list[Line]]]:
@@ -93,7 +135,7 @@ def panels(results: dict[str, Any]) -> list[tuple[str, list[Line]]]:
 def headings(lines: list[Line]) -> list[str]:
     """Of the cells that `cells_of` gives for the same lines."""
     by_kind = [f"{kind} {name}" for kind in lines[0]["kinds"] for name in ("KL", "perplexity")]
-    return ["method", "held-out KL", *by_kind, "cost", "seconds"]
+    return ["method", "held-out KL", "difference", *by_kind, "same layers", "cost", "seconds"]
 
 
 def cells_of(line: Line) -> list[str]:
@@ -104,7 +146,9 @@ def cells_of(line: Line) -> list[str]:
         for text in (f"{figures['kl'][0]:.3f}", f"{figures['perplexity'][0]:.1f}")
     ]
     overall = str(Spread(*line["kl"]))
-    return [line["method"], overall, *by_kind, f"{line['cost']:,.0f}", f"{line['seconds']:.1f}"]
+    difference = "–" if line.get("paired") is None else str(Paired(*line["paired"]))
+    same = "–" if line.get("agreement") is None else f"{line['agreement']:.0%}"
+    return [line["method"], overall, difference, *by_kind, same, f"{line['cost']:,.0f}", f"{line['seconds']:.1f}"]
 
 
 def tables(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -111,6 +111,24 @@ def curve(results: Results) -> Figure:
     return figure
 
 
+def frontier(results: Results) -> Figure:
+    """Perplexity over the dense model's against what is left: decoding speed where it was measured, else parameters."""
+    points = results["frontier"]
+    fast = all(point.get("decode_tokens_per_s") for point in points)
+    across = [point["decode_tokens_per_s"] if fast else point["parameters"] / 1e6 for point in points]
+    ratios = [point["ratio"] for point in points]
+    figure = Figure(figsize=(8.4, 3.4))
+    axes = figure.subplots()
+    axes.plot(across, ratios, color=COLOURS.series1, marker="o", markersize=5)
+    for x, ratio, point in zip(across, ratios, points, strict=True):
+        label = f"{point['drop']} removed" if point["drop"] else "dense"
+        axes.annotate(label, (x, ratio), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    axes.set(xlabel="decoded tokens/s" if fast else "parameters (millions)", ylabel="perplexity, × the dense model's")
+    if max(ratios) > 3 * min(ratios):
+        axes.set_yscale("log")
+    return figure
+
+
 def recovery(results: Results) -> Figure:
     """Training loss by step, its running mean, and the held-out KL where it was measured."""
     history = results["recovery"]
@@ -136,6 +154,7 @@ PLOTS: dict[str, Callable[[Results], Figure]] = {
     "importance": importance,
     "mask_path": mask_path,
     "curve": curve,
+    "frontier": frontier,
     "recovery": recovery,
     "quality": comparison_plots.quality,
     "price": comparison_plots.price,

@@ -11,6 +11,8 @@ Keys (all but `title` and `environment` may be missing; the report then leaves t
   held-out text, the one that was pruned first; `cost` in tokens times dense forward passes.
 - `comparison`: the lines of `e3pruner.report.comparison.summary`; `matrix`: the comparison's settings.
 - `curve`: `{method: [[layers removed, held-out KL], ...]}`.
+- `frontier`: `[{"drop", "ratio", "layers", "parameters", "decode_tokens_per_s"}]`, the dense model first; `ratio`: of
+  perplexities to its own.
 - `recovery`: `{"train": [[step, loss], ...], "held_out": [[step, KL], ...],
   "perplexity": [[step, perplexity], ...]}`.
 - `models`: `[{"name", "layers", "parameters", "kl", "perplexity", "top1_agreement", "decode_tokens_per_s", ...}]`.
@@ -67,6 +69,11 @@ def three_numbers(value: Any) -> bool:
     return _table([value], 3)
 
 
+def a_difference(value: Any) -> bool:
+    """Whether it is a number and its standard error, which may be null."""
+    return isinstance(value, list) and len(value) == 2 and _table([[each or 0.0 for each in value]], 2)
+
+
 _FIGURES = {f"{key}?": (float, None) for key in COLUMNS}
 _METHOD = {"method": str, "removed": [natural], "cost": float, "seconds": float, "kl": float, "perplexity": float}
 _LINE = {"drop": natural, "recovery": str, "method": str, "kl": three_numbers, "cost": float, "seconds": float}
@@ -83,7 +90,12 @@ FORM = {
     "importance?": [(float, None)],
     "mask_path?": steps_with_lists_of_shares,
     "methods?": [_FIGURES | _METHOD],
-    "comparison?": [_LINE | {"kinds": {str: {"kl": three_numbers, "perplexity": three_numbers}}}],
+    "comparison?": [
+        _LINE
+        | {"paired?": (a_difference, None), "agreement?": (float, None)}
+        | {"kinds": {str: {"kl": three_numbers, "perplexity": three_numbers}}}
+    ],
+    "frontier?": [{"drop": natural, "ratio": float, "parameters": float, "decode_tokens_per_s?": (float, None)}],
     "curve?": {str: one_or_more_pairs_of_numbers},
     "recovery?": {"train": pairs_of_numbers, "held_out": pairs_of_numbers, "perplexity?": pairs_of_numbers},
     "models?": [_FIGURES | {"name": str}],

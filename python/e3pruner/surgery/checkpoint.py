@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
+from e3pruner.models.files.empty import check_complete, empty_model, read_config
 from e3pruner.models.files.names import TensorNames
-from e3pruner.models.files.on_demand import check_complete, empty_model, on_demand, read_config
 from e3pruner.models.files.shards import Shard, read_shards
 from e3pruner.models.stack import find_layers, stack_name
+from e3pruner.models.streaming import streamed_model
 from e3pruner.models.sublayers import KINDS, projection
 from e3pruner.surgery import quantisation
 from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
@@ -80,22 +80,22 @@ def _prove(
 ) -> str:
     """By what it is proven that `out` is the model in `folder` without the removed layers: "logits", or "bytes" where
     the model in `folder` cannot be run here for its quantisation, which a warning says."""
-    with ExitStack() as stack:
-        try:
-            dense = stack.enter_context(on_demand(folder, trust_remote_code))
-            if quantisation.is_quantised(dense.config):
-                dense(input_ids=torch.arange(4, device=dense.device)[None], use_cache=False)
-        except Exception as error:
-            if not quantisation.is_quantised(read_config(folder, trust_remote_code)):
-                raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0]}"
-            warnings.warn(
-                f"model {folder} cannot be run here ({reason}): the settings, names and bytes of its layers are "
-                "proven, its logits are not",
-                stacklevel=5,
-            )
-            return "bytes"
-        assert_parity(dense, stack.enter_context(on_demand(out, trust_remote_code)), kept, sublayers, steps=2)
+    try:
+        dense = streamed_model(folder, trust_remote_code=trust_remote_code)
+        if quantisation.is_quantised(dense.config):
+            dense(input_ids=torch.arange(4, device=dense.device)[None], use_cache=False)
+    except Exception as error:
+        if not quantisation.is_quantised(read_config(folder, trust_remote_code)):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0]}"
+        warnings.warn(
+            f"model {folder} cannot be run here ({reason}): the settings, names and bytes of its layers are proven, "
+            "its logits are not",
+            stacklevel=5,
+        )
+        return "bytes"
+    pruned = streamed_model(out, trust_remote_code=trust_remote_code)
+    assert_parity(dense, pruned, kept, sublayers, steps=2)
     return "logits"
 
 

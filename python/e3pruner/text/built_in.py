@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from e3pruner.models.identity import model_identity
 from e3pruner.storage import cache_home, fingerprint, write_tensors
 from e3pruner.text.documents import ending
 from e3pruner.text.opening import cut_stream, encode, opening, without_opening
@@ -101,32 +102,40 @@ def _normal(paragraph: str) -> str:
     return " ".join(paragraph.split())
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str]) -> dict[str, str]:
-    """Prompt text by source name: one opener and, where the tokenizer has a chat template, one question a subject."""
-    prompts = {f"prose/{s}": OPENERS[i % len(OPENERS)].format(s) for i, s in enumerate(subjects)}
+def _prompts(tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str], each: int) -> dict[str, str]:
+    """Prompt text by source name: `each` openers and, where the tokenizer has a chat template, questions a subject."""
+    turns = [(s, i + n, f"/{n}" if n else "") for n in range(each) for i, s in enumerate(subjects)]
+    prompts = {f"prose/{s}{end}": OPENERS[i % len(OPENERS)].format(s) for s, i, end in turns}
     if tokenizer.chat_template:
-        for i, subject in enumerate(subjects):
+        for subject, i, end in turns:
             message = {"role": "user", "content": QUESTIONS[i % len(QUESTIONS)].format(subject)}
             chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-            prompts[f"chat/{subject}"] = str(chat)
+            prompts[f"chat/{subject}{end}"] = str(chat)
     return prompts
 
 
 def written_documents(
-    tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel, subjects: Sequence[str], *, length: int, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel,
+    subjects: Sequence[str],
+    *,
+    length: int,
+    each: int = 1,
+    seed: int = 0,
 ) -> dict[str, list[Document]]:
-    """What the teacher writes about each of `subjects`: kinds "prose" (it continues an opener) and "chat" (it answers).
+    """What the teacher writes about each of `subjects`: kinds "prose" (it continues an opener) and "chat" (it answers),
+    `each` documents of both.
 
     Each document is at most `length` tokens, prompt and end-of-text token included. Documents are kept under
     `cache_home()`, by the hash of the weights, the prompts, the length and the seed.
     """
-    prompts = _prompts(tokenizer, subjects)
+    prompts = _prompts(tokenizer, subjects, each)
     encoded = [
         # How a conversation begins, the chat template alone says.
         tokenizer(text, add_special_tokens=False)["input_ids"] if kind == "chat" else encode(tokenizer, text)
         for kind, text in ((source.partition("/")[0], text) for source, text in prompts.items())
     ]
-    key = fingerprint(dict(teacher.named_parameters()), encoded, length, seed)
+    key = fingerprint(model_identity(teacher), encoded, length, seed)
     file = cache_home() / f"written-{key[:16]}.safetensors"
     if not file.exists():
         rows = write_documents(teacher, encoded, length=length, end=tokenizer.eos_token_id, seed=seed)
@@ -134,7 +143,7 @@ def written_documents(
     stored = load_file(file)
     written: dict[str, list[Document]] = {subject: [] for subject in subjects}
     for source in prompts:
-        kind, _, subject = source.partition("/")
+        kind, subject, *_ = source.split("/")
         written[subject].append(Document(source, kind, stored[source].tolist()))
     return written
 

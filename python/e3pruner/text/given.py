@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from e3pruner.models.head import check_packing
+from e3pruner.models.inputs import extras_for, placeholders
 from e3pruner.models.positions import check_padding, position_limit
+from e3pruner.text.extras import Extras
 from e3pruner.text.sequences import IGNORED, Sequences, check_mask, joined
 
 Given = Tensor | Sequences | Mapping[str, Any] | Iterable[Any]
@@ -23,12 +25,15 @@ def batches_of(name: str, given: Given, vocabulary: int, **models: PreTrainedMod
 
     A batch is token ids (B, T), a tensor or nested list of integers below `vocabulary`; a mapping as tokenizers and
     collators make it, with `input_ids` and where wanted `attention_mask`, `labels` (B, T; −100 where nothing is to be
-    predicted) and `position_ids` of packed documents, all (B, T), its other keys being ignored; a tuple (`input_ids`,
-    `attention_mask`); or `Sequences`. `models`, by the names of the arguments, are those that run on it.
+    predicted) and `position_ids` of packed documents, all (B, T), and what else the models take, such as the
+    `pixel_values` of images, its other keys being ignored; a tuple (`input_ids`, `attention_mask`); or `Sequences`.
+    `models`, by the names of the arguments, are those that run on it. Tokens that stand for parts of an image, a video
+    or a sound are not to be predicted, whatever `labels` say.
 
     Raises ValueError naming `name` and the batch for no batches, an empty or ragged one, one that is not
     two-dimensional or holds no integers, T < 2, batches of different T without an attention mask, tokens out of range,
-    a mask that holds anything but 0 and 1, rows with nothing to predict, and what `check_rows` refuses.
+    a mask that holds anything but 0 and 1, rows with nothing to predict, images that the models do not take or that
+    cannot be told apart by row, and what `check_rows` refuses.
     """
     entries: Any = given
     listed = [entries] if is_whole(given) else list(entries)
@@ -36,7 +41,7 @@ def batches_of(name: str, given: Given, vocabulary: int, **models: PreTrainedMod
         raise ValueError(f"{name} is empty; at least one batch of token ids is needed")
     names = [f"{name}[{index}]" for index in range(len(listed))]
     _refuse_mask_as_batch(names, listed)
-    batches = [_batch(*each) for each in zip(names, listed, strict=True)]
+    batches = [_batch(*each, models) for each in zip(names, listed, strict=True)]
     masked = [_has_mask(entry) for entry in listed]
     for own, batch, entry, own_mask in zip(names, batches, listed, masked, strict=True):
         _check_tokens(own, batch, vocabulary)
@@ -59,6 +64,12 @@ def sequences_of(name: str, given: Given, vocabulary: int, **models: PreTrainedM
 def is_whole(given: Given) -> bool:
     """Whether `given` is one batch rather than a list of them."""
     return isinstance(given, Sequences | Mapping) or (isinstance(given, Tensor | np.ndarray) and given.ndim != 3)
+
+
+def without_placeholders(labels: Tensor, ids: Tensor, models: Mapping[str, PreTrainedModel]) -> Tensor:
+    """`labels` like `ids`, with nothing to predict where `ids` stand for parts of an image or a sound."""
+    tokens = sorted({token for each in models.values() for token in placeholders(each)})
+    return labels.masked_fill(torch.isin(ids, torch.tensor(tokens, device=ids.device)), IGNORED)
 
 
 def check_rows(name: str, batches: list[Sequences], **models: PreTrainedModel) -> None:
@@ -99,7 +110,7 @@ def _is_pair(entry: Any) -> bool:
     return isinstance(entry, tuple) and len(entry) == 2 and all(np.ndim(each) == 2 for each in entry)
 
 
-def _batch(name: str, entry: Any) -> Sequences:
+def _batch(name: str, entry: Any, models: Mapping[str, PreTrainedModel]) -> Sequences:
     if isinstance(entry, Sequences):
         return entry.to(torch.device("cpu"))
     if _is_pair(entry):
@@ -118,8 +129,12 @@ def _batch(name: str, entry: Any) -> Sequences:
     )
     if mask is not None:
         ids = ids.masked_fill(mask == 0, 0)  # what stands there may be no token at all
+    held = extras_for(name, entry, models)
+    if held:
+        labels = without_placeholders(ids if labels is None else labels, ids, models)
     try:
-        return Sequences(ids, positions, _apart(labels, positions, ids), mask)
+        extras = Extras.of_batch(held, *ids.shape) if held else None
+        return Sequences(ids, positions, _apart(labels, positions, ids), mask, extras)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

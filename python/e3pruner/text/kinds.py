@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from e3pruner.text.built_in import Document, deal, manual_documents, pack
+from e3pruner.text.built_in import Document, deal, pack
 from e3pruner.text.documents import ending, holds_documents
 from e3pruner.text.files import naming
 from e3pruner.text.opening import opening
+from e3pruner.text.sources import SOURCES, WRITTEN, written
 from e3pruner.text.splits import file_splits, take
 
 WINDOW = 32  # tokens: what two texts share of this length is the same passage, not the same language
-_MODULE_BYTES = 8_000, 24_000  # of a standard-library module: long enough to be text, no one too large for its split
-# Folders of the library with long lists of cases, and with other people's modules.
-_NO_TEXT = frozenset(("test", "tests", "idle_test", "site-packages", "lib2to3"))
+KindSplits = dict[str, dict[str, Tensor]]  # of each kind the splits by name
 
 
 @dataclass(frozen=True)
@@ -40,26 +37,71 @@ class KindsOfText:
 
 
 def kinds_of_text(
-    tokenizer: PreTrainedTokenizerBase, kinds: Sequence[str], *, length: int, held_out: int, balanced: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    kinds: Sequence[str],
+    *,
+    length: int,
+    held_out: int,
+    balanced: bool = True,
+    unseen: Sequence[str] = (),
+    teacher: PreTrainedModel | None = None,
 ) -> KindsOfText:
-    """Text of each of `kinds`: "manual" (the Python manual), "code" (modules at the top of Python's standard library),
-    "library" (those of its packages too) or a file's path.
+    """Text of each of `kinds`: one of `sources.SOURCES`, a file's path, or, with a `teacher`, what it writes itself,
+    "prose" and "chat" (`sources.WRITTEN`). Of the kinds `unseen` there is held-out text alone.
 
     Documents are dealt to the splits, a file is cut in three. Of the held-out sequences, `held_out` of each kind, none
     shares `WINDOW` tokens in a row with any calibration or training sequence of any kind.
 
-    Raises `ValueError` for a kind twice, and where too little text is left.
+    Raises `ValueError` for a kind twice, a written one without a teacher, and where too little text is left.
     """
-    if len(set(kinds)) != len(kinds) or not kinds:
-        raise ValueError(f"text={list(kinds)} must name at least one kind, and none twice")
-    splits = {kind: _splits(tokenizer, kind, length, "text:") for kind in kinds}
-    calibration = _in_turns([splits[kind]["calibration"] for kind in kinds], balanced=True)
-    training = _in_turns([splits[kind]["training"] for kind in kinds], balanced=balanced)
-    seen = torch.cat([windows(calibration), windows(training)]).unique()
-    unseen = {}
-    for kind in kinds:
-        unseen[kind] = _fresh(splits[kind]["held_out"], seen, kind, held_out)
-    return KindsOfText(calibration, training, unseen)
+    splits = _splits_of(tokenizer, [*kinds, *unseen], length, teacher)
+    if not kinds:
+        raise ValueError("text=[] must name at least one kind")
+    return _of_splits(splits, kinds, [*kinds, *unseen], held_out, balanced)
+
+
+def leaving_one_out(
+    tokenizer: PreTrainedTokenizerBase,
+    kinds: Sequence[str],
+    *,
+    length: int,
+    held_out: int,
+    balanced: bool = True,
+    teacher: PreTrainedModel | None = None,
+) -> dict[str, KindsOfText]:
+    """For each of `kinds`, two or more, the text of the others to calibrate and train on, and its own held out: what is
+    judged there is of a kind that no step has seen. See `kinds_of_text`.
+    """
+    if len(kinds) < 2:
+        raise ValueError(f"text={list(kinds)} must name two kinds or more for one of them to be left out")
+    splits = _splits_of(tokenizer, kinds, length, teacher)
+    return {
+        left_out: _of_splits(splits, [kind for kind in kinds if kind != left_out], [left_out], held_out, balanced)
+        for left_out in kinds
+    }
+
+
+def _splits_of(
+    tokenizer: PreTrainedTokenizerBase, kinds: Sequence[str], length: int, teacher: PreTrainedModel | None
+) -> KindSplits:
+    if len(set(kinds)) != len(kinds):
+        raise ValueError(f"text={list(kinds)} must name no kind twice")
+    asked = [kind for kind in kinds if kind in WRITTEN]
+    if asked and teacher is None:
+        raise ValueError(f"text={list(kinds)}: the teacher writes {' and '.join(asked)}, and none is given")
+    of_teacher = _written_splits(tokenizer, teacher, asked, length) if asked and teacher is not None else {}
+    return {kind: of_teacher.get(kind) or _splits(tokenizer, kind, length, "text:") for kind in kinds}
+
+
+def _of_splits(
+    splits: KindSplits, seen: Sequence[str], judged: Sequence[str], held_out: int, balanced: bool
+) -> KindsOfText:
+    calibration = _in_turns([splits[kind]["calibration"] for kind in seen], balanced=True)
+    training = _in_turns([splits[kind]["training"] for kind in seen], balanced=balanced)
+    passages = torch.cat([windows(calibration), windows(training)]).unique()
+    return KindsOfText(
+        calibration, training, {kind: _fresh(splits[kind]["held_out"], passages, kind, held_out) for kind in judged}
+    )
 
 
 def unseen_text(
@@ -90,43 +132,41 @@ def windows(sequences: Tensor) -> Tensor:
     return (sequences.unfold(1, width, 1) * odd).sum(-1)
 
 
-def module_documents(packages: bool = False) -> dict[str, str]:
-    """The source of the modules at the top of Python's standard library, or of its packages too, by path."""
-    low, high = _MODULE_BYTES
-    library = Path(sysconfig.get_path("stdlib"))
-    files = sorted(library.rglob("*.py") if packages else library.glob("*.py"))
-    return {
-        str(file.relative_to(library)): file.read_text(encoding="utf-8")
-        for file in files
-        if low <= file.stat().st_size <= high and _NO_TEXT.isdisjoint(file.relative_to(library).parts)
-    }
-
-
-_BUILT_IN: dict[str, Callable[[], dict[str, str]]] = {
-    "manual": manual_documents,
-    "code": module_documents,
-    "library": partial(module_documents, packages=True),
-}
-
-
 def _splits(tokenizer: PreTrainedTokenizerBase, kind: str, length: int, option: str) -> dict[str, Tensor]:
-    if kind not in _BUILT_IN:
+    if kind not in SOURCES:
         path = Path(kind)
         if not path.is_file():
-            raise FileNotFoundError(f"{option} {kind} is neither a file nor one of {', '.join(_BUILT_IN)}")
+            raise FileNotFoundError(f"{option} {kind} is neither a file nor one of {', '.join((*SOURCES, *WRITTEN))}")
         with naming(option, path):
             if holds_documents(path):
                 raise ValueError("it holds documents; plain text is read here, which this is not")
             return file_splits(tokenizer, path, length)
-    documents, begin = _BUILT_IN[kind](), opening(tokenizer)
-    splits = {}
-    for split, names in deal({name: len(text) for name, text in documents.items()}).items():
-        encoded = tokenizer([documents[name] for name in names], add_special_tokens=False, verbose=False)["input_ids"]
-        rows = zip(names, encoded, strict=True)
-        splits[split] = pack(
-            [Document(name, kind, [*row, *ending(tokenizer)]) for name, row in rows], length, begin=begin
-        )
-    return splits
+    documents = SOURCES[kind].documents()
+    encoded = tokenizer(list(documents.values()), add_special_tokens=False, verbose=False)["input_ids"]
+    rows = {
+        name: [Document(name, kind, [*row, *ending(tokenizer)])] for name, row in zip(documents, encoded, strict=True)
+    }
+    return _dealt({name: len(text) for name, text in documents.items()}, rows, length, opening(tokenizer))
+
+
+def _written_splits(
+    tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel, kinds: Sequence[str], length: int
+) -> KindSplits:
+    """What the teacher writes; of a subject all documents, of both kinds, are in one split."""
+    found, begin = written(tokenizer, teacher), opening(tokenizer)
+    for kind in kinds:
+        if not any(found[kind].values()):
+            raise ValueError(f"text: {kind!r} needs a tokenizer with a chat template")
+    return {kind: _dealt(dict.fromkeys(found[kind], 1), found[kind], length, begin) for kind in kinds}
+
+
+def _dealt(
+    sizes: dict[str, int], documents: Mapping[str, Sequence[Document]], length: int, begin: Sequence[int]
+) -> dict[str, Tensor]:
+    return {
+        split: pack([each for name in names for each in documents[name]], length, begin=begin)
+        for split, names in deal(sizes).items()
+    }
 
 
 def _in_turns(parts: Iterable[Tensor], balanced: bool) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from e3pruner.storage import fingerprint
+from e3pruner.text.extras import Extras, joined_extras
 
 IGNORED = -100
 
@@ -21,16 +23,17 @@ class Sequences:
     `position_ids` (N, S): of documents packed into rows, each token's position in its document, by which attention
     tells the documents apart. `labels` (N, S − 1): the token to predict at each position but the last, or `IGNORED`;
     None: every token but the first of each row. `attention_mask` (N, S): 1 for tokens, 0 for padding, which is neither
-    predicted nor counted; None: there is none.
+    predicted nor counted; None: there is none. `extras`: images and what else the rows hold beside tokens.
 
-    Raises ValueError if the shapes do not fit, for padding beside `position_ids`, and for a row with nothing to
-    predict.
+    Raises ValueError if the shapes do not fit, for padding or extras beside `position_ids`, and for a row with nothing
+    to predict.
     """
 
     input_ids: Tensor
     position_ids: Tensor | None = None
     labels: Tensor | None = None
     attention_mask: Tensor | None = None
+    extras: Extras | None = None
 
     def __post_init__(self) -> None:
         rows, length = self.input_ids.shape
@@ -41,6 +44,9 @@ class Sequences:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; input_ids ask for {shape}")
         if self.position_ids is not None and self.attention_mask is not None:
             raise ValueError("position_ids of packed documents stand beside padding; pack without it, or leave one out")
+        if self.position_ids is not None and self.extras is not None:
+            held = ", ".join(self.extras.inputs)
+            raise ValueError(f"position_ids of packed documents stand beside {held}; give each document a row")
         if not self.plain and not (some := (self.targets != IGNORED).any(-1)).all():
             raise ValueError(f"labels: row {int(some.int().argmin())} has nothing to predict; leave it out")
 
@@ -49,7 +55,7 @@ class Sequences:
 
     def __getitem__(self, rows: slice | Tensor) -> Sequences:
         """The sequences with these numbers."""
-        return replace(self, **{name: tensor[rows] for name, tensor in self._tensors()})
+        return replace(self, **{name: value[rows] for name, value in self._held()})
 
     @property
     def shape(self) -> torch.Size:
@@ -64,7 +70,8 @@ class Sequences:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The arguments of a model's forward pass."""
-        return {name: tensor for name, tensor in self._tensors() if name != "labels"}
+        own = {name: value for name, value in self._held() if isinstance(value, Tensor) and name != "labels"}
+        return own if self.extras is None else own | self.extras.inputs
 
     @property
     def targets(self) -> Tensor:
@@ -96,6 +103,11 @@ class Sequences:
         """The positions that are no padding: (N, S), bool."""
         return torch.ones_like(self.input_ids) == 1 if self.attention_mask is None else self.attention_mask == 1
 
+    @property
+    def seen(self) -> Tensor:
+        """How many tokens of its document each position sees, itself included: (N, S)."""
+        return self.text.cumsum(-1) if self.position_ids is None else self.position_ids + 1
+
     def at_counted(self, values: Tensor) -> Tensor:
         """Of `values` (N·S, ...), one for each position, those of `counted`."""
         return values if self.plain else values[self.counted.flatten()]
@@ -115,8 +127,8 @@ class Sequences:
             yield self[start : start + size]
 
     def trimmed(self) -> Sequences:
-        """Without the columns at either end in which every row has padding."""
-        if self.attention_mask is None:
+        """Without the columns at either end in which every row has padding; all of it where there are extras."""
+        if self.attention_mask is None or self.extras is not None:
             return self
         some = self.attention_mask.any(0).nonzero()
         columns = slice(int(some[0]), int(some[-1]) + 1)
@@ -125,16 +137,18 @@ class Sequences:
         return Sequences(self.input_ids[:, columns], None, labels, None if mask.all() else mask)
 
     def to(self, device: torch.device) -> Sequences:
-        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors()})
+        return replace(self, **{name: value.to(device) for name, value in self._held()})
 
     @property
     def identity(self) -> str:
         """A hash of all of it."""
-        tensors = dict(self._tensors())
-        return fingerprint(self.input_ids if len(tensors) == 1 else tensors)
+        held: dict[str, Any] = dict(self._held())
+        if self.extras is not None:
+            held["extras"] = self.extras.tensors
+        return fingerprint(self.input_ids if len(held) == 1 else held)
 
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [(name, tensor) for name, tensor in vars(self).items() if tensor is not None]
+    def _held(self) -> list[tuple[str, Any]]:
+        return [(name, value) for name, value in vars(self).items() if value is not None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +187,7 @@ def joined(parts: list[Sequences]) -> Sequences:
     def wide(columns: list[Tensor], width: int, fill: int) -> Tensor:
         return torch.cat([pad(each, (0, width - each.shape[1]), value=fill) for each in columns])
 
-    whole = {"input_ids": wide([part.input_ids for part in parts], width, 0)}
+    whole: dict[str, Any] = {"input_ids": wide([part.input_ids for part in parts], width, 0)}
     if any(part.position_ids is not None for part in parts):
         alone = [torch.arange(part.shape[1]).expand(part.shape) for part in parts]
         whole["position_ids"] = wide([_or(p.position_ids, own) for p, own in zip(parts, alone, strict=True)], width, 0)
@@ -181,7 +195,8 @@ def joined(parts: list[Sequences]) -> Sequences:
         whole["labels"] = wide([part.targets for part in parts], width - 1, IGNORED)
     if any(part.attention_mask is not None or part.shape[1] < width for part in parts):
         whole["attention_mask"] = wide([part.text.long() for part in parts], width, 0)
-    return Sequences(**whole)
+    shapes = [(len(part), part.shape[1]) for part in parts]
+    return Sequences(**whole, extras=joined_extras([part.extras for part in parts], shapes))
 
 
 def _or(given: Tensor | None, default: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -14,8 +15,15 @@ from e3pruner.cli.config import result_folder
 from e3pruner.models import output_head
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.recovery.cache import cache_bytes
+from e3pruner.recovery.stored import DEFAULT_K
 from e3pruner.text.splits import token_splits
 from e3pruner.vocabulary import check_positive
+
+
+class StoreOption(StrEnum):
+    TOPK = "topk"
+    HIDDEN = "hidden"
+    HIDDEN_INT8 = "hidden-int8"
 
 
 def cache_teacher(
@@ -23,7 +31,12 @@ def cache_teacher(
     out: options.Out,
     teacher: options.Teacher = None,
     verify: Annotated[bool, typer.Option("--verify", help="Make nothing: read all of --out and check it.")] = False,
-    k: Annotated[int, typer.Option(min=1, help="Likeliest next tokens to store for each position.")] = 10,
+    store: Annotated[
+        StoreOption, typer.Option(help="The likeliest tokens, or the hidden states of the full vocabulary.")
+    ] = StoreOption.TOPK,
+    k: Annotated[
+        int | None, typer.Option(min=1, help="Likeliest next tokens to store for each position.", show_default="10")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Temperature of the predictions, and of the training.")] = 1.0,
     vocabulary: options.Vocabulary = None,
     text: options.Text = None,
@@ -39,12 +52,15 @@ def cache_teacher(
 ) -> None:
     """Store what a teacher predicts on the training text, so that `e3 distill --teacher-cache` needs no teacher.
 
-    Says first what it will take on disk: with k = 10 some 60 bytes per token, 40 for vocabularies up to 65,536. An
-    interrupted or killed run goes on from the last whole shard.
+    Says first what it will take on disk: with k = 10 some 60 bytes per token, 40 for vocabularies up to 65,536; of
+    hidden states two bytes per number, one as int8, and the teacher's head beside them. An interrupted or killed run
+    goes on from the last whole shard.
 
     Examples:
 
     `e3 cache-teacher --teacher smollm2 --text my.txt --out cache`
+
+    `e3 cache-teacher --teacher my-70b --placement stream --store hidden --out cache`
 
     `e3 cache-teacher --verify --out cache`
     """
@@ -55,12 +71,14 @@ def cache_teacher(
         return
     if teacher is None:
         raise typer.BadParameter("is needed, unless --verify checks what is there", param_hint="--teacher")
+    if store != StoreOption.TOPK and k is not None:
+        raise typer.BadParameter(f"is of --store topk; {store} keeps the whole vocabulary", param_hint="--k")
     check_positive("temperature", temperature)
     with result_folder(ctx, out, force) as folder:
         tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
         tokens = token_splits(tokenizer, text, length=length, seed=seed).training
         model = load_model(teacher, device, dtype, placement=placement, trust_remote_code=trust_remote_code)
-        need = cache_bytes(len(tokens), length, output_head(model).weight.shape[0], k)
+        need = cache_bytes(len(tokens), length, output_head(model), store.value, k)
         free = shutil.disk_usage(folder).free
         stderr.print(
             f"{len(tokens) * length:,} tokens, {need / (len(tokens) * length):.1f} bytes each: {need:,} bytes of "
@@ -71,10 +89,12 @@ def cache_teacher(
             tokens,
             folder,
             tokenizer=tokenizer,
+            store=store.value,
             k=k,
             vocabulary=vocabulary,
             temperature=temperature,
             batch_size=batch,
             force=True,
         )
-    print(f"{out}: {len(tokens)} sequences of {length} tokens, the {k} likeliest next tokens of each position")
+    kept = f"the {k or DEFAULT_K} likeliest next tokens" if store == StoreOption.TOPK else "the hidden state"
+    print(f"{out}: {len(tokens)} sequences of {length} tokens, {kept} of each position")

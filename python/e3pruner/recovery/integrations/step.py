@@ -14,18 +14,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from e3kernels.profiling import named_range
 from e3pruner.models import output_head
 from e3pruner.models.head import check_packing, only_hidden, position_arguments, without_head
+from e3pruner.models.inputs import extras_for
 from e3pruner.models.stack import returning_dicts
 from e3pruner.models.vocabulary import tokenizer_size
 from e3pruner.recovery.loss import DistillLoss
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.recovery.teacher import LiveTeacher, Teacher
 from e3pruner.text.batches import Batch
+from e3pruner.text.given import without_placeholders
 from e3pruner.text.sequences import IGNORED, beside_padding, check_mask
 
 
 def batch_of(inputs: Mapping[str, Any]) -> Batch:
     """A `Batch` of what Hugging Face collators make: `input_ids` (B, S), and if given `labels` (B, S; −100 where none),
-    `attention_mask` (B, S) and `rows` (B,), the sequences' numbers in the data of a `TeacherCache`. Padding predicts
+    `attention_mask` (B, S), `rows` (B,), the sequences' numbers in the data of a `TeacherCache`, and `pixel_values` and
+    what else of tensors the models take. Padding predicts
     nothing and is not predicted, so the first token behind it is not learnt; and with `position_ids` (B, S) of
     documents packed into a row, no document's first token is.
 
@@ -45,7 +48,8 @@ def batch_of(inputs: Mapping[str, Any]) -> Batch:
         mask, labels = None, labels.masked_fill(positions[:, 1:] == 0, IGNORED)
     if mask is not None:
         labels = labels.masked_fill(beside_padding(mask), IGNORED)
-    return Batch(input_ids, labels, inputs.get("rows"), mask, positions)
+    extras = {name: value for name, value in inputs.items() if name not in Batch._fields and isinstance(value, Tensor)}
+    return Batch(input_ids, labels, inputs.get("rows"), mask, positions, extras or None)
 
 
 class DistillStep:
@@ -82,9 +86,10 @@ class DistillStep:
             if isinstance(self.loss.teacher, LiveTeacher):
                 check_packing("teacher", self.loss.teacher.model)
             self._packs = True
+        batch = self._read(batch)
         before = output_head(self.loss.student)
         with named_range("student forward"):
-            hidden = self._hidden(wrapper, batch.input_ids, batch.attention_mask, batch.position_ids)
+            hidden = self._hidden(wrapper, batch.input_ids, batch.attention_mask, batch.position_ids, batch.extras)
         head = output_head(self.loss.student)
         # FSDP leaves its gathered weights, whose gradient it takes, or shards: those of the parameters themselves, or
         # of copies over fewer ranks, whose gradient nobody takes.
@@ -97,7 +102,29 @@ class DistillStep:
         self._sums = sums if self._sums is None else self._sums + sums
         return loss, shown
 
-    def _hidden(self, wrapper: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _read(self, batch: Batch) -> Batch:
+        """`batch` with what student and teacher take of its extras; what stands for these is not to be predicted."""
+        if batch.extras is None:
+            return batch
+        models = {"student": self.loss.student}
+        if isinstance(self.loss.teacher, LiveTeacher):
+            models["teacher"] = self.loss.teacher.model
+        extras = extras_for("the batch", batch.extras, models)
+        if not extras:
+            return batch._replace(extras=None)
+        if batch.position_ids is not None:
+            raise ValueError(f"position_ids of packed documents stand beside {', '.join(extras)}; give each a row")
+        text = without_placeholders(batch.labels, batch.input_ids[:, 1:], models)
+        return batch._replace(extras=extras, labels=text)
+
+    def _hidden(
+        self,
+        wrapper: nn.Module,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """The student's last hidden states (B, S, H), running it as `wrapper`(…).
 
         DDP and FSDP act in the forward of their wrapper, so they are taken from within, where the output head receives
@@ -105,7 +132,7 @@ class DistillStep:
         weights it has freed when the gradient of an output arrives.
         """
         student = self.loss.student
-        where = position_arguments(student, mask, positions)
+        where = position_arguments(student, mask, positions, beside=bool(extras))
         with ExitStack() as stack:
             stack.enter_context(returning_dicts(student))
             received = stack.enter_context(without_head(student))
@@ -114,7 +141,7 @@ class DistillStep:
                 output["hidden_states"] = (only_hidden(student, received),)
 
             stack.callback(student.register_forward_hook(show, prepend=True).remove)  # before FSDP's own
-            wrapper(input_ids=ids, attention_mask=mask, use_cache=False, **where)
+            wrapper(input_ids=ids, attention_mask=mask, use_cache=False, **where, **(extras or {}))
         return only_hidden(student, received)
 
     @torch.no_grad()
