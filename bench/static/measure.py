@@ -9,8 +9,8 @@ from multiprocessing import get_context
 from typing import Any
 
 from bench.static.binary import Report, report
-from bench.static.capture import launches
-from bench.static.variants import ours, peers
+from bench.static.capture import TARGETS, launches
+from bench.static.variants import launched, ours, peers
 
 Row = dict[str, Any]
 Rows = dict[str, dict[str, dict[str, Row]]]  # variant -> kernel -> family -> what the binary says
@@ -21,7 +21,7 @@ Pair = tuple[str, str]  # a variant and a family
 
 def _read(name: str, family: str, known: Collection[str]) -> dict[str, Row]:
     """kernel -> what its binary says, of the launches of one variant that are not known."""
-    call = {**ours(), **peers()}[name]
+    call = {**ours(), **launched(), **peers()}[name]
     return {
         kernel: {**report(launch.binary).row(), "fingerprint": launch.fingerprint}
         for kernel, launch in launches(family, call, known).items()
@@ -29,10 +29,15 @@ def _read(name: str, family: str, known: Collection[str]) -> dict[str, Row]:
     }
 
 
+def own_pairs() -> list[Pair]:
+    """Our variants for every target, and the launches of every shape for one: they differ in shape alone."""
+    return [(name, family) for family in TARGETS for name in ours()] + [(name, "sm_90") for name in launched()]
+
+
 def measure(pairs: Iterable[Pair], recorded: Rows) -> Rows:
     """What the binaries of the (variant, family) pairs say, of a binary that is recorded what is recorded. The others
     are compiled, each once, one process a core."""
-    calls = {**ours(), **peers()}
+    calls = {**ours(), **launched(), **peers()}
     found = {pair: launches(pair[1], calls[pair[0]], None) for pair in pairs}
     rows = {
         row["fingerprint"]: row
@@ -85,7 +90,8 @@ def findings(rows: Rows, recorded: Rows) -> list[str]:
     return found
 
 
-def check(names: Iterable[str], families: list[str], recorded: Rows) -> list[str]:
-    """The findings of the named variants: of binaries recorded as they are now, what is recorded; the rest is
-    compiled."""
-    return findings(measure([(name, family) for name in names for family in families], recorded), recorded)
+def check(names: Collection[str], families: Collection[str], recorded: Rows) -> list[str]:
+    """The findings of the named variants, none: of all; of binaries recorded as they are now, what is recorded, and the
+    rest is compiled."""
+    pairs = [(name, family) for name, family in own_pairs() if family in families and (not names or name in names)]
+    return findings(measure(pairs, recorded), recorded)

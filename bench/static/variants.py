@@ -87,6 +87,8 @@ def ours() -> dict[str, Callable[[], Any]]:
         "entropy_kl/bf16/forward/8 rows": lambda: _dense(bf16, 0, MEAN, False, rows=8),
         "entropy_kl/bf16/jsd/8 rows": lambda: _dense(bf16, 2, MEAN, True, rows=8),
         "vocabulary in parts/join": _join,
+        "linear_entropy_kl/bf16/on_chip": lambda: _linear(bf16),
+        "linear_topk_kl/bf16/on_chip": lambda: _linear_sparse(bf16),
     }
     for code, divergence in enumerate(("reverse", "jsd", "adaptive"), 1):
         calls[f"entropy_kl/bf16/{divergence}"] = lambda c=code: _dense(bf16, c, MEAN, False)
@@ -97,15 +99,13 @@ def ours() -> dict[str, Callable[[], Any]]:
         calls[f"entropy_kl/{name}/forward"] = lambda d=dtype: _dense(d, 0, MEAN, False)
         calls[f"entropy_kl/{name}/forward/row"] = lambda d=dtype: _dense(d, 0, SUM, False)
         calls[f"topk_kl/{name}/bucket"] = lambda d=dtype: _sparse(d, 0, False)
-        calls[f"linear_entropy_kl/{name}/on_chip"] = lambda d=dtype: _linear(d)
-        calls[f"linear_topk_kl/{name}/on_chip"] = lambda d=dtype: _linear_sparse(d)
         calls[f"gated_residual/{name}/scalar"] = lambda d=dtype: _gated(d, False)
     for code, relaxation in enumerate(("threshold", "softmax", "successive")):
         calls[f"gumbel_topk/{relaxation}"] = lambda c=code: _gumbel(c)
-    return calls | _launches()
+    return calls
 
 
-def _launches() -> dict[str, Callable[[], Any]]:
+def launched() -> dict[str, Callable[[], Any]]:
     """What `launch.py` chooses for every vocabulary, few rows and many, and as many stored ids as anybody keeps."""
     calls: dict[str, Callable[[], Any]] = {}
     for name, dtype in SWEPT.items():

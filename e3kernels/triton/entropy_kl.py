@@ -50,17 +50,9 @@ from e3kernels.triton.statistics import (
     merge_pair,
     store_pair,
 )
-from e3kernels.triton.sweeps import (
-    TERMS,
-    Terms,
-    label_logit,
-    load_terms,
-    store_terms,
-    sweep_gradient,
-    sweep_mixture,
-    sweep_pair,
-    sweep_zero,
-)
+from e3kernels.triton.sweeps.gradient import TERMS, Terms, load_terms, store_terms, sweep_gradient, sweep_mixture
+from e3kernels.triton.sweeps.pair import sweep_pair
+from e3kernels.triton.sweeps.span import label_logit, sweep_zero
 from e3kernels.triton.tokens import ENTROPY, INVERSE, entropy_share, is_valid, of_columns, store_tokens, weigh_tokens
 
 NONE = REDUCTIONS.index("none")

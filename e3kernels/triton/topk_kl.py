@@ -49,17 +49,17 @@ from e3kernels.triton.statistics import (
     scaled_logits,
     store_student,
 )
-from e3kernels.triton.sweeps import (
+from e3kernels.triton.sweeps.span import (
     edge_stop,
     edge_width,
     label_logit,
     load_tile,
     span_of,
     store_tile,
-    sweep_unstored,
     sweep_zero,
     tile_of,
 )
+from e3kernels.triton.sweeps.unstored import sweep_unstored
 from e3kernels.triton.tokens import entropy_share, is_valid, of_columns, weigh_tokens
 
 BUCKET: tl.constexpr = tl.constexpr(0)

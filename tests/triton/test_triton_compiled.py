@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.static.variants import VOCABULARIES
+
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "bench" / "results" / "static.json"
@@ -30,6 +32,36 @@ def test_no_kernel_spills_or_moves_more_than_recorded():
     """Compiles what has changed since it was recorded; under another Triton, where all has, the main kernels only."""
     same = json.loads(RECORDED.read_text())["versions"]["triton"] == triton.__version__
     assert run("-m", "bench.static", "--check", *(() if same else KEY_VARIANTS)).strip() == ""
+
+
+# Instructions per logit of both models, at most: without labels, and with the cross-entropy's own exponential.
+BOUNDS = {"entropy_kl_statistics": (16, 20), "topk_kl_statistics": (16, 20), "entropy_kl_gradient": (16, 27)}
+
+
+@needs_record
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_every_launch_for_a_vocabulary_sweeps_by_whole_accesses_and_few_instructions(vocabulary):
+    """What `launch.py` chooses for few rows and many, dense and stored teachers, k up to 128; of the record, which the
+    test above holds to the present kernels."""
+    recorded = json.loads(RECORDED.read_text())["ours"]
+    swept = 0
+    for variant, kernels in recorded.items():
+        for kernel, families in kernels.items():
+            if f"/{vocabulary}" in variant and kernel in BOUNDS:
+                row = families["sm_90"]
+                assert row["spills"] == 0, (variant, kernel)
+                assert "load128" in row["accesses"], (variant, kernel)
+                assert row["instructions_per_element"] <= BOUNDS[kernel][1], (variant, kernel)
+                swept += 1
+    assert swept >= 10
+
+
+@needs_record
+def test_the_statistics_of_the_entropy_weights_take_at_most_16_instructions_per_logit():
+    recorded = json.loads(RECORDED.read_text())["ours"]
+    for kernel, (bound, _) in BOUNDS.items():
+        variant = "topk_kl/bf16/bucket" if kernel.startswith("topk") else "entropy_kl/bf16/forward"
+        assert recorded[variant][kernel]["sm_90"]["instructions_per_element"] <= bound, kernel
 
 
 CHANGED = """
