@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from e3kernels.contract import accumulate_dtype
 from e3kernels.reference.columns import Columns
 
 if TYPE_CHECKING:
@@ -47,6 +48,17 @@ class ShardedColumns(Columns):
         values = values.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(values, group=self.group)
         return values
+
+    def begin_total(self, values: Tensor) -> Callable[[], None]:
+        """Begin to replace `values` by their total, summed in fp32 or wider; what is returned waits for it."""
+        wide = values.to(accumulate_dtype(values.dtype), memory_format=torch.contiguous_format, copy=True)
+        work = dist.all_reduce(wide, group=self.group, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            values.copy_(wide)
+
+        return finish
 
     def parts(self, values: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:
         own = join(values)

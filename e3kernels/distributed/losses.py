@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from e3kernels.backends import requested, resolve
-from e3kernels.contract import accumulate_dtype
 from e3kernels.distributed.columns import ShardedColumns
 from e3kernels.registration import Operator, differentiable
 from e3kernels.tiled.linear import REFERENCE_LOGITS, TileKernel, kernels
@@ -45,9 +44,9 @@ def sharded_loss(
         # All ranks must cut the same tiles, also where one holds fewer columns: their sums meet tile by tile.
         rows = max(1, logits // columns.widest)
         linear_loss = import_module(f"e3kernels.tiled.{operator.name}").linear_loss
-        forward, backward = kernels(linear_loss, TileKernel(forward, backward, rows * width, added_rows=added_rows))
-        # Each rank's columns give a part of the gradient of the hidden states, which come behind (loss, stats).
-        forward, backward = _summed(forward, 2, columns), _summed(backward, 0, columns)
+        # Each rank's columns give a part of the gradient of the hidden states.
+        tile = TileKernel(forward, backward, rows * width, added_rows=added_rows, share=columns.begin_total)
+        forward, backward = kernels(linear_loss, tile)
     return differentiable(operator, forward, backward), columns.size
 
 
@@ -59,14 +58,3 @@ def _serving(operation: str, like: Tensor) -> str:
     if requested() == backend:
         raise RuntimeError(f"backend 'native' cannot serve {operation}: it does not take a vocabulary in parts")
     return "reference"
-
-
-def _summed(kernel: Callable[..., tuple[Tensor, ...]], position: int, columns: ShardedColumns) -> Callable[..., Any]:
-    def call(*arguments: Any) -> tuple[Tensor, ...]:
-        results = list(kernel(*arguments))
-        part = results[position]
-        if part.numel():
-            results[position] = columns.total(part.to(accumulate_dtype(part.dtype))).to(part.dtype)
-        return tuple(results)
-
-    return call

@@ -88,6 +88,8 @@ class TileKernel(NamedTuple):
     fp32 logits of one model a tile may hold for the kernel's temporaries to stay in its workspace. The gradient may
     replace the student's logits. A `lean` kernel has no temporaries but the logits: of a narrower dtype it takes more.
     Where products are added to the sum of a weight's gradient in one call, a tile has `added_rows` rows at least.
+    `share` begins to sum the gradient of a tile's hidden states over ranks that share out the vocabulary, in its place;
+    what it returns waits for the sum.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -95,6 +97,7 @@ class TileKernel(NamedTuple):
     logits: int
     lean: bool = False
     added_rows: int = 0
+    share: Callable[[Tensor], Callable[[], None]] | None = None
     products: Products = Products()
 
     def rows(self, vocabulary: int, dtype: torch.dtype) -> int:
@@ -145,9 +148,17 @@ class HeadGradients:
     Where `valid` (N,), if given, is false, the hidden states may hold anything.
     """
 
-    def __init__(self, head: Head, needs: tuple[bool, bool, bool], valid: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        head: Head,
+        needs: tuple[bool, bool, bool],
+        valid: Tensor | None = None,
+        share: Callable[[Tensor], Callable[[], None]] | None = None,
+    ) -> None:
         self.head = head
         self.valid = valid
+        self.share = share
+        self._shared: Callable[[], None] | None = None  # waits for the last tile's gradient of the hidden states
         dtype = accumulate_dtype(head.hidden.dtype)
         need_hidden, need_weight, need_bias = needs
         contiguous = torch.contiguous_format
@@ -179,6 +190,7 @@ class HeadGradients:
         head, grad = self.head, grad_logits.to(self.head.dtype)
         if self.hidden is not None:
             self._through_weight(grad, self.hidden[rows])
+            self._begin_sharing(self.hidden[rows])
         if self.bias is not None:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
         if self.weight is not None:
@@ -187,6 +199,17 @@ class HeadGradients:
                 hidden = torch.where(self.valid[rows, None], hidden, 0.0)
             self._add_weight(grad, hidden)
         self._begun = True
+
+    def _begin_sharing(self, hidden: Tensor) -> None:
+        """Sum over the ranks while the next tile is computed: one tile's sum is under way at a time."""
+        if self.share is not None:
+            self._finish_sharing()
+            self._shared = self.share(hidden)
+
+    def _finish_sharing(self) -> None:
+        if self._shared is not None:
+            self._shared()
+            self._shared = None
 
     def _through_weight(self, grad: Tensor, out: Tensor) -> None:
         """grad @ weight to `out`."""
@@ -227,6 +250,7 @@ class HeadGradients:
         """The three gradients over `divisor`; an empty tensor for each that was not needed."""
         like = self.head.hidden
         wide = accumulate_dtype(like.dtype)
+        self._finish_sharing()
         if self.weight is not None and not self._begun:
             self.weight.zero_()
         gradients = (self.hidden, self.weight, self.bias)
@@ -263,7 +287,7 @@ class LinearLoss:
         if self.labels is not None or self.token_mask is not None:
             _, _, _, ignore_index, *_ = self.codes
             valid = valid_tokens(self.head.hidden, self.labels, self.token_mask, ignore_index)
-        return HeadGradients(self.head, needs, valid)
+        return HeadGradients(self.head, needs, valid, self.kernel.share)
 
     def _workspaces(self, gradients: HeadGradients) -> Iterator[tuple[slice, Tensor]]:
         """Each slice of rows with the memory for its logits."""
