@@ -75,16 +75,23 @@ def _source(kernel: JITFunction) -> dict[str, str]:
     return text
 
 
+class _Forgetful(dict[Any, Any]):
+    """Keeps nothing, so that every launch comes to Triton."""
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
 @contextmanager
 def _target(family: str) -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: an interpreted kernel cannot be compiled; unset it")
     target, processors = TARGETS[family]
-    described = launch.Device(family, target.warp_size, processors)
+    device = launch.Device(family, target.warp_size, processors)
     driver.set_active(_Driver(family))
     launch.configured_sweep.cache_clear()
     try:
-        with mock.patch.object(launch, "device_of", return_value=described), set_wrap_triton_enabled(False):
+        described = mock.patch.object(launch, "device_of", return_value=device)
+        with described, mock.patch.object(launch, "launched", _Forgetful()), set_wrap_triton_enabled(False):
             yield
     finally:
         driver._active = None

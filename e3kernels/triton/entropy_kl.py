@@ -24,7 +24,7 @@ from torch.library import wrap_triton
 
 from e3kernels.contract import REDUCTIONS
 from e3kernels.reference.columns import WHOLE, Columns
-from e3kernels.triton.launch import contiguous, fills_device, joining, odd, split_of, sweep_of
+from e3kernels.triton.launch import contiguous, fills_device, joining, launch, odd, split_of, sweep_of
 from e3kernels.triton.reduction import SUM, reduced_loss
 from e3kernels.triton.scalars import (
     STUDENT_SOFTCAP,
@@ -329,7 +329,7 @@ def partial_statistics(d: DenseCall) -> Tensor:
     sweep = sweep_of("entropy_kl_statistics", device, d.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, PAIR_FIELDS.value, dtype=torch.float32, device=device)
-    wrap_triton(entropy_kl_statistics)[(N, splits)](
+    launch(wrap_triton(entropy_kl_statistics), (N, splits),
         d.student, d.teacher, d.labels, d.mask, d.scalars, partial,
         d.student.stride(0), d.teacher.stride(0), V, size, d.ignore_index,
         ODD=odd(d.student, d.teacher), **d.flags(), **sweep.options(),
@@ -342,8 +342,16 @@ def joined(d: DenseCall, partial: Tensor) -> Tensor:
     N, splits = partial.shape[:2]
     joined = partial.new_empty(N, PAIR_FIELDS.value)
     options = joining(splits)
-    wrap_triton(entropy_kl_join)[(triton.cdiv(N, options["ROWS"]),)](
-        partial, d.scalars, joined, N, splits, DIVERGENCE=d.divergence, **options
+    launch(
+        wrap_triton(entropy_kl_join),
+        (triton.cdiv(N, options["ROWS"]),),
+        partial,
+        d.scalars,
+        joined,
+        N,
+        splits,
+        DIVERGENCE=d.divergence,
+        **options,
     )
     return joined
 
@@ -357,7 +365,7 @@ def mixture_sums(d: DenseCall, partial: Tensor) -> Tensor:
     sums = torch.empty(N, splits, 2, dtype=torch.float32, device=device)
     flags = d.flags()
     del flags["DIVERGENCE"]
-    wrap_triton(entropy_kl_mixture)[(N, splits)](
+    launch(wrap_triton(entropy_kl_mixture), (N, splits),
         d.student, d.teacher, d.labels, d.mask, d.scalars, partial, sums,
         d.student.stride(0), d.teacher.stride(0), V, size, parts, d.ignore_index,
         SPLITS=triton.next_power_of_2(int(parts)), ODD=odd(d.student, d.teacher), **flags, **sweep.options(),
@@ -371,7 +379,7 @@ def token_statistics(d: DenseCall, partial: Tensor, mixture: Tensor | None, voca
     new = partial.new_empty
     out = DenseTokens(new(4, N), new(N), new(N, TERMS.value))
     options = joining(splits)
-    wrap_triton(entropy_kl_tokens)[(triton.cdiv(N, options["ROWS"]),)](
+    launch(wrap_triton(entropy_kl_tokens), (triton.cdiv(N, options["ROWS"]),),
         partial, mixture, d.labels, d.mask, d.scalars, *out, N, splits, math.log(vocabulary), d.ignore_index,
         HAS_LABELS=d.labels is not None, HAS_MASK=d.mask is not None, DIVERGENCE=d.divergence, WEIGHTING=d.weighting,
         **options,
@@ -384,7 +392,7 @@ def logits_gradient(d: DenseCall, terms: Tensor, incoming: Tensor) -> Tensor:
     (N, V), device = d.student.shape, d.student.device
     sweep = sweep_of("entropy_kl_gradient", device, d.student.element_size(), V)
     grad = torch.empty(N, V, dtype=d.student.dtype, device=device)
-    wrap_triton(entropy_kl_gradient)[(N, triton.cdiv(V, sweep.step))](
+    launch(wrap_triton(entropy_kl_gradient), (N, triton.cdiv(V, sweep.step)),
         d.student, d.teacher, d.labels, d.mask, d.scalars, terms, incoming, grad,
         d.student.stride(0), d.teacher.stride(0), V, int(incoming.dim() > 0), V, sweep.step, d.ignore_index,
         ODD=odd(d.student, d.teacher, grad), **d.flags(), **sweep.options(),
@@ -398,7 +406,7 @@ def rows_at_once(d: DenseCall, incoming: Tensor, grad: Tensor) -> tuple[Tensor, 
     (N, V), device = d.student.shape, d.student.device
     sweep = sweep_of("entropy_kl_row", device, d.student.element_size(), V)
     stats, losses = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((4, N), (N,)))
-    wrap_triton(entropy_kl_row)[(N,)](
+    launch(wrap_triton(entropy_kl_row), (N,),
         d.student, d.teacher, d.labels, d.mask, d.scalars, stats, losses, incoming, grad,
         d.student.stride(0), d.teacher.stride(0), grad.stride(0), int(incoming.dim() > 0), N, V, math.log(V),
         d.ignore_index, WEIGHTING=d.weighting, ODD=odd(d.student, d.teacher, grad), **d.flags(), **sweep.options(),

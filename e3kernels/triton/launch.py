@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import JITFunction, driver
 
 from e3kernels.compat import is_wrap_triton_enabled
 
@@ -57,6 +58,37 @@ def lanes(count: int, device: torch.device) -> dict[str, Any]:
 
 
 forced: dict[str, Sweep] = {}
+
+
+launched: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # by all that Triton compiles a kernel for
+
+
+def _specialised(argument: Any) -> Any:
+    """What of an argument Triton compiles for, or more."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
+    return type(argument)
+
+
+def launch(kernel: Any, grid: tuple[Any, ...], *arguments: Any, **options: Any) -> None:
+    """`kernel[grid](*arguments, **options)`, options by name and all others by position. Triton binds and hashes every
+    argument of every launch, which takes longer than a small kernel: what it compiled for arguments alike is launched
+    straight away."""
+    if not isinstance(kernel, JITFunction):  # traced or interpreted
+        kernel[grid](*arguments, **options)
+        return
+    key = (id(kernel), driver.active.get_current_device(), *map(_specialised, arguments), *options.items())
+    found = launched.get(key)
+    if found is None:
+        compiled = kernel[grid](*arguments, **options)
+        if compiled is not None and torch.version.hip is None:  # AMD's compiler knows the sizes of tensors too
+            names = [parameter.name for parameter in kernel.params[len(arguments) :]]
+            launched[key] = compiled, tuple(options[name] for name in names)
+        return
+    compiled, constants = found
+    compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch.library import wrap_triton
 from e3kernels.contract import REDUCTIONS
 from e3kernels.tiled.linear import TileKernel, kernels
 from e3kernels.tiled.linear_topk_kl import linear_loss
-from e3kernels.triton.launch import contiguous
+from e3kernels.triton.launch import contiguous, launch
 from e3kernels.triton.on_chip import ADDED_ROWS, TILE_LOGITS, projected_tile, suits_chip, tiling
 from e3kernels.triton.reduction import without_gradients
 from e3kernels.triton.scalars import TEMPERATURE, scalar, student_transform
@@ -71,7 +71,7 @@ def on_chip_tokens(
     tiles = tiling(N, V, hidden)
     partial = torch.empty(N, tiles.splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)
     gathered = torch.empty(N, k, dtype=torch.float32, device=device)
-    wrap_triton(linear_topk_kl_statistics)[(tiles.blocks, tiles.splits)](
+    launch(wrap_triton(linear_topk_kl_statistics), (tiles.blocks, tiles.splits),
         hidden, weight, contiguous(bias), s.teacher_logprobs, s.teacher_ids, s.labels, s.scalars, partial, gathered,
         N, V, width, k, hidden.stride(0), weight.stride(0), tiles.split_size,
         HAS_LABELS=s.labels is not None, HAS_BIAS=bias is not None, CAP=s.cap, **tiles.options(),

@@ -23,7 +23,7 @@ from torch.library import wrap_triton
 from e3kernels.contract import REDUCTIONS, STORED_RESOLUTION
 from e3kernels.reference.columns import WHOLE, Columns
 from e3kernels.reference.token_loss import model_logits
-from e3kernels.triton.launch import contiguous, joining, odd, split_of, sweep_of, warps
+from e3kernels.triton.launch import contiguous, joining, launch, odd, split_of, sweep_of, warps
 from e3kernels.triton.reduction import reduced_loss
 from e3kernels.triton.scalars import (
     BETA,
@@ -443,7 +443,7 @@ def partial_statistics(s: SparseCall) -> Tensor:
     sweep = sweep_of("topk_kl_statistics", device, s.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)
-    wrap_triton(topk_kl_statistics)[(N, splits)](
+    launch(wrap_triton(topk_kl_statistics), (N, splits),
         s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial,
         s.student.stride(0), V, size, s.ignore_index, s.teacher_ids.shape[1],
         K=s.padded, ODD=odd(s.student), **s.flags(), **sweep.options(),
@@ -456,7 +456,9 @@ def joined(s: SparseCall, partial: Tensor) -> Tensor:
     N, splits = partial.shape[:2]
     joined = partial.new_empty(N, STUDENT_FIELDS.value)
     options = joining(splits)
-    wrap_triton(topk_kl_join)[(triton.cdiv(N, options["ROWS"]),)](partial, s.scalars, joined, N, splits, **options)
+    launch(
+        wrap_triton(topk_kl_join), (triton.cdiv(N, options["ROWS"]),), partial, s.scalars, joined, N, splits, **options
+    )
     return joined
 
 
@@ -467,7 +469,7 @@ def token_statistics(s: SparseCall, partial: Tensor, gathered: Tensor | None, vo
     student = s.student if gathered is None else gathered
     new = partial.new_empty
     out = SparseTokens(new(4, N), new(N), new(N, SPARSE_TERMS.value), new(N, k))
-    wrap_triton(topk_kl_tokens)[(triton.cdiv(N, ROWS),)](
+    launch(wrap_triton(topk_kl_tokens), (triton.cdiv(N, ROWS),),
         student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial, *out,
         N, student.stride(0), splits, k, vocabulary, s.ignore_index,
         DIVERGENCE=s.divergence, WEIGHTING=s.weighting, TAIL=s.tail, GATHERED=gathered is not None, K=s.padded,
@@ -483,12 +485,12 @@ def logits_gradient(s: SparseCall, tokens: SparseTokens, incoming: Tensor) -> Te
     sweep = sweep_of("topk_kl_gradient", device, s.student.element_size(), V)
     grad = torch.empty(N, V, dtype=s.student.dtype, device=device)
     stride = int(incoming.dim() > 0)
-    wrap_triton(topk_kl_gradient)[(N, triton.cdiv(V, sweep.step))](
+    launch(wrap_triton(topk_kl_gradient), (N, triton.cdiv(V, sweep.step)),
         s.student, s.labels, s.mask, s.scalars, tokens.terms, incoming, grad,
         s.student.stride(0), stride, V, sweep.step, s.ignore_index,
         TAIL=s.tail, ODD=odd(s.student, grad), **s.flags(), **sweep.options(),
     )  # fmt: skip
-    wrap_triton(topk_kl_stored)[(triton.cdiv(N, ROWS),)](
+    launch(wrap_triton(topk_kl_stored), (triton.cdiv(N, ROWS),),
         s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, tokens.terms, tokens.stored,
         incoming, grad, N, s.student.stride(0), stride, V, k, s.ignore_index,
         K=s.padded, ROWS=ROWS, **s.flags(), **warps(2),

@@ -109,6 +109,46 @@ def test_numbers_reach_the_device_without_a_copy_from_host_memory():
     assert run("-c", COPIES) == ""
 
 
+AGAIN = """
+import sys
+sys.path[:0] = ["bench", "bench/ops"]
+from contextlib import ExitStack
+from unittest import mock
+import host_time
+import torch
+from e3kernels.triton.launch import launched
+from triton.runtime import JITFunction
+
+runs, own = [], []
+
+def handles(kernel):
+    kernel.module, kernel.function, kernel._run = 0, 0, lambda *arguments: runs.append(arguments)
+
+def plain(value):
+    return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else value
+
+with ExitStack() as stack:
+    host_time.never_launched(stack, handles)
+    bound = JITFunction.run
+    stack.enter_context(mock.patch.object(JITFunction, "run", lambda *a, **k: own.append(1) or bound(*a, **k)))
+    for name, call in host_time.steps().items():
+        seen = []
+        for again in range(2):
+            runs.clear(), own.clear()
+            call()
+            # the seventh is for a profiler's hooks
+            seen.append([[plain(value) for value in (*run[:6], *run[7:])] for run in runs])
+        assert seen[0] == seen[1] and seen[0], name
+        assert not own, name
+        print(name, len(seen[0]))
+"""
+
+
+def test_what_was_compiled_is_launched_again_with_the_arguments_that_triton_binds(tmp_path):
+    output = run("-W", "ignore", "-c", AGAIN).splitlines()
+    assert output == ["entropy_kl 5", "entropy_kl, value 4", "topk_kl 6", "gated_residual 1", "gumbel_topk 2"]
+
+
 @pytest.fixture
 def cuda_guard(tmp_path) -> list[str]:
     """The built cuda_guard.cpp where PyTorch has no CUDA of its own."""
