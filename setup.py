@@ -29,14 +29,27 @@ _spec.loader.exec_module(building)
 MODULES = (building.OPS, building.RUNTIME)
 
 
-def long_description() -> str:
-    """README.md for a page that lies elsewhere: its links point at the files of this version."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    home, tag = project["urls"]["Homepage"], f"v{project['version']}"
-    text = re.sub(
-        r"(!\[[^]]*\]\()(?!https?:)", rf"\1{home}/raw/{tag}/", (ROOT / "README.md").read_text(encoding="utf-8")
-    )
-    return re.sub(r"(\]\()(?!https?:|#)", rf"\1{home}/blob/{tag}/", text)
+def long_description(repository: str, version: str) -> str:
+    """README.md for a page that lies elsewhere: its links point at the files of `version` in `repository`, or become
+    the files' names where that is "", and images their captions."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if repository:
+        text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\1{repository}/raw/v{version}/", text)
+        return re.sub(r"(\]\()(?!https?:|#)", rf"\1{repository}/blob/v{version}/", text)
+    text = re.sub(r"!\[([^]]*)\]\((?!https?:)[^)]+\)", r"(\1)", text)
+    text = re.sub(r"\[([^]]+)\]\(\1\)", r"`\1`", text)
+    return re.sub(r"\[([^]]+)\]\((?!https?:|#)([^)#]+)[^)]*\)", r"\1 (`\2`)", text)
+
+
+def urls(repository: str) -> dict[str, str]:
+    if not repository:
+        return {}
+    return {
+        "Repository": repository,
+        "Documentation": f"{repository}/tree/main/docs",
+        "Changelog": f"{repository}/blob/main/CHANGELOG.md",
+        "Issues": f"{repository}/issues",
+    }
 
 
 def torch_to_build_against() -> building.Torch:
@@ -96,9 +109,12 @@ class Wheel(bdist_wheel):
 
 
 if __name__ == "__main__":
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    repository = facts["tool"]["e3kernels"]["repository"]
     setup(
-        long_description=long_description(),
+        long_description=long_description(repository, facts["project"]["version"]),
         long_description_content_type="text/markdown",
+        project_urls=urls(repository),
         ext_modules=[Extension(f"e3kernels.{module.name}", module.sources, optional=True) for module in MODULES],
         cmdclass={"build_ext": BuildModules, "bdist_wheel": Wheel},
     )

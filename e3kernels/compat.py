@@ -1,5 +1,5 @@
-"""Every private or version-dependent name of torch and triton that e3kernels touches; tested with torch 2.13 and
-triton 3.9."""
+"""Every private or version-dependent name of torch and triton that e3kernels touches; tested with torch 2.11, 2.13 and
+2.15, and their Tritons, 3.6 to 3.9."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -36,6 +36,7 @@ __all__ = [
     "profiler_is_on",
     "set_wrap_triton_enabled",
     "triton_ops_to_kernels",
+    "wrap_triton",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -44,6 +45,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def has_kernel(overload: str) -> bool:
     """Whether a kernel is registered under `overload`, as "e3::entropy_kl.native", defined or not."""
     return torch._C._dispatch_has_kernel(overload)
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """torch.library.wrap_triton; a kernel of Triton's interpreter as it is, which torch 2.11 refuses."""
+    return kernel if type(kernel).__module__ == "triton.runtime.interpreter" else torch.library.wrap_triton(kernel)
 
 
 def constant_when_traced(function: Function) -> Function:

@@ -24,8 +24,8 @@ def info() -> dict[str, Any]:
     left out, and torch's own build settings.
     """
     return {
-        "versions": {name: _version(name) for name in ("e3kernels", "torch", "triton", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in ("e3kernels", "triton", "transformers")}
+        | {"torch": str(torch.__version__), "python": platform.python_version()},
         "cpu": {
             "name": _processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from e3kernels.compat import wrap_triton
 from e3kernels.contract import REDUCTIONS
 from e3kernels.reference.columns import WHOLE, Columns
 from e3kernels.triton.launch import contiguous, fills_device, joining, launch, odd, split_of, sweep_of

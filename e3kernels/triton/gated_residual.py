@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from e3kernels.compat import wrap_triton
 from e3kernels.triton.launch import lanes, launch
 
 LANES = 256

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from e3kernels.compat import wrap_triton
 from e3kernels.contract import RELAXATIONS
 from e3kernels.triton.launch import launch
 from e3kernels.triton.scalars import on_device

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from e3kernels.compat import wrap_triton
 from e3kernels.contract import REDUCTIONS
 from e3kernels.tiled.linear import TileKernel, kernels
 from e3kernels.tiled.linear_topk_kl import linear_loss

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from e3kernels.compat import wrap_triton
 from e3kernels.contract import REDUCTIONS
 from e3kernels.triton.launch import launch, warps
 from e3kernels.triton.scalars import number_on

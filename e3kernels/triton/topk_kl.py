@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from e3kernels.compat import wrap_triton
 from e3kernels.contract import REDUCTIONS, STORED_RESOLUTION
 from e3kernels.reference.columns import WHOLE, Columns
 from e3kernels.reference.token_loss import model_logits

@@ -1,6 +1,7 @@
-"""What is version-dependent in transformers: the name of a model's key-value cache, and how a checkpoint is read.
+"""What is version-dependent in transformers: the name of a model's key-value cache, how a configuration says which
+layers share keys and values, and how a checkpoint is read.
 
-Tried with transformers 5.24.
+Tried with transformers 5.17, 5.23 and 5.24.
 """
 
 from __future__ import annotations
@@ -33,6 +34,19 @@ CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWith
 
 # Both: models still take the old name, and rename it after every hook has seen it.
 CACHE_NAMES = ("cache", _OLD)
+
+
+def sharing_modes(text: PreTrainedConfig) -> list[str]:
+    """Of every layer "store" if later ones of its kind read its keys and values, "reuse…" if it reads such, else
+    "None"; [] where none does. Older transformers say no more than how many layers, the last ones, read.
+    """
+    modes, readers = getattr(text, "kv_sharing_modes", None), getattr(text, "num_kv_shared_layers", 0)
+    if modes is None and readers:
+        kinds: list[str] = text.layer_types
+        first = len(kinds) - readers
+        last = {kind: layer for layer, kind in enumerate(kinds[:first])}
+        modes = ["reuse" if n >= first else "store" if last[kind] == n else None for n, kind in enumerate(kinds)]
+    return [str(mode) for mode in modes or ()]
 
 
 def quantizer_of(config: PreTrainedConfig) -> Any:

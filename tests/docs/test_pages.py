@@ -19,7 +19,7 @@ from tiny_models import tiny_model
 
 import e3kernels
 import e3pruner
-from e3pruner.models.files import smollm2
+from e3pruner import models
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -70,7 +70,7 @@ def test_the_python_of_a_page_runs(page, real, tmp_path, monkeypatch):
         deep = tiny_model(
             "llama", vocab_size=len(names["tokenizer"]), max_position_embeddings=512, num_hidden_layers=10
         )
-        monkeypatch.setattr(smollm2, "load_smollm2", lambda: (deep, names["tokenizer"]))
+        monkeypatch.setattr(models, "load_smollm2", lambda: (deep, names["tokenizer"]))
     Path("chats.jsonl").write_text("\n".join(json.dumps({"text": "A page of text. " * 3}) for _ in range(12)))
     for name in ("pruned", "model"):
         names[name].save_pretrained(name)

@@ -95,7 +95,7 @@ def test_the_cheapest_is_the_cheapest_of_all(demands, values, drop, size, protec
             {"drop": 3, "protect": [0, 2, 4]},
             r"drop=3 has no plan .*\(qwen3_next\) allows: one of the",
         ),
-        ("gemma4_text", {}, {"drop": 5}, r"drop=5 .* later layers read the keys and values of layers 2, 3"),
+        ("gemma4_text", {}, {"drop": 5}, r"drop=5 .* layers 4 read the keys and values of layers 3"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, {"protect": [5]}, r"only the last layers may go"),
         ("jamba", {}, {"method": "contiguous", "drop": 5, "protect": [0]}, r"drop=5 .*config\.attn_layer_period=2"),
     ],

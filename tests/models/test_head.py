@@ -1,6 +1,9 @@
 import pytest
 import torch
+from sweep.shrink import small_config, small_model
 from tiny_models import TINY_CONFIGS, VOCAB_SIZE, tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from e3pruner import prune
 from e3pruner.models import last_hidden, output_head
@@ -40,6 +43,16 @@ def test_softcap_and_scale_are_those_of_the_configuration(model_type, softcap, s
 def test_biases_are_kept():
     for model_type in ("phi", "gptj"):
         assert output_head(tiny_model(model_type)).bias.shape == (VOCAB_SIZE,)
+
+
+@pytest.mark.skipif("dory" not in CONFIG_MAPPING, reason="of transformers 5.24")
+def test_a_factor_of_each_token_belongs_to_the_weight():
+    """Dory's head scales every logit by a factor that it learns; the loss reaches both through the product."""
+    model, ids = small_model(small_config("dory"), AutoModelForCausalLM), tiny_tokens()
+    rebuilt = output_head(model).logits(last_hidden(model, ids))
+    torch.testing.assert_close(rebuilt, model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+    rebuilt.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in (model.lm_head.weight, model.lm_head.logit_scale))
 
 
 def test_a_head_that_does_more_is_refused():

@@ -3,8 +3,9 @@
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
+from e3pruner.card import source_facts, without_paths, write_card
 from e3pruner.models.loading import model_folder
-from e3pruner.pipelines.publishing import NOT_PUBLISHED, check_access, push, source_facts, without_paths, write_card
+from e3pruner.pipelines.publishing import NOT_PUBLISHED, check_access, push
 from e3pruner.surgery import PruningPlan
 
 PLAN = PruningPlan.of_removed([1, 3], 6, method="greedy", seed=4)
@@ -51,6 +52,12 @@ def test_the_card_says_where_the_model_comes_from_and_what_was_done(source, tmp_
 
 def test_the_built_in_model_has_its_licence():
     assert source_facts("smollm2")["license"] == "apache-2.0"
+
+
+def test_a_card_that_cannot_be_read_is_named_and_stops_nothing(source):
+    (source / "README.md").write_text("---\nlicense: [mit\n---\n# A model\n")
+    with pytest.warns(UserWarning, match=r"README\.md cannot be read, so licence and tags are not taken over"):
+        assert source_facts(str(source)) == {"base_model": "org/dense"}
 
 
 def test_hub_ids_stay_and_paths_go():

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokens
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -299,6 +300,10 @@ def test_options_that_are_hugging_faces_own_decode_the_pruned_models_text(settin
 def test_an_assistant_drafts_for_the_kept_layers(setting):
     model, runtime, pruned, ids = setting
     assistant, calls = prune(model, [0, 2]), []
+    try:
+        hugging_face(pruned, ids, assistant_model=assistant)
+    except RuntimeError as error:
+        pytest.skip(f"transformers {transformers.__version__} itself cannot draft with a shorter model: {error}")
     assistant.register_forward_hook(lambda *_: calls.append(1))
     text = hugging_face(model, ids, custom_generate=runtime, assistant_model=assistant)
     assert torch.equal(text, hugging_face(pruned, ids))

@@ -106,3 +106,11 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"PREFIX_TUNING\): num_layers=6 ties it to all layers"):
         prune(tmp_path / "adapter", PLAN, out=tmp_path / "cut")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_of_a_tensor_with_a_part_of_every_layer_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("gemma4_text", hidden_size_per_layer_input=8)
+    options = peft.LoraConfig(r=2, target_modules=["q_proj", "per_layer_model_projection"])
+    peft.get_peft_model(model, options).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapts .*per_layer_model_projection.*, which has a part of every layer"):
+        prune(tmp_path / "adapter", PLAN, out=tmp_path / "cut")

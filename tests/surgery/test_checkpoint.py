@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sweep.shrink import small_config, small_model
 from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from e3pruner import PruningPlan, prune
 from e3pruner.models import find_layers
 from e3pruner.models.streaming import streamed_model
-from e3pruner.surgery import checkpoint
+from e3pruner.surgery import checkpoint, shards
 from e3pruner.surgery.shards import write_shards
 
 KEPT, REMOVED = [1, 3, 4], [0, 2, 5]
@@ -73,6 +75,37 @@ def test_every_type_becomes_what_it_becomes_in_memory(model_type: str, tmp_path:
     expected.config.save_pretrained(tmp_path / "in memory")
     written = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("cut", "in memory")]
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("at_once", [1, 64, 4 << 20])
+def test_a_tensor_with_a_block_per_layer_loses_those_of_removed_layers(at_once, tmp_path, monkeypatch) -> None:
+    """Gemma's embeddings per layer lie beside the stack, (V, layers · width), their projection (layers · width, H)."""
+    monkeypatch.setattr(shards, "_CHUNK", at_once)
+    kept, folder = [1, 2, 3, 5], tmp_path / "dense"
+    model = tiny_model("gemma4_text", hidden_size_per_layer_input=8).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    prune(folder, kept, out=tmp_path / "cut")
+    before, after = tensors_of(folder), tensors_of(tmp_path / "cut")
+    for name, axis in [("model.embed_tokens_per_layer.weight", 1), ("model.per_layer_model_projection.weight", 0)]:
+        blocks = before[name].unflatten(axis, (NUM_LAYERS, 8)).unbind(axis)
+        assert torch.equal(after[name], torch.cat([blocks[layer] for layer in kept], dim=axis))
+    in_memory = prune(model, kept).state_dict()
+    assert all(torch.equal(tensor, in_memory[name]) for name, tensor in after.items())
+
+
+def test_adapters_inside_shared_weights_are_renumbered(tmp_path: Path) -> None:
+    """Zamba 2: one block serves layers 0 and 3, another 2 and 5, each with an adapter for every layer it serves."""
+    folder, kept = tmp_path / "dense", [0, 1, 2, 3]
+    model = small_model(small_config("zamba2"), AutoModelForCausalLM)
+    model.save_pretrained(folder)
+    prune(folder, kept, out=tmp_path / "cut")
+    before, after = tensors_of(folder), tensors_of(tmp_path / "cut")
+    name = "model.layers.{}.shared_transformer.self_attn.linear_q_adapter_list.{}.0.weight"
+    assert [name.format(0, i) in before for i in range(4)] == [True, False, True, False]
+    assert [name.format(0, i) in after for i in range(3)] == [True, False, True]
+    assert name.format(2, 3) in before
+    assert name.format(2, 3) not in after
+    assert all(torch.equal(tensor, prune(model, kept).state_dict()[name]) for name, tensor in after.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -136,8 +169,11 @@ def with_prediction_layers(folder: Path, *layers: int) -> dict[str, torch.Tensor
     return more
 
 
-def test_layers_of_multi_token_prediction_follow_the_last_one(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "dense", "deepseek_v3")
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
+def test_layers_of_multi_token_prediction_follow_the_last_one(model_type: str, tmp_path: Path) -> None:
+    folder = tmp_path / "dense"
+    config = small_config(model_type, num_nextn_predict_layers=1)
+    small_model(config, AutoModelForCausalLM).save_pretrained(folder)
     more = with_prediction_layers(folder, 6)
     with pytest.warns(UserWarning, match=r"layers \[6\], of multi-token prediction, become \[3\]"):
         prune(folder, KEPT, out=tmp_path / "cut")
@@ -193,7 +229,7 @@ def test_what_else_lies_in_the_folder_comes_along(tmp_path: Path) -> None:
     folder = saved(tmp_path / "dense", "llama")
     (folder / "tokenizer.model").write_bytes(b"pieces")
     (folder / "LICENSE").write_text("Apache-2.0")
-    (folder / "README.md").write_text("the dense model's card")
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: chat\n---\nthe dense model's card")
     (folder / "pytorch_model.bin").write_bytes(b"dense")
     (folder / ".cache").mkdir()
     (folder / "additional_chat_templates").mkdir()
@@ -203,8 +239,14 @@ def test_what_else_lies_in_the_folder_comes_along(tmp_path: Path) -> None:
     names = {path.relative_to(tmp_path / "cut").as_posix() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "pruning.json"),
-        *("tokenizer.model", "LICENSE", "additional_chat_templates/tool.jinja"),
+        *("tokenizer.model", "LICENSE", "additional_chat_templates/tool.jinja", "README.md"),
     }
+    card = ModelCard.load(tmp_path / "cut" / "README.md")
+    assert (card.data.license, card.data.tags) == ("mit", ["chat", "layer-pruning", "e3kernels"])
+    assert f"Removed, counted from 0: {REMOVED}." in card.text
+    assert "\ne3 prune --model dense --plan pruning.json --out cut\n" in card.text
+    assert "the dense model's card" not in card.text
+    assert str(tmp_path) not in card.content
 
 
 def test_sub_layers_become_zeros_of_the_same_size(tmp_path: Path) -> None:
@@ -271,7 +313,7 @@ def test_a_killed_run_leaves_nothing_that_looks_like_a_result(tmp_path: Path) ->
     script = f"""
 import os, signal
 from e3pruner import prune
-from e3pruner.surgery import checkpoint
+from e3pruner.surgery import checkpoint, shards
 checkpoint.assert_parity = lambda *a, **b: os.kill(os.getpid(), signal.SIGKILL)
 prune({str(folder)!r}, {KEPT}, out={str(tmp_path / "cut")!r})
 """

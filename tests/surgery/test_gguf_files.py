@@ -64,6 +64,11 @@ def test_every_list_with_an_entry_per_block_is_filtered(tmp_path: Path) -> None:
     [
         ("llama", {"full_attention_interval": ("add_uint32", 4)}, r"llama\.full_attention_interval=4 cannot be pruned"),
         ("gemma3", {}, r"treats every 6\. block of gemma3 differently.*block 5 would become block 2"),
+        (
+            "gemma4",
+            {"embedding_length_per_layer_input": ("add_uint32", 8)},
+            "one tensor holds the embeddings of all bl",
+        ),
         ("llama", {"nextn_predict_layers": ("add_uint32", 1)}, "the last blocks predict further tokens"),
     ],
 )

@@ -11,7 +11,7 @@ import random
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import e3pruner
 from e3pruner.recovery.integrations.step import DistillStep, batch_of
 from e3pruner.recovery.options import DistillOptions
 
-from .shrink import LAYERS, VOCABULARY, small_config, small_model
+from .shrink import LAYERS, NOTES, VOCABULARY, small_config, small_model
 from .truth import bypassed, logits
 
 OUTCOMES = ("exact", "refused", "late", "raw", "wrong", "not built")
@@ -52,17 +52,26 @@ class Case:
         self.pruned: dict[tuple[int, ...], PreTrainedModel] = {}
 
 
-def examine(model_type: str, auto: Any) -> dict[str, Any]:
-    """{"outcome", "checks": {check: "ok" or what came instead}} of one model type."""
+def examine(model_type: str, auto: Any, checks: Sequence[str] = (), **changes: Any) -> dict[str, Any]:
+    """{"outcome", "checks": {check: "ok" or what came instead}} of one model type, all of them unless named; `changes`
+    of its small configuration."""
     warnings.simplefilter("ignore")
     try:
-        model = small_model(small_config(model_type), auto)
+        model = small_model(small_config(model_type, **changes), auto)
         case = Case(model, auto)
+    except Exception as error:
+        return {"outcome": "not built", "checks": {"build": _said(error)}}
+    questions = {name: _QUESTIONS[name] for name in checks or _QUESTIONS}
+    try:
         if not logits(model, case.ids).isfinite().all():
             raise ArithmeticError("its logits are not finite")
     except Exception as error:
-        return {"outcome": "not built", "checks": {"build": _said(error)}}
-    found = {name: _asked(question, case) for name, question in _QUESTIONS.items()}
+        questions = {name: _QUESTIONS[name] for name in ("prune", "search")}  # it may be refused before it is called
+        if not _asked(_prune, case).startswith("refused"):
+            return {"outcome": "not built", "checks": {"build": _said(error)}}
+    found = {name: _asked(question, case) for name, question in questions.items()}
+    if model_type in NOTES:
+        found["note"] = f"ok: {NOTES[model_type]}"
     kinds = {said.partition(":")[0] for said in found.values()}
     outcome = next((kind for kind in ("wrong", "raw", "late", "refused") if kind in kinds), "exact")
     return {"outcome": outcome, "checks": found}

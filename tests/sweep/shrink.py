@@ -12,8 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import MusicgenForCausalLM, MusicgenMelodyForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    Gemma3nVisionConfig,
+    MusicgenForCausalLM,
+    MusicgenMelodyForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import is_timm_available
 
 from .weights import randomised
 
@@ -94,6 +102,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe", "mlp"]},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
+    "rwkv": {"rescale_every": 0},
     "reformer": {"axial_pos_embds": False},
     "xlstm": {
         "qk_dim_factor": 1.0,
@@ -104,11 +113,31 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
-    "zamba2": {"attention_hidden_size": 64, "hybrid_layer_ids": [2, 5]}
-    | {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [0, 2, 3, 5]}
+    | {"num_mem_blocks": 2}
+    | {"attention_hidden_size": 64, "use_shared_attention_adapter": True, "adapter_rank": 4},
 }
+# What the small model of a type is not, which its row of the page says.
+NOTES = {"rwkv": "of rescale_every=0; other values are refused with that advice"}
 # Classes that transformers' own table gives the configuration of a larger model, which they cannot read.
 _CLASSES = {"musicgen_decoder": MusicgenForCausalLM, "musicgen_melody_decoder": MusicgenMelodyForCausalLM}
+
+
+class _Tower(PreTrainedModel):
+    """In place of the vision tower of Gemma 3n where timm cannot be imported: no text passes it."""
+
+    config_class, main_input_name = Gemma3nVisionConfig, "pixel_values"
+
+    def __init__(self, config: Gemma3nVisionConfig) -> None:
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.post_init()
+
+
+if not is_timm_available():
+    AutoModel.register(Gemma3nVisionConfig, _Tower, exist_ok=True)
+    NOTES["gemma3n"] = "its vision tower, of timm, is stood in for"
+
 _PATTERNS = [(re.compile(pattern), value) for pattern, value in _SIZES.items()]
 
 

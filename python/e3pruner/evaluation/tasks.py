@@ -7,6 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from e3pruner.requirements import require
+
 
 def evaluate_tasks(
     model: PreTrainedModel,
@@ -25,6 +27,7 @@ def evaluate_tasks(
 
     Raises ValueError for a task that is not defined, FileNotFoundError if `folder` is none.
     """
+    require("lm_eval")
     from lm_eval import simple_evaluate  # optional, and seconds to import
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -109,7 +109,8 @@ def units_of(
     return units
 
 
-State = tuple[tuple[int, ...], tuple[int, ...], int]  # units gone of each group, layers gone of each limit, layers kept
+# Units gone of each group, layers gone of each limit, layers kept of each order's, and whether any are kept.
+State = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]
 Cost = tuple[int, float, int]  # units of `like` that stay, the sum of the values, minus the sum of the units
 
 
@@ -118,14 +119,18 @@ def _cheapest(units: Units, values: Sequence[float], gone: set[int], like: set[i
     group_of = {unit: number for number, (members, _) in enumerate(units.groups) for unit in members}
     limits = [demand for demand in units.demands if isinstance(demand, Limit)]
     orders = [demand for demand in units.demands if isinstance(demand, Order)]
-    start: State = (tuple(0 for _ in units.groups), tuple(0 for _ in limits), 0)
+    start: State = (tuple(0 for _ in units.groups), tuple(0 for _ in limits), tuple(0 for _ in orders), False)
     best: dict[State, tuple[Cost, tuple[int, ...]]] = {start: ((0, 0.0, 0), ())}
     for layer in range(units.count // units.units_per_layer):
         after: dict[State, tuple[Cost, tuple[int, ...]]] = {}
         for choice in _choices(units, layer, group_of, gone):
             goes = len(choice) == units.units_per_layer
-            for (counts, spent, kept), (cost, removed) in best.items():
-                if not goes and any(order.kinds[layer] != order.rule[kept] for order in orders):
+            for (counts, spent, placed, kept), (cost, removed) in best.items():
+                taking = [not goes and order.counts(layer) for order in orders]
+                if any(
+                    takes and order.kinds[layer] != order.rule[place]
+                    for takes, order, place in zip(taking, orders, placed, strict=True)
+                ):
                     continue
                 added = [group_of[unit] for unit in choice]
                 counted = tuple(count + added.count(number) for number, count in enumerate(counts))
@@ -136,12 +141,13 @@ def _cheapest(units: Units, values: Sequence[float], gone: set[int], like: set[i
                     continue
                 missed = cost[0] - len(like.intersection(choice))
                 total = (missed, cost[1] + sum(values[unit] for unit in choice), cost[2] - sum(choice))
-                state = counted, used, kept + (not goes)
+                following = tuple(place + takes for place, takes in zip(placed, taking, strict=True))
+                state = counted, used, following, kept or not goes
                 if state not in after or total < after[state][0]:
                     after[state] = total, (*removed, *choice)
         best = after
     full = tuple(count for _, count in units.groups)
-    ends = [found for (counts, _, kept), found in best.items() if counts == full and kept]
+    ends = [found for (counts, _, _, kept), found in best.items() if counts == full and kept]
     return list(min(ends)[1]) if ends else None
 
 

@@ -30,7 +30,8 @@ _VERIFIED: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()  # th
 class OutputHead:
     """logits = softcap·tanh(z / softcap), z = scale·(x·weightᵀ + bias); without the tanh where softcap is None.
 
-    `weight` (V, H) and `bias` (V,) or None are the model's own parameters, not copies.
+    `weight` (V, H) and `bias` (V,) or None are the model's own parameters, not copies; the weight of a head that scales
+    each logit by a learnt factor of its own is the product, through which gradients reach both.
     """
 
     weight: Tensor
@@ -105,7 +106,10 @@ def without_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def only_hidden(model: PreTrainedModel, received: list[Tensor]) -> Tensor:
-    """The one hidden state (B, T, H) that the head received in a forward pass."""
+    """The one hidden state (B, T, H) that the head received in a forward pass; of several streams of them (B, n, T, H),
+    as ProphetNet has to predict n tokens, the first, which predicts the next."""
+    if len(received) == 1 and received[0].dim() == 4:
+        return received[0][:, 0]
     if len(received) != 1 or received[0].dim() != 3:
         shapes = [tuple(each.shape) for each in received]
         raise ValueError(
@@ -161,7 +165,14 @@ def output_head(model: PreTrainedModel) -> OutputHead:
         raise ValueError(f"model ({model.config.model_type}): its output head is quantised ({linear.weight.dtype})")
     if model not in _VERIFIED:
         _VERIFIED[model] = _factor(model)
-    return OutputHead(linear.weight, getattr(linear, "bias", None), _softcap(model), _VERIFIED[model])
+    return OutputHead(_weight(model), getattr(linear, "bias", None), _softcap(model), _VERIFIED[model])
+
+
+def _weight(model: PreTrainedModel) -> Tensor:
+    linear = model.get_output_embeddings()
+    weight: Tensor = linear.weight
+    factors = getattr(linear, "logit_scale", None)  # (V,): Dory's
+    return weight if factors is None else weight * (factors * linear.logit_scale_factor)[:, None]
 
 
 def _softcap(model: PreTrainedModel) -> float | None:
@@ -185,7 +196,7 @@ def _factor(model: PreTrainedModel) -> float:
     tolerance = 8 * torch.finfo(linear.weight.dtype).eps * expected.abs().max()
     errors = []
     for factor in (float(product), 1.0):
-        rebuilt = OutputHead(linear.weight, getattr(linear, "bias", None), softcap, factor).logits(hidden).float()
+        rebuilt = OutputHead(_weight(model), getattr(linear, "bias", None), softcap, factor).logits(hidden).float()
         errors.append((rebuilt - expected).abs().max() if rebuilt.shape == expected.shape else math.inf)
         if errors[-1] <= tolerance:
             return factor

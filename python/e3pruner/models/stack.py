@@ -49,6 +49,10 @@ def stack_name(model: PreTrainedModel) -> str:
     names = usual or names
     if len(names) != 1:
         found = ", ".join(names) or "none"
+        if not count:
+            raise ValueError(
+                f"model ({type(model).__name__}) has several stacks, and its configuration counts none alone"
+            )
         raise ValueError(
             f"model ({type(model).__name__}) has no decoder stack that can be told apart: expected one ModuleList of "
             f"{count} decoder layers ({setting}), found {found}"

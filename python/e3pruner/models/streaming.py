@@ -180,15 +180,29 @@ def streamed_model(
 
 
 def _by_layer(names: TensorNames, shards: Sequence[Shard]) -> dict[int | None, dict[str, Any]]:
-    """Slices of the tensors in `shards` by name, those of each layer together and those of none; what lies behind the
-    last layer (multi-token prediction) is of a layer that the model does not have."""
+    """Slices of the tensors in `shards` by name, those of each layer together and those of none; what layers share, and
+    the checkpoint has once, in each of them. What lies behind the last layer (multi-token prediction) is of a layer
+    that the model does not have."""
     parts: dict[int | None, dict[str, Any]] = {layer: {} for layer in (None, *range(names.num_layers))}
+    shared = _shared(names)
     for shard in shards:
         opened = safe_open(shard.file, framework="pt")
         for name in sorted(shard.tensors):
-            at = names.layer_of(name)
-            parts.setdefault(at.layer if at else None, {})[name] = opened.get_slice(name)
+            at, content = names.layer_of(name), opened.get_slice(name)
+            parts.setdefault(at.layer if at else None, {})[name] = content
+            if at is not None:
+                for layer in shared.get(names.in_model(name), ()):
+                    parts[layer].setdefault(names.moved(at, layer), content)
     return parts
+
+
+def _shared(names: TensorNames) -> dict[str, set[int]]:
+    """By the name of each parameter of a layer that others have too: which layers do."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in names.model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    several = [group for group in groups.values() if len(group) > 1]
+    return {name: {at.layer for each in group if (at := names.layer_of(each))} for group in several for name in group}
 
 
 def named_weights(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from e3pruner.mask_search.search import find_method
 from e3pruner.recovery import DistillOptions
 from e3pruner.recovery.compensation import METHODS as COMPENSATIONS
 from e3pruner.recovery.tracking import check_tracker
+from e3pruner.requirements import require
 from e3pruner.vocabulary import check_choice, check_options, did_you_mean
 
 FILES = "files"  # of a finished result: no setting, but it stands in the same file
@@ -89,7 +90,8 @@ def check_search(method: str, search: Mapping[str, Any], name: str = "method") -
 def check_recover(recover: Mapping[str, Any], track: str | None = None) -> None:
     """Raises ValueError, TypeError or ModuleNotFoundError naming the option of a recovery that is wrong."""
     check_options("recover", recover, DistillOptions)
-    DistillOptions(**recover)
+    if DistillOptions(**recover).trainable == "lora":
+        require("peft")
     check_tracker(track)
 
 

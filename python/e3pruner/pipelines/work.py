@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3pruner
+from e3pruner.card import recovery_sentence, write_card
 from e3pruner.evaluation import latency
 from e3pruner.evaluation.generation import continue_prompt
 from e3pruner.evaluation.target import check_drop, number_to_drop
@@ -25,7 +26,6 @@ from e3pruner.models import find_layers
 from e3pruner.models.loading import BUILT_IN, Dtype, load_model, load_tokenizer, weights_dtype
 from e3pruner.models.stack import check_indices, check_unquantised
 from e3pruner.pipelines.options import PipelineOptions
-from e3pruner.pipelines.publishing import recovery_sentence, write_card
 from e3pruner.pipelines.results import recovery_results, search_results
 from e3pruner.pipelines.stages import Stages
 from e3pruner.precision import autocast_dtype

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from e3pruner.models import find_layers
 from e3pruner.models.stack import evaluating
 from e3pruner.recovery.options import DistillOptions
+from e3pruner.requirements import require
 from e3pruner.surgery import PruningPlan
 
 
@@ -67,7 +68,8 @@ def trained_parameters(
     before = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
     adapters: AbstractContextManager[None] = nullcontext()
     if options.trainable == "lora":
-        from e3pruner.recovery.lora import merged_adapters  # needs peft, which is optional
+        require("peft")
+        from e3pruner.recovery.lora import merged_adapters
 
         adapters = merged_adapters(model, options.lora_rank, options.seed)
     try:

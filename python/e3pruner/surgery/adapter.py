@@ -36,6 +36,8 @@ def prune_adapter(folder: Path, plan: PruningPlan | Sequence[int], out: Path, *,
     layers = sorted({int(match[2]) for match in found.values()})
     if isinstance(plan, PruningPlan) and layers[-1] >= plan.num_layers:
         raise ValueError(f"adapter {folder} adapts layer {layers[-1]}; plan is for {plan.num_layers} layers")
+    if packed := sorted(name for name in shard.tensors if name not in found and "per_layer" in name):
+        raise ValueError(f"adapter {folder} adapts {packed[0]}, which has a part of every layer; it cannot be cut")
     places = {old: new for new, old in enumerate(sorted(kept))}
     if not set(layers) & set(places):
         raise ValueError(f"adapter {folder} adapts the layers {layers}, of which plan keeps none")

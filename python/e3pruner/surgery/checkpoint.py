@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from e3pruner.card import write_card
 from e3pruner.models.files.empty import check_complete, empty_model, read_config
 from e3pruner.models.files.names import TensorNames
 from e3pruner.models.files.shards import Shard, read_shards
@@ -16,13 +18,13 @@ from e3pruner.models.stack import find_layers, stack_name
 from e3pruner.models.streaming import streamed_model
 from e3pruner.models.sublayers import KINDS, projection
 from e3pruner.surgery import quantisation
-from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
+from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config, renumbered_inside
 from e3pruner.surgery.engines import warn_of_engines
 from e3pruner.surgery.folder import bytes_bar, carry_over, result
-from e3pruner.surgery.in_memory import kept_layers, warn_of_sublayers
+from e3pruner.surgery.in_memory import kept_layers, packed_axis, warn_of_sublayers
 from e3pruner.surgery.parity import assert_parity, assert_same_settings
 from e3pruner.surgery.plan import PLAN_FILE, PruningPlan
-from e3pruner.surgery.shards import write_shards
+from e3pruner.surgery.shards import Packed, write_shards
 
 
 def prune_checkpoint(
@@ -30,21 +32,24 @@ def prune_checkpoint(
 ) -> Path:
     """Writes to `out` the checkpoint in `folder` with only the layers that `plan` keeps; see `e3pruner.prune`."""
     with result(out) as temporary:
-        _cut(folder, plan, temporary, trust_remote_code)
+        made_by = _cut(folder, plan, temporary, trust_remote_code)
+        command = ("e3", "prune", "--model", str(folder), "--plan", PLAN_FILE, "--out", str(out))
+        write_card(temporary, str(folder), made_by, shlex.join(command))
     return out
 
 
-def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remote_code: bool) -> None:
+def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remote_code: bool) -> PruningPlan:
     config = read_config(folder, trust_remote_code)
     model, shards = empty_model(config, trust_remote_code), read_shards(folder)
     check_complete(folder, model, shards)
     kept = kept_layers(model, plan)
     smaller = pruned_config(config, kept)
-    assert_same_settings(find_layers(model), find_layers(empty_model(smaller, trust_remote_code)), kept)
+    pruned = empty_model(smaller, trust_remote_code)
+    assert_same_settings(model, pruned, kept)
     names = TensorNames(model)
     names.check_known(name for shard in shards for name in sorted(shard.tensors))
     places = {old: new for new, old in enumerate(kept)} | _prediction_layers(names, shards, smaller)
-    moved = _moved(names, shards, places)
+    moved = _moved(names, shards, places, kept)
     sublayers = getattr(plan, "sublayers", {kind: [] for kind in KINDS})
     if any(sublayers.values()) and quantisation.is_quantised(config):
         raise ValueError(f"sublayers={sublayers}: weights that are quantised are not set to 0; remove whole layers")
@@ -55,10 +60,11 @@ def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remot
     quantisation.save_config(smaller, out)
     carry_over(folder, out, {shard.file.name for shard in shards})
     quantisation.renumber_files(out, rules)
+    packed = _packed(names, shards, pruned, kept)
     cut = [
         Shard(
             shard.file,
-            {moved[name]: tensor for name, tensor in shard.tensors.items() if name in moved},
+            {moved[name]: packed.get(name, tensor) for name, tensor in shard.tensors.items() if name in moved},
             quantisation.renumbered_metadata(shard.metadata, rules),
         )
         for shard in shards
@@ -73,6 +79,7 @@ def _cut(folder: Path, plan: PruningPlan | Sequence[int], out: Path, trust_remot
         removed = sorted(set(range(names.num_layers)) - set(kept))
         plan = PruningPlan(kept, removed, model_type=config.model_type)
     plan.save(out / PLAN_FILE, {"proof": proof, "sha256": digests})
+    return plan
 
 
 def _prove(
@@ -126,15 +133,35 @@ def _prediction_layers(names: TensorNames, shards: Sequence[Shard], smaller: Pre
     return places
 
 
-def _moved(names: TensorNames, shards: Sequence[Shard], places: Mapping[int, int]) -> dict[str, str]:
+def _moved(
+    names: TensorNames, shards: Sequence[Shard], places: Mapping[int, int], kept: Sequence[int]
+) -> dict[str, str]:
     """What the tensors that stay are called in the pruned model, by what they are called."""
-    moved = {}
+    config, moved = names.model.config, {}
     for name in (name for shard in shards for name in sorted(shard.tensors)):
-        if (at := names.layer_of(name)) is None:
-            moved[name] = name
-        elif at.layer in places:
-            moved[name] = names.moved(at, places[at.layer])
+        at = names.layer_of(name)
+        new: str | None = name
+        if at is not None:
+            new = renumbered_inside(config, kept, names.moved(at, places[at.layer])) if at.layer in places else None
+        if new is not None:
+            moved[name] = new
     return moved
+
+
+def _packed(
+    names: TensorNames, shards: Sequence[Shard], pruned: PreTrainedModel, kept: Sequence[int]
+) -> dict[str, Packed]:
+    """What stays of the tensors beside the layers that hold a block for each of them."""
+    before, after, found = names.model.state_dict(), pruned.state_dict(), {}
+    for name, tensor in (item for shard in shards for item in shard.tensors.items()):
+        inside = names.in_model(name)
+        if names.layer_of(name) or inside not in after or before[inside].shape == (shape := after[inside].shape):
+            continue
+        axis = packed_axis(before[inside].shape, shape, names.num_layers)
+        if axis is None or tensor.entry["shape"] != list(before[inside].shape):
+            raise ValueError(f"tensor {name} has a part of each layer, which {dict(tensor.entry)} does not tell apart")
+        found[name] = Packed.of(tensor, shape, axis, names.num_layers, kept)
+    return found
 
 
 def _projections(names: TensorNames, moved: Mapping[str, str], sublayers: Mapping[str, Sequence[int]]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,19 @@ from e3pruner.surgery.demands import check_kept
 PREDICTION_LAYERS = "num_nextn_predict_layers"
 # The first layer after a leading group: as many layers stay in the group as are kept of it.
 _BOUNDARIES = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers")
-_INDEX_SETS = ("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers", "moe_layers")
+_INDEX_SETS = (
+    *("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers"),
+    "moe_layers",
+)
 # Setting: (its value that treats all layers alike, what any other value does).
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "hybrid_layer_ids": ([], "these layers share one set of weights"),
-    "rescale_every": (0, "every so many layers halve the hidden state; set it to 0, which changes rounding only"),
+    "rescale_every": (
+        0,
+        "every so many layers halve the hidden state; load it by from_pretrained(..., rescale_every=0), or say so in "
+        "config.json, which changes rounding only",
+    ),
 }
-
+_ADAPTER = re.compile(r"_adapter_list\.(\d+)(?!\d)")
 
 # Setting that says every how many layers another kind comes: the list that says it of each layer, and is read first.
 _SPACINGS = {
@@ -69,6 +76,20 @@ def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedCo
     return pruned
 
 
+def renumbered_inside(config: PreTrainedConfig, kept: Sequence[int], name: str) -> str | None:
+    """What a module or tensor of a layer is called when the layers `kept` are left; None if it goes.
+
+    The block that the hybrid layers of Zamba 2 share holds an adapter for each of them, in their order.
+    """
+    hybrid = getattr(config.get_text_config(decoder=True), "hybrid_layer_ids", None)
+    if not hybrid or (found := _ADAPTER.search(name)) is None:
+        return name
+    left = [place for place, layer in enumerate(hybrid) if layer in kept]
+    return (
+        f"{name[: found.start(1)]}{left.index(int(found[1]))}{name[found.end(1) :]}" if int(found[1]) in left else None
+    )
+
+
 def _translated(settings: dict[str, Any], kept: Sequence[int], num_layers: int) -> dict[str, Any]:
     translated: dict[str, Any] = {}
     for name, value in settings.items():
@@ -85,6 +106,12 @@ def _translated(settings: dict[str, Any], kept: Sequence[int], num_layers: int) 
     if "num_kv_shared_layers" in settings:  # the last ones
         first = num_layers - settings["num_kv_shared_layers"]
         translated["num_kv_shared_layers"] = sum(old >= first for old in kept)
+    if (sources := settings.get("kv_source_layers")) is not None:  # the last of their kind that ran
+        ropes, owned = settings["no_rope_layers"], {source for layer, source in enumerate(sources) if source != layer}
+        writers = {old: [w for w in kept if w < old and w in owned and ropes[w] == ropes[old]] for old in kept}
+        translated["kv_source_layers"] = [
+            new if sources[old] == old else kept.index(writers[old][-1]) for new, old in enumerate(kept)
+        ]
     if "moe_layer_end_index" in settings:  # inclusive
         translated["moe_layer_end_index"] = sum(old <= settings["moe_layer_end_index"] for old in kept) - 1
     if "scale_depth" in settings:  # MiniCPM3: what is added to the residual stream is divided by the root of the depth

@@ -41,9 +41,11 @@ def prune(
     one would then change the other. `save_pretrained` writes a checkpoint that plain `AutoModelForCausalLM` loads.
 
     Of files, the folder `out`, which appears when it is complete; a few megabytes of them are in memory at a time.
-    `model` is the folder of a checkpoint in safetensors, of any size and dtype: its tensors keep their bytes, names and
-    per-layer settings are renumbered, what else lies there is carried over, except for weights in other forms and the
-    model's card. `pruning.json` gets the SHA-256 of every tensor. Or it is the folder of an adapter of PEFT that was
+    `model` is the folder of a checkpoint in safetensors, of any size and dtype: its tensors keep their bytes (of those
+    that hold a block of every layer, such as Gemma's embeddings per layer, kept layers' blocks do), names and per-layer
+    settings are renumbered, what else lies there is carried over, except for weights in other forms. Of the model's
+    card only licence, language and tags go into that of the result, `README.md`, which says what was removed and how to
+    do it again. `pruning.json` gets the SHA-256 of every tensor. Or it is the folder of an adapter of PEFT that was
     trained on the dense model; it then names no base model, for it fits the pruned one alone. Or it is a GGUF file.
 
     Sub-layers that the plan removes have their output projection set to 0: the checkpoint stays vanilla and its size

@@ -1,8 +1,8 @@
 """What a configuration demands of the layers that stay: known before anything is measured, cut or loaded.
 
 Two kinds of demand cover what the model types of transformers ask for. A `Limit` says how many of some layers may go:
-none of those that write what later layers read, all but one of those that attend. An `Order` says of which kinds the
-layers that stay must be, one after another, where a setting derives what a layer is from its index.
+none of those that hold weights of others, all but one of those that attend. An `Order` says of which kinds the layers
+that stay must be, one after another, where a setting derives what a layer is from its index.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from e3pruner.compat import sharing_modes
 from e3pruner.models.stack import count_setting
 
 # Kinds of `layer_types` whose layers keep no keys and values: a state of fixed size, or nothing.
@@ -33,6 +34,7 @@ _COUNTING = {
 _SINGLE = {
     "gpt_neox_japanese": (-1, "the last, alone has a bias behind its attention"),
     "modernbert-decoder": (0, "the first, alone has no norm before its attention and must stay"),
+    "rwkv": (0, "the first, alone has a norm of the embeddings and must stay"),
 }
 # Their configurations make the last layer one of full attention, whatever they are told.
 _ENDING_IN_FULL_ATTENTION = {"gemma4_text", "gemma4_unified_text", "diffusion_gemma_text"}
@@ -66,16 +68,34 @@ class End(Limit):
 
 
 @dataclass(frozen=True)
+class Reads(Limit):
+    """Of the layers `readers` those that stay have one of `writers` before them that stays; to a search it says more,
+    that one of the writers before the first reader, its `members`, stays."""
+
+    readers: frozenset[int] = frozenset()
+    writers: frozenset[int] = frozenset()
+
+    def broken_by(self, kept: Sequence[int]) -> bool:
+        first = next((layer for layer in kept if layer in self.readers | self.writers), None)
+        return first in self.readers - self.writers
+
+
+@dataclass(frozen=True)
 class Order:
-    """Layer l is of the kind `kinds[l]`; the layers that stay are of the kinds `rule[0]`, `rule[1]`, … in turn."""
+    """Layer l is of the kind `kinds[l]`; the layers that stay are of the kinds `rule[0]`, `rule[1]`, … in turn. With
+    `counted`, of these layers alone."""
 
     kinds: tuple[Any, ...]
     rule: tuple[Any, ...]
     reason: str
     fixed: frozenset[int] = frozenset()
+    counted: frozenset[int] | None = None
+
+    def counts(self, layer: int) -> bool:
+        return self.counted is None or layer in self.counted
 
     def broken_by(self, kept: Sequence[int]) -> bool:
-        return any(self.kinds[old] != self.rule[new] for new, old in enumerate(kept))
+        return any(self.kinds[old] != self.rule[new] for new, old in enumerate(filter(self.counts, kept)))
 
 
 Demand = Limit | Order
@@ -106,21 +126,40 @@ def _of_attention(text: Any) -> Iterator[Demand]:
         yield Limit(frozenset(hybrid[:1]), 0, f"layer {hybrid[0]} holds the weights of all layers that attend")
         reason = f"two of the layers that share their attention ({_named(frozenset(hybrid))}) must stay"
         yield Limit(frozenset(hybrid), max(len(hybrid) - 2, 0), reason)
+    if text.model_type == "zamba2" and hybrid:
+        blocks = text.num_mem_blocks
+        first = frozenset(hybrid[:blocks])
+        yield Limit(first, 0, f"layers {_named(first)} hold the weights of all layers that attend")
+        turns = tuple(hybrid.index(layer) % blocks if layer in hybrid else None for layer in range(len(kinds)))
+        reason = f"config.num_mem_blocks={blocks}: the layers that attend ({_named(frozenset(hybrid))}) take turns"
+        yield Order(turns, tuple(n % blocks for n in range(len(hybrid))), reason, counted=frozenset(hybrid))
     crossing = frozenset(getattr(text, "cross_attention_layers", None) or ())
     if own := frozenset(range(_count(text))) - crossing if crossing else None:
         yield Limit(own, len(own) - 1, "one layer that attends to the text must stay")
 
 
 def _of_shared_state(text: Any) -> Iterator[Demand]:
-    modes = getattr(text, "kv_sharing_modes", None) or []
-    if any(str(mode).startswith("reuse") for mode in modes):
-        stores = frozenset(layer for layer, mode in enumerate(modes) if mode == "store")
-        yield Limit(stores, 0, f"later layers read the keys and values of layers {_named(stores)}, which must stay")
+    """Layers that read what an earlier one of their kind wrote, the last that ran."""
+    modes = sharing_modes(text)
+    ropes = getattr(text, "no_rope_layers", None) or [1] * len(modes)
+    kinds = list(zip(text.layer_types, ropes, strict=True)) if modes else []
+    for kind in dict.fromkeys(kinds):
+        own = [layer for layer, each in enumerate(kinds) if each == kind]
+        readers = [layer for layer in own if modes[layer].startswith("reuse")]
+        writers = [layer for layer in own if modes[layer] == "store"]
+        yield from _reads(readers, writers, "keys and values of layers {}, of which one must stay")
     indexers = getattr(text, "indexer_types", None) or []
-    if "shared" in indexers:
-        first = frozenset(range(indexers.index("shared")))
-        reason = f"one of layers {_named(first)}, whose indexers choose for the layers behind them, must stay"
-        yield Limit(first, len(first) - 1, reason)
+    places = {kind: [layer for layer, each in enumerate(indexers) if each == kind] for kind in ("shared", "full")}
+    yield from _reads(places["shared"], places["full"], "choice of the indexers of layers {}, of which one must stay")
+
+
+def _reads(readers: Sequence[int], writers: Sequence[int], what: str) -> Iterator[Demand]:
+    if readers:
+        before = frozenset(layer for layer in writers if layer < readers[0])
+        reason = f"layers {_named(frozenset(readers))} read the {what.format(_named(before))} before them"
+        if not before:
+            reason = "its layers read the keys and values of another model, along with which alone it runs"
+        yield Reads(before, len(before) - 1, reason, frozenset(readers), frozenset(writers))
 
 
 def _of_indices(text: Any) -> Iterator[Demand]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from e3pruner.models.stack import check_indices
+from e3pruner.requirements import require
 from e3pruner.surgery.folder import bytes_bar, result
 from e3pruner.surgery.plan import PLAN_FILE, PruningPlan
 
@@ -20,6 +21,7 @@ _BOUNDARIES = ("leading_dense_block_count",)
 _REFUSED: dict[str, tuple[int, str]] = {
     "attention.shared_kv_layers": (0, "the last blocks read the keys and values of earlier ones"),
     "attention.sliding_window_pattern": (1, "which blocks attend to all follows from their index"),
+    "embedding_length_per_layer_input": (0, "one tensor holds the embeddings of all blocks"),
     "full_attention_interval": (1, "which blocks attend follows from their index"),
     "interleave_moe_layer_step": (1, "which blocks hold experts follows from their index"),
     "moe_every_n_layers": (1, "which blocks hold experts follows from their index"),
@@ -36,7 +38,8 @@ def prune_gguf(file: Path, plan: PruningPlan | Sequence[int], out: Path) -> Path
     Raises ModuleNotFoundError without the package gguf, ValueError for a plan of another model, for one of several
     parts, for settings that tie what a block does to its index, and for tensors of no known place, by name.
     """
-    import gguf  # of the extra `demo`
+    require("gguf")
+    import gguf  # optional
 
     reader: Any = gguf.GGUFReader(file)
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}

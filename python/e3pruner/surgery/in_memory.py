@@ -13,9 +13,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from e3pruner.models.stack import check_indices, check_unquantised, find_layers, stack_name
+from e3pruner.models.stack import check_indices, check_unquantised, decoder_of, find_layers, stack_name
 from e3pruner.models.sublayers import KINDS, projection
-from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config
+from e3pruner.surgery.config import PREDICTION_LAYERS, pruned_config, renumbered_inside
 from e3pruner.surgery.engines import warn_of_engines
 from e3pruner.surgery.parity import assert_parity, assert_same_settings
 from e3pruner.surgery.plan import PruningPlan
@@ -23,14 +23,14 @@ from e3pruner.surgery.plan import PruningPlan
 
 def prune_model(model: PreTrainedModel, plan: PruningPlan | Sequence[int], *, copy_weights: bool) -> PreTrainedModel:
     """A vanilla model of the same class with only the layers that `plan` keeps; see `e3pruner.prune`."""
-    stack = stack_name(model)
+    find_layers(model)  # raises for a model without
     check_unquantised("model", model, "it is cut as files: prune(folder, plan, out=...) keeps its bytes")
     kept = kept_layers(model, plan)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) != 1 or devices == ["meta"]:
         raise ValueError(f"model has weights on {', '.join(devices)}; load it on one device to prune it")
     pruned = skeleton(model, kept)
-    _fill(pruned, model, stack, kept, copy_weights)
+    _fill(pruned, model, kept, copy_weights)
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
     pruned.train(model.training)
@@ -53,22 +53,43 @@ def skeleton(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
         setattr(text, PREDICTION_LAYERS, 0)  # they are in a checkpoint, and in no model
     with init_empty_weights(include_buffers=False):
         pruned = type(model)(config)
-    assert_same_settings(find_layers(model), find_layers(pruned), kept)
-    taken = {new: tensor.shape for new, tensor in _renamed(model.state_dict().items(), stack_name(model), kept)}
-    if taken != {name: tensor.shape for name, tensor in pruned.state_dict().items()}:
+        ours: Any = decoder_of(pruned)
+        if hasattr(ours, "set_attention_type"):  # BigBird exchanges modules when it is called with short rows
+            ours.set_attention_type(decoder_of(model).attention_type)
+    assert_same_settings(model, pruned, kept)
+    stack, total = stack_name(model), len(find_layers(model))
+    taken = {new: tensor.shape for new, tensor in _renamed(model.state_dict().items(), model, kept)}
+    needed = {name: tensor.shape for name, tensor in pruned.state_dict().items()}
+    odd = {name for name in taken.keys() & needed if taken[name] != needed[name]}
+    packed = {n for n in odd if not n.startswith(f"{stack}.") and packed_axis(taken[n], needed[n], total) is not None}
+    if taken.keys() != needed.keys() or odd != packed:
         raise ValueError(f"model ({model.config.model_type}) cannot be pruned: with fewer layers it has other weights")
     return pruned
 
 
-def _renamed(tensors: Iterable[tuple[str, Tensor]], stack: str, kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+def packed_axis(dense: Sequence[int], pruned: Sequence[int], total: int) -> int | None:
+    """The axis along which a tensor beside the layers holds one block for each of `total`, by its shape of before and
+    after: the only one that is shorter. Gemma's embeddings per layer are such tensors."""
+    if len(dense) != len(pruned):
+        return None
+    shorter = [axis for axis, (old, new) in enumerate(zip(dense, pruned, strict=True)) if old != new]
+    return shorter[0] if len(shorter) == 1 and dense[shorter[0]] % total == 0 else None
+
+
+def _renamed(
+    tensors: Iterable[tuple[str, Tensor]], model: PreTrainedModel, kept: Sequence[int]
+) -> Iterator[tuple[str, Tensor]]:
     """The named tensors that stay, those of layers under their new index."""
+    stack = stack_name(model)
     renamed = {f"{stack}.{old}.": f"{stack}.{new}." for new, old in enumerate(kept)}
     for name, tensor in tensors:
         layer = re.match(rf"{re.escape(stack)}\.\d+\.", name)
         if layer is None:
             yield name, tensor
-        elif layer[0] in renamed:
-            yield renamed[layer[0]] + name[layer.end() :], tensor
+            continue
+        inside = renumbered_inside(model.config, kept, name[layer.end() :])
+        if layer[0] in renamed and inside is not None:
+            yield renamed[layer[0]] + inside, tensor
 
 
 def _empty_sublayers(pruned: PreTrainedModel, kept: Sequence[int], sublayers: Mapping[str, Sequence[int]]) -> None:
@@ -105,15 +126,24 @@ def kept_layers(model: PreTrainedModel, plan: Any) -> list[int]:
     return kept
 
 
-def _fill(pruned: PreTrainedModel, model: PreTrainedModel, stack: str, kept: Sequence[int], copied: bool) -> None:
+def _fill(pruned: PreTrainedModel, model: PreTrainedModel, kept: Sequence[int], copied: bool) -> None:
     """Give `pruned` the weights and buffers of `model`, those of kept layers under their new index."""
     copies: dict[int, Tensor] = {}
+    shapes, total = {name: tensor.shape for name, tensor in pruned.state_dict().items()}, len(find_layers(model))
+
+    def own(name: str, tensor: Tensor) -> Tensor:
+        if (axis := packed_axis(tensor.shape, shapes.get(name, tensor.shape), total)) is not None:
+            stay: Tensor = tensor.unflatten(axis, (total, -1)).index_select(
+                axis, torch.tensor(kept, device=tensor.device)
+            )
+            return stay.flatten(axis, axis + 1)
+        return tensor.clone() if copied else tensor
 
     def taken(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         found = {}
-        for name, tensor in _renamed(tensors, stack, kept):
+        for name, tensor in _renamed(tensors, model, kept):
             if id(tensor) not in copies:  # tied weights stay one tensor
-                copies[id(tensor)] = tensor.detach().clone() if copied else tensor.detach()
+                copies[id(tensor)] = own(name, tensor.detach())
             found[name] = copies[id(tensor)]
         return found
 

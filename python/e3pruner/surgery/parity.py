@@ -16,11 +16,17 @@ from e3pruner.compat import CACHE
 from e3pruner.models.gates import skipped
 from e3pruner.models.head import check_finite
 from e3pruner.models.stack import evaluating, find_layers, returning_dicts
+from e3pruner.surgery.config import renumbered_inside
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
-# What forward passes change (BigBird's attention_type among it), what only the logits show the use of, and what is kept
-# for other models (a Gemma assistant reads keys and values; those that later layers read are a demand).
-_STATE_NAMES = ("training", "gradient_checkpointing", "attention_type", "num_hidden_layers", "store_full_length_kv")
+_SOURCE = "kv_shared_layer_index"  # of older transformers: whose keys and values a layer reads
+# What forward passes change (BigBird's attention_type among it), what only the logits show the use of, what is kept for
+# other models (a Gemma assistant reads keys and values; those that later layers read are a demand), how many layers
+# share a block (Zamba 2), and the seed of random attention in training, which is the layer's index (BigBird).
+_STATE_NAMES = (
+    *("training", "gradient_checkpointing", "attention_type", "num_hidden_layers"),
+    *("store_full_length_kv", "num_fwd_mem_blocks", "seed"),
+)
 _BATCH, _LENGTH = 2, 12
 
 
@@ -40,7 +46,7 @@ def assert_parity(
     the last `steps` tokens one by one with a cache, or with whatever state the model hands from call to call, gives the
     logits of one pass without, up to rounding; where it does not for `model` itself either, a warning says so.
     """
-    assert_same_settings(find_layers(model), find_layers(pruned), kept)
+    assert_same_settings(model, pruned, kept)
     ids = _probe(pruned, 5)
     removed = sorted(set(range(len(find_layers(model)))) - set(kept))
     with ExitStack() as stack:
@@ -83,11 +89,11 @@ def _decoding_error(model: PreTrainedModel, ids: Tensor, uncached: Tensor, steps
     """How far decoding with a cache moves the logits of `model`, or what it raises: some caches of transformers do."""
     try:
         cached = _decode(model, ids, steps)
+        return 0.0 if cached is None else _relative_error(cached, uncached)  # RWKV mixes the rows of a batch up
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         return error
-    return 0.0 if cached is None else _relative_error(cached, uncached)
 
 
 @torch.no_grad()
@@ -106,11 +112,15 @@ def _effect(error: float | Exception) -> str:
     return f"changes its logits by {error:.2%}"
 
 
-def assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequence[int]) -> None:
-    """Raises `ValueError` unless layer i of `pruned` has the settings of `dense[kept[i]]`, and its own index."""
+def assert_same_settings(model: PreTrainedModel, smaller: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Raises `ValueError` unless layer i of `smaller` has the settings of layer kept[i] of `model`, and its index."""
+    dense, pruned = find_layers(model), find_layers(smaller)
     per_layer = _indices_per_layer(dense)
     for new, old in enumerate(kept):
-        ours, theirs = dict(pruned[new].named_modules()), dict(dense[old].named_modules())
+        ours, theirs = dict(pruned[new].named_modules()), {}
+        for name, module in dense[old].named_modules():
+            if (now := renumbered_inside(model.config, kept, name)) is not None:
+                theirs[now] = module
         if other := sorted(ours.keys() ^ theirs.keys()):
             raise ValueError(
                 f"layer {old} cannot become layer {new}: its index decides more than its place, and would change "
@@ -118,6 +128,8 @@ def assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequ
             )
         for name, module in ours.items():
             settings, expected = _settings(module), _settings(theirs[name])
+            if (source := expected.get(_SOURCE)) in kept:
+                expected[_SOURCE] = kept.index(source)
             changed = [key for key in expected if settings.get(key) != expected[key]]
             if changed or type(module) is not type(theirs[name]):
                 what = ", ".join(f"{key} from {expected[key]!r} to {settings.get(key)!r}" for key in changed)
@@ -126,7 +138,7 @@ def assert_same_settings(dense: nn.ModuleList, pruned: nn.ModuleList, kept: Sequ
                     f"{name or 'the layer'}: {what or type(module).__name__}"
                 )
             for key in _INDEX_NAMES:
-                if (index := getattr(theirs[name], key, None)) is None:
+                if (index := getattr(theirs[name], key, None)) in (None, -1):  # it has none, or is told when called
                     continue
                 if getattr(module, key, None) != (new if index == old else index + (new - old) * per_layer):
                     raise ValueError(f"layer {new} ({name or type(module).__name__}) bears the index of another layer")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,29 @@ from e3pruner.models.files.shards import INDEX, WEIGHTS, Shard, Stored
 from e3pruner.storage import write_json
 
 _CHUNK = 4 << 20  # bytes of a tensor in memory at a time, per thread
+
+
+@dataclass(frozen=True)
+class Packed(Stored):
+    """Of a stored tensor that holds blocks of `block` bytes, `total` in turn, those whose number is in `kept`; `entry`
+    has their shape."""
+
+    block: int
+    total: int
+    kept: frozenset[int]
+
+    @classmethod
+    def of(cls, tensor: Stored, shape: Sequence[int], axis: int, total: int, kept: Iterable[int]) -> Packed:
+        """Of `tensor`, which holds a block for each of `total` layers along `axis`, what is left in `shape`."""
+        outer = total * math.prod(tensor.entry["shape"][:axis])
+        entry = {**tensor.entry, "shape": list(shape)}
+        return cls(
+            tensor.file, entry, tensor.begin, tensor.end, (tensor.end - tensor.begin) // outer, total, frozenset(kept)
+        )
+
+    @property
+    def size(self) -> int:
+        return (self.end - self.begin) // self.total * len(self.kept)
 
 
 def write_shards(
@@ -29,8 +54,9 @@ def write_shards(
     """Writes `shards` into `folder`, and with `index` an index where there are several; those without tensors are left
     out.
 
-    The bytes of each tensor are those of the file it is stored in, or 0 where `zeros` says so. `advance` is told how
-    many bytes were written. Returns the SHA-256 of each tensor's bytes, taken as they are copied.
+    The bytes of each tensor are those of the file it is stored in, of a `Packed` one some of them, or 0 where `zeros`
+    says so. `advance` is told how many bytes were written. Returns the SHA-256 of each tensor's bytes, taken as they
+    are copied.
     """
     shards = [shard for shard in shards if shard.tensors]
     digests: dict[str, str] = {}
@@ -69,7 +95,7 @@ def _write(file: Path, shard: Shard, zeros: Callable[[str], bool], advance: Call
         threads = stack.enter_context(ThreadPoolExecutor(min(4, os.cpu_count() or 1)))
         sources = {source: stack.enter_context(source.open("rb")) for source in {t.file for _, t in order}}
 
-        def copied(item: tuple[str, Stored]) -> str:
+        def written(item: tuple[str, Stored]) -> str:
             name, tensor = item
             to = start + header[name]["data_offsets"][0]
             digest = hashlib.sha256()
@@ -79,7 +105,7 @@ def _write(file: Path, shard: Shard, zeros: Callable[[str], bool], advance: Call
                 advance(len(chunk))
             return digest.hexdigest()
 
-        return dict(zip([name for name, _ in order], threads.map(copied, order), strict=True))
+        return dict(zip([name for name, _ in order], threads.map(written, order), strict=True))
 
 
 def _zeros(tensor: Stored) -> Iterator[bytes]:
@@ -90,17 +116,42 @@ def _zeros(tensor: Stored) -> Iterator[bytes]:
 
 def _copied(source: int, target: int, tensor: Stored, to: int) -> Iterator[bytes]:
     """The bytes of `tensor`, each chunk once it stands in `target`, from `to` on."""
+    if isinstance(tensor, Packed):
+        yield from _picked(source, target, tensor, to)
+        return
     for begin in range(tensor.begin, tensor.end, _CHUNK):
         size = min(_CHUNK, tensor.end - begin)
         place = to + begin - tensor.begin
-        chunk = os.pread(source, size, begin)
-        if len(chunk) != size:
-            raise OSError(f"{tensor.file} ended while it was read")
+        chunk = _read(source, size, begin, tensor)
         if not _copied_by_system(source, target, size, begin, place):
-            written = 0
-            while written < size:
-                written += os.pwrite(target, memoryview(chunk)[written:], place + written)
+            _put(target, chunk, place)
         yield chunk
+
+
+def _picked(source: int, target: int, tensor: Packed, to: int) -> Iterator[bytes]:
+    """The same of the blocks that stay."""
+    at_once = max(1, _CHUNK // tensor.block)
+    for first in range(0, (tensor.end - tensor.begin) // tensor.block, at_once):
+        begin = tensor.begin + first * tensor.block
+        chunk = _read(source, min(at_once * tensor.block, tensor.end - begin), begin, tensor)
+        blocks = (chunk[at : at + tensor.block] for at in range(0, len(chunk), tensor.block))
+        left = b"".join(block for number, block in enumerate(blocks, first) if number % tensor.total in tensor.kept)
+        _put(target, left, to)
+        to += len(left)
+        yield left
+
+
+def _read(source: int, size: int, begin: int, tensor: Stored) -> bytes:
+    chunk = os.pread(source, size, begin)
+    if len(chunk) != size:
+        raise OSError(f"{tensor.file} ended while it was read")
+    return chunk
+
+
+def _put(target: int, chunk: bytes, place: int) -> None:
+    written = 0
+    while written < len(chunk):
+        written += os.pwrite(target, memoryview(chunk)[written:], place + written)
 
 
 def _copied_by_system(source: int, target: int, size: int, begin: int, place: int) -> bool:

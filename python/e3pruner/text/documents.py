@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from e3pruner.requirements import require
 from e3pruner.storage import parse_json
 from e3pruner.text.opening import encode, opening
 from e3pruner.text.sequences import IGNORED, Packed
@@ -57,6 +58,7 @@ def _line_records(path: Path) -> Iterator[Any]:
 
 
 def _folder_records(path: Path) -> Iterator[Any]:
+    require("datasets")
     from datasets import Dataset, load_from_disk  # optional
 
     found = load_from_disk(str(path))

