@@ -19,7 +19,7 @@ from triton.compiler import CompiledKernel
 
 import e3kernels as e3k
 import e3kernels.triton
-from bench.static.capture import _target
+from bench.static.capture import for_target
 from e3kernels import backends
 from e3kernels.triton import entropy_kl, gumbel_topk, launch, topk_kl
 from e3kernels.triton.scalars import written_on
@@ -34,7 +34,7 @@ def without_launch(kernel: Any) -> None:
 
 def never_launched(stack: ExitStack, load: Callable[[Any], None] = without_launch) -> None:
     """Inside `stack`: Triton serves CPU tensors as if they were CUDA's, all but the launch."""
-    stack.enter_context(_target("sm_90"))
+    stack.enter_context(for_target("sm_90"))
     stack.enter_context(mock.patch.object(CompiledKernel, "_init_handles", load))
     stack.enter_context(mock.patch.object(CompiledKernel, "__del__", return_value=None))
     stack.enter_context(mock.patch.object(launch, "launched", {}))

@@ -82,7 +82,8 @@ class _Forgetful(dict[Any, Any]):
 
 
 @contextmanager
-def _target(family: str) -> Iterator[None]:
+def for_target(family: str) -> Iterator[None]:
+    """Triton compiles for `family`, and launches are chosen for it."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: an interpreted kernel cannot be compiled; unset it")
     target, processors = TARGETS[family]
@@ -118,6 +119,6 @@ def launches(family: str, call: Callable[[], Any], known: Collection[str] | None
         return binary
 
     hook = mock.patch.object(knobs.runtime, "jit_cache_hook", fingerprinted)
-    with _target(family), hook, mock.patch.object(JITFunction, "run", warm), torch.device("meta"):
+    with for_target(family), hook, mock.patch.object(JITFunction, "run", warm), torch.device("meta"):
         call()
     return found

@@ -156,9 +156,14 @@ def fills_device(rows: Tensor) -> bool:
 
 
 def odd(*rows: Tensor) -> bool:
-    """Whether the rows of some of these matrices do not all begin at a boundary of 16 bytes."""
-    sizes = [(matrix.stride(0), matrix.storage_offset(), matrix.element_size()) for matrix in rows]
-    return any(stride * size % 16 or offset * size % 16 for stride, offset, size in sizes)
+    """Whether the rows of some of these matrices do not all begin at a boundary of 16 bytes. While tracing there is no
+    address; torch allocates at such boundaries, and its compiler copies graph inputs that are not at one."""
+    for matrix in rows:
+        size = matrix.element_size()
+        begin = matrix.data_ptr() if type(matrix) is Tensor else matrix.storage_offset() * size
+        if begin % 16 or matrix.stride(0) * size % 16:
+            return True
+    return False
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

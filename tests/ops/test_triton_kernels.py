@@ -263,6 +263,23 @@ def test_linear_topk_kl(with_gradients, tail):
     torch.testing.assert_close(on_chip.double(), exact.double(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("begin", [(0, 0), (3, 3), (1, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_that_begin_anywhere(with_gradients, begin, dtype):
+    """At a boundary, behind one by the same distance, and by two: 303 columns, of which some rows hold −∞."""
+    student, teacher, labels, _ = logits(3, 303, dtype)
+    student[0, 11] = teacher[0, 11] = teacher[2, 300] = -INF
+    apart = [
+        x.new_empty(x.numel() + at)[at:].view(x.shape).copy_(x) for x, at in zip((student, teacher), begin, strict=True)
+    ]
+    log_p, ids = teacher.float().log_softmax(-1).topk(5)
+    for loss in (
+        lambda z: e3k.entropy_kl(z, apart[1].to(z.dtype), labels, kd_ratio=0.5),
+        lambda z: e3k.topk_kl(z, log_p, ids, labels, kd_ratio=0.5),
+    ):
+        assert_close(*both(loss, [apart[0]], with_gradients), dtype)
+
+
 def test_fp32_products_are_left_to_the_vendor():
     """They have no matrix unit: on chip they took three times as long as its product and the logits' way to memory."""
     matrices = torch.empty(4, 512), torch.empty(70, 512)
