@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from surgery.test_images import bypassed, logits
+from sweep.shrink import small_config, small_model
 from tiny_models import tiny_model
 from tiny_vision_models import IMAGE_TOKEN, image_batch, tiny_vision_model
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 import e3pruner
 from e3pruner.models import find_layers
@@ -17,6 +19,7 @@ from e3pruner.recovery.integrations.step import DistillStep, batch_of
 from e3pruner.recovery.options import DistillOptions
 from e3pruner.text.given import batches_of, sequences_of
 
+ROWS = {"input_ids", "attention_mask", "mm_token_type_ids"}
 TYPES = ["gemma3", "llava", "qwen2_5_vl", "qwen3_vl"]
 
 
@@ -121,6 +124,25 @@ def test_what_cannot_be_told_apart_is_refused(change: dict[str, Any], said: str)
         change = change | {"position_ids": torch.arange(batch["input_ids"].shape[1]).expand(2, -1)}
     with pytest.raises(ValueError, match=said.replace("(", r"\(").replace(")", r"\)")):
         batches_of("token_batches", [batch | change], 99, model=model)
+
+
+def test_text_without_the_image_that_a_model_needs_is_refused() -> None:
+    model = small_model(small_config("blip-2"), AutoModelForImageTextToText)
+    with pytest.raises(
+        ValueError, match=r"token_batches holds no pixel_values, which model \(blip-2\) cannot do without"
+    ):
+        e3pruner.search(model, torch.arange(3, 27).view(2, 12), 2, progress=False)
+
+
+def test_a_row_may_have_two_images_where_it_stands_alone() -> None:
+    model = tiny_vision_model("qwen2_5_vl")
+    one, other = (one_row(image_batch(model), row) for row in range(2))
+    pair = {name: torch.cat([one[name], other[name]], dim=int(name in ROWS)) for name in one}
+    assert pair["image_grid_thw"].shape[0] == 2 * pair["input_ids"].shape[0]
+    found = e3pruner.evaluate(model, [pair], model, progress=False)
+    assert found["tokens"] == 2 * 13 + 1
+    with pytest.raises(ValueError, match=r"image_grid_thw has shape \(2, 3\) for 4 rows|pixel_values has shape"):
+        batches_of("data", [pair | {name: pair[name].repeat(4, 1) for name in ROWS}], 99, model=model)
 
 
 def test_a_model_of_text_is_given_no_image() -> None:

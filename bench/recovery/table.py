@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import e3pruner
 from e3pruner import PruningPlan, TeacherCache
+from e3pruner.evaluation import evaluate_tasks, write_text_tasks
 from e3pruner.evaluation.paired import paired
+from e3pruner.evaluation.text_tasks import telling
 from e3pruner.models import find_layers
 from e3pruner.models.loading import Dtype, load_model, load_tokenizer
 from e3pruner.profiling.process_memory import peak_above_inputs
@@ -113,7 +115,7 @@ class Study:
         if name == CACHE:
             return self.measure_cache()
         if name == DENSE:
-            return {"held_out": self.evaluate(self.teacher)}
+            return {"held_out": self.evaluate(self.teacher), **self.tasks(self.teacher)}
         options = dict(options)
         source, tail = options.pop("teacher", "live"), options.pop("tail", "bucket")
         student = self.start(options.pop("compensate", self.settings["compensate"]))
@@ -137,7 +139,7 @@ class Study:
                 "skipped": result.skipped,
                 "loss": [record["loss"] for record in result.curve],
             }
-        return figures | {"held_out": self.evaluate(student)}
+        return figures | {"held_out": self.evaluate(student), **self.tasks(student)}
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
         size, options = self.settings["batch"], {"precision": "auto", "by_sequence": True}
@@ -145,6 +147,16 @@ class Study:
             kind: e3pruner.evaluate(model, rows.split(size), self.teacher, **options)
             for kind, rows in self.text.held_out.items()
         }
+
+    def tasks(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Where the settings ask for `tasks`: scores of those made from held-out text, of unseen kinds if there are."""
+        if not self.settings.get("tasks"):
+            return {}
+        folder = self.work / "tasks"
+        kinds = self.settings.get("unseen") or list(self.text.held_out)
+        passages = {kind: self.tokenizer.batch_decode(self.text.held_out[kind]) for kind in kinds}
+        names = write_text_tasks(folder, passages)
+        return {"tasks": evaluate_tasks(model, self.tokenizer, names, folder=folder)}
 
 
 def read_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -167,6 +179,8 @@ def markdown(rows: list[dict[str, Any]], order: list[str]) -> str:
     (dense,) = (row["held_out"] for row in rows if row["cell"] == DENSE)
     headings = ["recovery", "seeds"]
     headings += [f"{kind}: {figure}" for kind in dense for figure in ("KL", "perplexity", "× dense")]
+    telling_tasks = telling(next((row["tasks"] for row in rows if row["cell"] == DENSE and "tasks" in row), {}))
+    headings += [f"{task.replace('_', ' ')} %" for task in telling_tasks]
     headings += ["less than default", "tokens/s", "peak GiB"]
     judged = rows[-1]["settings"].get("unseen") or list(dense)
     lines = []
@@ -177,6 +191,8 @@ def markdown(rows: list[dict[str, Any]], order: list[str]) -> str:
         for kind in dense:
             kl, perplexity = (fmean(row["held_out"][kind][key] for row in measured) for key in ("kl", "perplexity"))
             line += [f"{kl:.3f}", f"{perplexity:.2f}", f"{perplexity / dense[kind]['perplexity']:.2f}"]
+        scores = [[row.get("tasks", {}).get(task, {}).get("acc") for row in measured] for task in telling_tasks]
+        line += [f"{100 * fmean(each):.1f}" if None not in each else "–" for each in scores]
         line.append(_difference(measured, found.get(DEFAULT, []), judged))
         trained = [row for row in measured if "loss" in row]
         line.append(f"{fmean(row['tokens_per_s'] for row in trained):.0f}" if trained else "–")

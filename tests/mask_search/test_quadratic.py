@@ -1,10 +1,11 @@
 import itertools
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e3pruner.mask_search.quadratic import QuadraticModel
+from e3pruner.mask_search.quadratic import QuadraticModel, Spreads
 
 
 def truth(layers, seed):
@@ -113,3 +114,43 @@ def test_layers_that_do_nothing_are_no_trouble():
     model.fit(masks, torch.zeros(len(masks), dtype=torch.int64), torch.zeros(len(masks), dtype=torch.float64))
     assert model.predict(masks).isfinite().all()
     assert model.descend(masks[0]).sum() == 2
+
+
+def test_spreads_are_learnt_from_measurements_that_have_others():
+    """Measurements drawn from the model itself, its pairs and batches three times as spread: those spreads grow towards
+    what they are, the likelihood rises, and where nothing speaks they stay."""
+    layers, batches = 10, 4
+    prior = 0.1 + torch.rand(layers, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    masks = masks_of(layers, 4)[::2].repeat(batches, 1)
+    batch = torch.arange(batches).repeat_interleave(len(masks) // batches)
+    begun = QuadraticModel(prior, batches)
+    wide = QuadraticModel(prior, batches, spreads=Spreads(pair=0.75, layer=0.75))
+    covariance = sum(getattr(wide.spreads, name) ** 2 * part for name, part in wide._parts(masks, batch).items())
+    factor = torch.linalg.cholesky(covariance)
+    noise = torch.randn(len(masks), generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    found = begun.predict(masks) + factor @ noise
+    learnt = QuadraticModel(prior, batches)
+    learnt.relearn(masks, batch, found)
+    assert 0.4 < learnt.spreads.pair < 1.2
+    assert 0.4 < learnt.spreads.layer < 1.2
+    assert likelihood(learnt, masks, batch, found) > likelihood(begun, masks, batch, found) + 10
+    alone = QuadraticModel(prior, batches)
+    alone.relearn(torch.eye(layers, dtype=torch.float64), torch.zeros(layers, dtype=torch.int64), prior)
+    assert alone.spreads.pair == pytest.approx(0.25)  # no pair was measured
+
+
+def likelihood(model, masks, batch, found):
+    """The log density of what was measured, by the model's own spreads, before it has seen it."""
+    covariance = sum(getattr(model.spreads, name) ** 2 * part for name, part in model._parts(masks, batch).items())
+    mean = QuadraticModel(model.prior, 4, spreads=model.spreads).predict(masks)
+    return torch.distributions.MultivariateNormal(mean, covariance).log_prob(found)
+
+
+def test_swaps_are_the_masks_one_exchange_away():
+    linear, _ = truth(6, 3)
+    mask = masks_of(6, 2)[0]
+    near = QuadraticModel(linear, batches=1).swaps(mask)
+    assert len(near.unique(dim=0)) == len(near) == 2 * 4
+    assert ((near - mask).abs().sum(1) == 2).all()
+    of_kinds = QuadraticModel(linear, 1, torch.tensor([0, 1, 0, 1, 0, 1])).swaps(mask)
+    assert len(of_kinds) == 2 * 2  # layers 0 and 1 go: each has two others of its kind

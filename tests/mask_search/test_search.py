@@ -13,7 +13,10 @@ from tiny_models import NUM_LAYERS, TINY_CONFIGS, tiny_model, tiny_tokens
 import e3pruner
 from e3pruner.mask_search import METHODS
 from e3pruner.mask_search.account import PassCosts
+from e3pruner.mask_search.calibration import Calibration
 from e3pruner.mask_search.methods.policy_gradient import plackett_luce_gradient
+from e3pruner.mask_search.problem import SearchProblem
+from e3pruner.mask_search.units import units_of
 from e3pruner.models import output_head, skipped
 
 BATCHES = [tiny_tokens(seed=seed) for seed in range(2)]
@@ -236,3 +239,66 @@ def test_a_fraction_is_a_number_of_layers():
     assert 2 * len(plan.removed) + sum(map(len, plan.sublayers.values())) == 3
     with pytest.raises(ValueError, match=r"drop=2 is one target, fraction=0\.5 another"):
         run("bi", fraction=0.5)
+
+
+def deep_model(seed, layers=12):
+    """A llama of more layers, whose neighbours do much the same: that removes best which looks worst alone."""
+    model = tiny_model("llama", seed, num_hidden_layers=layers)
+    with torch.no_grad():
+        stack = e3pruner.find_layers(model)
+        for before, layer in itertools.pairwise(stack):
+            for old, new in zip(before.parameters(), layer.parameters(), strict=True):
+                new.copy_(0.9 * old + 0.436 * new)
+        for layer in stack:
+            for name, parameter in layer.named_parameters():
+                if "o_proj" in name or "down_proj" in name:
+                    parameter.mul_(0.3)
+    return model
+
+
+def test_more_text_means_more_steps_until_nothing_better_is_expected():
+    model, plans = deep_model(0), []
+    for rows in (4, 32):
+        batches = tiny_tokens(rows, 64, seed=3).split(4)
+        plans.append(e3pruner.search(model, batches, 4, precision="fp32", progress=False))
+        (step, *_, last) = (record for record in plans[-1].history if "expected_gain" in record)
+        assert step["expected_gain"] > last["expected_gain"]
+    few, many = ([record for record in plan.history if "expected_gain" in record] for plan in plans)
+    assert len(few) <= 12 < 40  # three for each layer that goes; of 32 rows 0.15 of greedy's cost would be more
+    assert many[-1]["expected_gain"] < 0.0005 or len(many) > len(few)
+    endless = e3pruner.search(model, batches, 4, steps=30, tolerance=0.0, precision="fp32", progress=False)
+    assert sum("expected_gain" in record for record in endless.history) == 30
+    assert many[-1]["cost"] < endless.metrics["cost"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_exchange_of_the_choice_is_better_on_all_of_the_text(seed):
+    model, batches = deep_model(seed), tiny_tokens(16, 64, seed=seed).split(4)
+    plan = e3pruner.search(model, batches, 4, precision="fp32", progress=False)
+    swaps = [
+        sorted({*plan.removed} - {back} | {gone})
+        for back in plan.removed
+        for gone in range(12)
+        if gone not in plan.removed
+    ]
+    calibration = Calibration(list(batches), model.device)
+    with SearchProblem(model, calibration, units=units_of(model, 4)) as problem:
+        scores = problem.score([problem.mask(units) for units in swaps])
+    assert plan.metrics["kl"] <= min(scores) * 1.01
+
+
+def test_a_run_whose_layers_only_undo_each_other_is_found():
+    """Alone each of the three is among the dearest to remove; together they are removed for nothing."""
+    model = tiny_model("llama", num_hidden_layers=10)
+    shift = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for share, layer in zip((2, -1, -1), e3pruner.find_layers(model)[4:7], strict=True):
+            for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                matrix.weight.zero_()
+                matrix.bias.zero_()
+            layer.mlp.down_proj.bias.copy_(20 * share * shift)
+    alone = run("leave-one-out", model, drop=3, precision="fp32")
+    assert not {4, 5, 6} & set(alone.removed)
+    plan = run("gumbel-topk", model, drop=3, precision="fp32")
+    assert plan.removed == [4, 5, 6]
+    assert plan.metrics["kl"] == pytest.approx(0, abs=1e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 from sweep.checks import examine
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FAMILIES = ["llama", "bert", "bart", "openai-gpt", "xlstm", "recurrent_gemma", "modernbert-decoder", "minicpm3"]
@@ -37,6 +37,17 @@ UNFIT = {
 def known(model_types):
     """Those that this transformers has."""
     return [name for name in model_types if name in CONFIG_MAPPING]
+
+
+# A factor behind the head, images of an attention of their own, and a model that does not run without one.
+WITH_IMAGES = ["aya_vision", "mllama", "blip-2"]
+
+
+@pytest.mark.parametrize("model_type", known(WITH_IMAGES))
+def test_an_image_text_type_is_exact_with_images(model_type):
+    found = examine(model_type, AutoModelForImageTextToText)
+    assert found["outcome"] == "exact", found
+    assert found["checks"]["images"] == "ok"
 
 
 @pytest.mark.parametrize("model_type", known(FAMILIES + KNOTTED))

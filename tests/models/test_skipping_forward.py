@@ -7,11 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweep.shrink import small_config, small_model
 from tiny_models import NUM_LAYERS, TINY_CONFIGS, of_one, tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM
 
 from e3pruner.models import find_layers, last_hidden, skipped
 from e3pruner.models.layer_calls import Way, route_of
 from e3pruner.models.skipping_forward import SkippingForward, shared_prefixes
+from e3pruner.models.streaming import computing_in
 
 MASKS = [
     (False, True, True, True, True, True),
@@ -237,3 +240,15 @@ def test_the_model_around_its_layers_runs_once_for_all_masks(model_type):
     model.get_input_embeddings().register_forward_hook(lambda *_: runs.append(1))
     of_one(SkippingForward(model), inputs, masks)
     assert len(runs) == 1
+
+
+@torch.no_grad()
+def test_a_route_learnt_with_wide_weights_is_not_that_of_narrow_ones():
+    """Mamba casts what its layers hand to the last norm, where the weights are narrow."""
+    model, mask = small_model(small_config("mamba"), AutoModelForCausalLM), (True,) * 5 + (False,)
+    forward, inputs = SkippingForward(model), {"input_ids": tiny_tokens()}
+    of_one(forward, inputs, [mask])
+    with computing_in(model, torch.bfloat16), skipped(model, [5]):
+        expected = last_hidden(model, **inputs)
+    with computing_in(model, torch.bfloat16):
+        assert torch.equal(of_one(forward, inputs, [mask])[mask], expected)

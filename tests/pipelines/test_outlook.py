@@ -63,10 +63,16 @@ def test_a_model_without_a_decoder_alone_is_refused_with_its_reason(tmp_path: Pa
 
 def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     folder = described(tiny_model("llama"), tmp_path)
-    result = CliRunner().invoke(app, ["plan", folder, "--json"])
+    result = CliRunner().invoke(app, ["plan", folder, "--device", "h100:8", "--json"])
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == outlook(folder).to_dict()
+    found = json.loads(result.stdout)
+    assert found.pop("forecast")["machine"]["devices"] == 8
+    assert found == outlook(folder).to_dict()
     table = CliRunner().invoke(app, ["plan", folder])
     assert table.exit_code == 0
     assert "LayerSkipRuntime decodes it" in table.stdout
+    assert "1 layers removed on this CPU" not in table.stdout
+    assert "distill" in table.stdout.partition("removed on")[2]
+    refused = CliRunner().invoke(app, ["plan", folder, "--device", "h1000"])
+    assert refused.exit_code != 0
     assert CliRunner().invoke(app, ["plan", str(tmp_path / "nowhere")]).exit_code != 0

@@ -87,3 +87,34 @@ def test_every_cell_is_measured_once(config, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="must be cells of"):
         table.main([*arguments, "--only", "magic"])
     assert torch.isfinite(torch.tensor([row["loss"] for row in trained])).all()
+
+
+@pytest.mark.slow
+def test_cells_are_judged_on_kinds_and_tasks_that_no_step_sees(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "telling", list)  # a random model can do none
+    long = tiny_model("llama", vocab_size=len(byte_tokenizer()), max_position_embeddings=512)
+    long.save_pretrained(tmp_path / "model")
+    (tmp_path / "unseen.txt").write_text(" ".join(f"word{chr(97 + n % 26) * 3} {n**2} letters" for n in range(4000)))
+    unseen = str(tmp_path / "unseen.txt")
+    settings = yaml.safe_load(config.read_text()) | {
+        "unseen": [unseen],
+        "length": 192,
+        "held_out": 8,
+        "tasks": True,
+        "calibration": 2,
+    }
+    settings |= {"cells": {"none": {"teacher": "none"}, "default": {}}, "tokens": 768, "seeds": [0, 1]}
+    config.write_text(yaml.safe_dump(settings, sort_keys=False))
+    out = tmp_path / "by_kind.jsonl"
+    table.main([str(config), "--work", str(tmp_path / "work"), "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    cells = [("dense", 0), ("none", 0), ("none", 1), ("default", 0), ("default", 1)]
+    assert [(row["cell"], row["seed"]) for row in rows] == cells
+    assert all(len(row["held_out"][unseen]["sequences"]["kl"]) == 8 for row in rows)
+    none, default = (
+        torch.tensor([row["held_out"][unseen]["sequences"]["kl"] for row in rows if row["cell"] == cell]).mean(0)
+        for cell in ("none", "default")
+    )
+    line = next(line for line in out.with_suffix(".md").read_text().splitlines() if line.startswith("| none"))
+    assert f"{float((none - default).mean()):+.3f} ± " in line
+    assert "last word" in out.with_suffix(".md").read_text()

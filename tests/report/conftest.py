@@ -91,6 +91,10 @@ def synthetic_results(layers: int = 30, removed: tuple[int, ...] = (12, 13, 14, 
             "leave-one-out": [[n, 0.02 * n**2] for n in (2, 4, 6, 8)],
             "bi": [[n, 0.025 * n**2] for n in (2, 4, 6, 8)],
         },
+        "frontier": [
+            {"drop": n, "ratio": 1.2**n, "parameters": 134e6 - 3.5e6 * n, "decode_tokens_per_s": 20.0 + n}
+            for n in (0, 4, 8)
+        ],
         "recovery": {
             "train": [[s, 1.1 * 0.97**s + 0.1 * ((s * 7) % 5 - 2) / 2 + 0.3] for s in range(1, 51)],
             "held_out": [[0, 1.12], [25, 0.75], [50, 0.61]],

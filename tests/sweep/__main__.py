@@ -27,7 +27,7 @@ MAPPINGS = {
         transformers.AutoModelForImageTextToText,
     ),
 }
-_CHUNK, _SECONDS = 16, 60
+_CHUNK, _SECONDS = 8, 90
 
 
 def main() -> None:

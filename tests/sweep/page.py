@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .checks import OUTCOMES
 
 _ROOT = Path(__file__).parents[2]
-RECORD, PAGE = _ROOT / "bench/results/models.json", _ROOT / "docs/models.md"
+RECORDS = [_ROOT / "bench/results/models.json", _ROOT / "bench/results/models-image-text.json"]
+PAGE = _ROOT / "docs/models.md"
 _COLUMNS = ("prune", "reload", "generate", "search", "distill")
 _MEANING = {
     "exact": "Everything asked agrees with the truth.",
@@ -19,39 +21,47 @@ _MEANING = {
     "late": "The search finds a plan that surgery then refuses, with the reason.",
     "raw": "An error of another library comes out.",
     "wrong": "Figures differ from the truth.",
-    "not built": "No small model of the type runs here.",
+    "not built": "No small model of the type runs here, or no image is known that it reads.",
 }
-_KIND = re.compile("(ok|refused|late|raw|wrong|not asked)(: |$)")
+_KIND = re.compile("(ok|refused|late|raw|wrong|not built|not asked)(: |$)")
 
 
-def page(record: dict[str, Any]) -> str:
-    """The page of `record`: counts, versions and commits, then a table per outcome with one row per type."""
-    types = record["types"]
-    outcomes = Counter(each["outcome"] for each in types.values())
-    commits = Counter(each.get("commit", record.get("commit")) for each in types.values())
-    said = ", ".join(f"{number} at {commit}" for commit, number in commits.most_common())
-    figures = ", ".join(f"**{outcomes[outcome]} {outcome}**" for outcome in OUTCOMES if outcomes[outcome])
+def page(*records: dict[str, Any]) -> str:
+    """The page of `records`, one per mapping: what is asked, then of each the counts and a table per outcome."""
+    first = records[0]
     lines = [
         "# What each model type can do",
         "",
-        f"Every {record['mapping']} type of transformers {record['transformers']}, as a random model of six layers,",
-        "held to the dense model whose removed layers hand on what they are given.",
-        f"Of {len(types)} types: {figures}.",
+        f"Every type of transformers {first['transformers']} that generates text, as a random model of six layers,",
+        "held to the dense model whose removed layers hand on what they are given; image-text types with an image in",
+        "every row, and on text alone where they run on it.",
         "",
         "`prune`: three random plans, logits equal bit for bit, padded ones too; `reload`: the checkpoint, written",
         "and read again; `generate`: every step of greedy decoding with the model's own cache; `search`: a plan of two",
         "layers, its KL, the model cut by it; `distill`: loss and gradients. Random weights say nothing of quality.",
         "",
-        f"Measured with torch {record['torch']} and Python {record['python']}; types by commit: {said}.",
-        "`python -m tests.sweep --out bench/results/models.json` measures (types may be named),",
-        "`python -m tests.sweep.page` writes this page.",
+        "`python -m tests.sweep --out bench/results/models.json` measures (types may be named; `--mapping image-text",
+        "--out bench/results/models-image-text.json` the others), `python -m tests.sweep.page` writes this page.",
     ]
+    return "\n".join([*lines, *(line for record in records for line in _section(record))]) + "\n"
+
+
+def _section(record: dict[str, Any]) -> Iterator[str]:
+    """One mapping: counts, versions and commits, then a table per outcome with one row per type."""
+    types, kind = record["types"], record["mapping"]
+    outcomes = Counter(each["outcome"] for each in types.values())
+    commits = Counter(each.get("commit", record.get("commit")) for each in types.values())
+    said = ", ".join(f"{number} at {commit}" for commit, number in commits.most_common())
+    figures = ", ".join(f"**{outcomes[outcome]} {outcome}**" for outcome in OUTCOMES if outcomes[outcome])
+    yield from ("", f"## {kind.capitalize()} types", "")
+    yield f"Of {len(types)} types: {figures}. Measured with torch {record['torch']} and Python {record['python']};"
+    yield f"types by commit: {said}."
     for outcome in OUTCOMES:
         if members := {name: each["checks"] for name, each in types.items() if each["outcome"] == outcome}:
-            lines += ["", f"## {outcome.capitalize()}: {len(members)}", "", _MEANING[outcome], ""]
-            lines += [f"| type | {' | '.join(_COLUMNS)} | why |", "|---" * (len(_COLUMNS) + 2) + "|"]
-            lines += [_row(name, members[name]) for name in sorted(members)]
-    return "\n".join(lines) + "\n"
+            yield from ("", f"### {kind.capitalize()}, {outcome}: {len(members)}", "", _MEANING[outcome], "")
+            yield f"| type | {' | '.join(_COLUMNS)} | why |"
+            yield "|---" * (len(_COLUMNS) + 2) + "|"
+            yield from (_row(name, members[name]) for name in sorted(members))
 
 
 def _row(name: str, checks: dict[str, str]) -> str:
@@ -67,4 +77,4 @@ def _escaped(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(json.loads(RECORD.read_text(encoding="utf-8"))), encoding="utf-8")
+    PAGE.write_text(page(*(json.loads(record.read_text(encoding="utf-8")) for record in RECORDS)), encoding="utf-8")

@@ -56,6 +56,7 @@ _SIZES = {
     "num_kv_shared_layers|first_k_dense_replace|max_window_layers|num_dense_layers": 2,
     "image_size|resolution|crop_size": 16,
     "patch_size": 4,
+    "mm_tokens_per_image": 4,
 }
 # What the default of a type leaves open, or does not follow from the sizes above.
 _INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
@@ -64,14 +65,84 @@ _QWEN4 = (
     | {"eos_token_id": 2}
     | {"indexer_compress_ratio": 2, "ple_layer_ids": [2, 3], "split_ngram_parts": 1, "ple_embed_dim": 16}
 )
+# Text has tokens below 90.
+_TOKENS = {"bos_token": 1, "eos_token": 2, "pad_token": 0, "image_token": 90, "video_token": 91, "audio_token": 92}
+_TOKENS |= {"vision_start_token": 93, "vision_end_token": 94, "image_start_token": 93, "image_end_token": 94}
+_TOKENS |= {"video_start_token": 95, "video_end_token": 96, "boi_token": 93, "eoi_token": 94}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _PARTIAL = _ROPE | {"partial_rotary_factor": 0.5}
 _NEEDED = {"gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}}
+_MROPE = _ROPE | {"mrope_section": [2, 1, 1]}
+_OF_MROPE = {"text_config": {"rope_parameters": _MROPE}}
+_WINDOWED = {"vision_config": {"window_size": 16}}
+_TILES = {"image_grid_pinpoints": [[16, 16], [16, 32], [32, 16]]}
 _CHANGES: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        "audio_config": {"codebook_dim": 32, "codebook_size": 8},
+        "vision_config": {"codebook_size": 8},
+        "image_token_offset": 70,
+        "audio_token_offset": 78,
+    },
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 90} | {f"IMGIMG{chr(65 + i)}Z": i + 10 for i in range(10)},
+        "vq_config": {"num_embeddings": 10},
+    },
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 4, "num_experts_per_tok": 2}
+        | {"max_position_embeddings": 256}
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": 90, "<|extra_200|>": 89} | {f"<|visual token {i:06d}|>": i + 3 for i in range(64)}
+    },
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}}},
+    "exaone4_5": _WINDOWED,
+    "fast_vlm": {"vision_config": {"hidden_size": 3072}},
+    "glm46v": _OF_MROPE,
+    "glm4v": _OF_MROPE,
+    "glm4v_moe": {"text_config": {"rope_parameters": _PARTIAL | {"mrope_section": [1, 1, 0]}}},
+    "glm5_next": {"text_config": {"index_kpool": 2}},
+    "glm_ocr": _OF_MROPE,
+    "glmga": _OF_MROPE,
+    "granite4_vision": _TILES
+    | {
+        "deepstack_layer_map": [[-2, 0], [-1, 2]],
+        "spatial_target_layers": [0, 1, 2, 3],
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},
+    },
+    "hunyuan_vl": {"text_config": {"head_dim": 8, "rope_parameters": _MROPE}},
+    "hyperclovax_vision_v2": _WINDOWED,
+    "idefics2": {"text_config": {"max_position_embeddings": 256}},
+    "instructblipvideo": {"video_token_index": 90},
+    "kosmos-2": {"latent_query_num": 4},
+    "llama4": {
+        "vision_config": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        "text_config": {"output_router_logits": False},
+    },
+    "llava_next": _TILES,
+    "llava_next_video": _TILES,
+    "llava_onevision": _TILES,
+    "mllama": {"vision_config": {"intermediate_layers_indices": [1, 2], "vision_output_dim": 96}},
+    "molmo2": {
+        "adapter_config": {"vision_feature_layer": [4, 2]},
+        "vision_config": {"image_size": [16, 16], "num_position_embeddings": 16},
+    },
+    "muse_glimmer": {"out_hidden_size": 128},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4}, "out_hidden_size": 128},
+    "paddleocr_vl": _OF_MROPE,
+    "qwen2_5_omni_thinker": _OF_MROPE | _WINDOWED | {"vision_start_token_id": 93},
+    "qwen2_5_vl": _OF_MROPE | _WINDOWED,
+    "qwen2_vl": _OF_MROPE,
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 93},
+    "step3p7": {"text_config": {"sliding_window": WINDOW}},
+    "vipllava": {"vision_feature_layers": [-2, -3]},
     "bamba": {"attn_layer_indices": [1, 4]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
     "dory": {
         "num_hidden_layers": 6,
         "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -168,6 +239,8 @@ def _joined(settings: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any
 
 
 def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(name, str) for name in settings):
+        return settings
     count = next((settings[name] for name in settings if _is_count(name) and isinstance(settings[name], int)), 0)
     chosen = _layers(settings, count)
     small = {name: _small(name, value, count, chosen) for name, value in settings.items()}
@@ -195,7 +268,11 @@ def _small(name: str, value: Any, count: int, chosen: Sequence[int]) -> Any:
         return _shrunk(value)
     if name == "is_decoder":  # of BERT's family: else it attends to both sides
         return True
+    if name in ("image_size", "patch_size") and isinstance(value, list | tuple):
+        return [min({"image_size": 16, "patch_size": 4}[name], each) for each in value]
     if isinstance(value, list | tuple):
+        if name == "downsample_channels":  # the last is what reads them
+            return [32] * len(value)
         if name == "mrope_section":
             return [2, 1, 1]
         if count > LAYERS and len(value) == count:
@@ -205,12 +282,14 @@ def _small(name: str, value: Any, count: int, chosen: Sequence[int]) -> Any:
                 [each for each in value if each < LAYERS] if name.endswith(("layer_ids", "_layers", "idxs")) else value
             )
         return value
+    if value is None and re.fullmatch("(image|video|audio)_token_(id|index)", name):
+        return _TOKENS[name.rpartition("_")[0]]
     if type(value) is not int:
         return value
     if _is_count(name):
         return LAYERS
     if name.endswith(("token_id", "token_index")):
-        return {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}.get(name, min(value, VOCABULARY - 9))
+        return _TOKENS.get(name.removesuffix("_id").removesuffix("_index"), min(value, VOCABULARY - 1))
     small = next((size for pattern, size in _PATTERNS if pattern.fullmatch(name)), value)
     return min(small, value) if value >= 0 else value
 

@@ -15,11 +15,14 @@ from transformers import PreTrainedModel
 
 from .shrink import LAYERS
 
+Batch = dict[str, Tensor]  # of the forward pass: input_ids (B, T) and what goes with them
+_TOWERS = ("vision", "visual", "image", "video", "audio", "qformer")
 # What a layer returns behind the hidden state, by model type: the argument in which it was given it, None for nothing.
 _STATE: dict[str, list[Any]] = {
     "zaya": [1],
     "glm_moe_dsa": ["prev_topk_indices"],
     "hy_v4": ["prev_topk_indices"],
+    "hy_v4_vl_text": ["prev_topk_indices"],
     "rwkv": ["state"],
     "xlnet": [1],
 }
@@ -32,17 +35,19 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == LAYERS
     ]
-    own = [module for name, module in found if not any(other in name for other in ("vision", "image", "audio"))]
+    own = [module for name, module in found if not any(other in name for other in _TOWERS)]
     if not own:
         raise LookupError(f"no list of {LAYERS} layers")
     return own[0]
 
 
 @contextmanager
-def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[None]:
-    """Inside the block the layers `removed` of `model` are not run: they return what they are given, in their form."""
+def bypassed(model: PreTrainedModel, removed: Iterable[int], batch: Batch) -> Iterator[None]:
+    """Inside the block the layers `removed` of `model` are not run: they return what they are given, in the form in
+    which they return it for `batch`.
+    """
     layers = decoder_layers(model)
-    forms = _forms(model, layers)
+    forms = _forms(model, layers, batch)
     state = _STATE.get(model.config.get_text_config(decoder=True).model_type, [])
     removed = list(removed)
 
@@ -50,7 +55,7 @@ def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[None]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = dict(enumerate(args)) | kwargs
             hidden = given[0] if args else given["hidden_states"]
-            if not forms[index]:
+            if not forms.get(index):
                 return hidden
             rest = [given.get(place) for place in state][: forms[index] - 1]
             return (hidden, *rest, *([None] * (forms[index] - 1 - len(rest))))
@@ -67,13 +72,12 @@ def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+def logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(B, T, V), without a cache."""
-    given = {} if mask is None else {"attention_mask": mask}
-    return model(input_ids=ids, use_cache=False, **given).logits
+    return model(**batch, use_cache=False).logits
 
 
-def _forms(model: PreTrainedModel, layers: nn.ModuleList) -> dict[int, int]:
+def _forms(model: PreTrainedModel, layers: nn.ModuleList, batch: Batch) -> dict[int, int]:
     """How long a tuple each layer returns; 0 for a bare hidden state."""
     forms: dict[int, int] = {}
 
@@ -85,7 +89,7 @@ def _forms(model: PreTrainedModel, layers: nn.ModuleList) -> dict[int, int]:
 
     handles = [layer.register_forward_hook(note(index)) for index, layer in enumerate(layers)]
     try:
-        logits(model, torch.arange(8)[None])
+        logits(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,9 +13,11 @@ def randomised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() >= 2:
-                gain = 1.0 if "embed" in name or "wte" in name else 1.5 * parameter.shape[-1] ** -0.5
+                inputs = parameter[0].numel() if parameter.dim() == 4 else parameter.shape[-1]  # of a convolution
+                gain = 1.0 if "embed" in name or "wte" in name else 1.5 * inputs**-0.5
                 parameter.copy_(gain * noise)
             else:
                 parameter.add_(0.3 * noise)
-    model.generation_config.eos_token_id = None  # greedy generation runs to its full length
+    if model.can_generate():
+        model.generation_config.eos_token_id = None  # greedy generation runs to its full length
     return model

@@ -13,7 +13,7 @@ from e3pruner.text.kinds import kinds_of_text, leaving_one_out
 CHAT = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
 
 
-@pytest.mark.parametrize("kind", ["mathematics", "graphs"])
+@pytest.mark.parametrize("kind", [pytest.param("mathematics", marks=pytest.mark.slow), "graphs"])
 def test_a_kind_that_comes_with_pytorch_fills_every_split_and_shares_no_passage(kind):
     text = kinds_of_text(byte_tokenizer(), [kind], length=256, held_out=32)
     assert len(text.calibration) >= 16

@@ -71,7 +71,7 @@ def evaluate(
     batches = batches_of("token_batches", token_batches, columns, **roles)
     if is_whole(token_batches):
         batches = list(batches[0].split(max(1, _PASS_TOKENS // batches[0].shape[1])))
-    dtypes = [rounded_dtype(each, precision) for each in models]
+    dtypes = [rounded_dtype(each, precision, batches[0].with_extras) for each in models]
     parts: defaultdict[int, Figures] = defaultdict(Figures)
     of_each: list[Figures] = []
     with ExitStack() as stack:

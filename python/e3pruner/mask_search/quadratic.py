@@ -30,6 +30,7 @@ from torch import Tensor
 GUESSED_SPREAD = 1.0  # of w_l where I_l is a guess
 _LEAST = 1e-9  # nats: keeps a model whose layers do nothing from dividing by zero
 _PRIOR_OF_LOG = 0.5  # standard deviation of the log of a spread: another model's may be half or twice as large
+_PAIR_MEAN_UNIT = 0.1  # what one unit of the same prior is of the pairs' mean
 _LEARNT_FROM = 320  # measurements at most: the likelihood costs their third power
 
 
@@ -104,7 +105,7 @@ class QuadraticModel:
         def loss() -> Tensor:
             squares = (2 * (logs + shift[:-1])).exp()
             factor = torch.linalg.cholesky((squares[:, None, None] * stacked).sum(0) + jitter)
-            left = alone - (self._before.pair_mean + 0.1 * shift[-1]) * together
+            left = alone - (self._before.pair_mean + _PAIR_MEAN_UNIT * shift[-1]) * together
             white = torch.linalg.solve_triangular(factor, left[:, None], upper=False)
             # Smooth beyond the prior's reach: a spread that nothing speaks of stays where it was.
             prior = (shift / _PRIOR_OF_LOG).square().sum() / 2
@@ -122,7 +123,7 @@ class QuadraticModel:
         with torch.enable_grad():
             optimizer.step(closure)
         found = (logs + shift[:-1].detach()).exp().tolist()
-        mean = self._before.pair_mean + 0.1 * float(shift[-1])
+        mean = self._before.pair_mean + _PAIR_MEAN_UNIT * float(shift[-1].detach())
         self.spreads = replace(self._before, **dict(zip(names, found, strict=True)), pair_mean=mean)
 
     def predict(self, removed: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def search(
     elif training is not None or recover is not None:
         raise ValueError(f"training and recover are of objective='healed', not {objective!r}")
     calibration = _calibration(model, token_batches)
-    dtype = rounded_dtype(model, precision)
+    dtype = rounded_dtype(model, precision, calibration.batches[0].with_extras)
     ranks = calibration.ranks
     ranks.check_equal(
         "the arguments",

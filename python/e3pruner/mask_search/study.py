@@ -37,7 +37,7 @@ class Study:
         self._masks = prior.new_empty(0, len(prior))
         self._batches = torch.empty(0, dtype=torch.int64)
         self._scores = prior.new_empty(0)
-        self._to_learn = 2.0 * len(prior)  # measurements of several units, before the model's spreads are learnt again
+        self._to_learn = 4.0 * len(prior)  # measurements of several units, before the model's spreads are learnt again
 
     @classmethod
     def of_measured(cls, problem: SearchProblem, batches: Sequence[int] = (0,)) -> Study:

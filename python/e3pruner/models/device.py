@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from e3pruner.models.head import last_hidden
-from e3pruner.models.stack import evaluating
+from e3pruner.models.stack import evaluating, speaker_of
 from e3pruner.models.streaming import computing_in
 from e3pruner.precision import autocast_dtype
 
 AUTO = "auto"
-_RUNS_ROUNDED: WeakKeyDictionary[PreTrainedModel, dict[torch.dtype, str | None]] = WeakKeyDictionary()
+# What a model said, by the dtype and what it was given.
+_RUNS_ROUNDED: WeakKeyDictionary[PreTrainedModel, dict[Any, str | None]] = WeakKeyDictionary()
 
 
 def usable_device(name: str = AUTO) -> torch.device:
@@ -32,31 +36,38 @@ def usable_device(name: str = AUTO) -> torch.device:
     return device
 
 
-def rounded_dtype(model: PreTrainedModel, precision: str) -> torch.dtype | None:
+def rounded_dtype(
+    model: PreTrainedModel, precision: str, inputs: Mapping[str, Tensor] | None = None
+) -> torch.dtype | None:
     """`autocast_dtype` for `computing_in`: the dtype that the weights of `model` are rounded to; None: their own.
 
     Some models cannot run so, because they compute or keep something in fp32 beside narrow weights; "auto" is "fp32"
-    for them. Raises `ValueError` where "bf16" is asked for, or for another name.
+    for them. It is tried on `inputs`, which hold images where the model shall see some, else on a few tokens. Raises
+    `ValueError` where "bf16" is asked for, or for another name.
     """
     dtype = autocast_dtype(precision, model.device)
     if dtype is None:
         return None
     known = _RUNS_ROUNDED.setdefault(model, {})
-    if dtype not in known:
-        known[dtype] = _complaint(model, dtype)
-    if known[dtype] is None:
+    key = dtype, frozenset(inputs or ())
+    if key not in known:
+        known[key] = _complaint(model, dtype, inputs)
+    if known[key] is None:
         return dtype
     if precision != "auto":
         kind = model.config.model_type
-        raise ValueError(f"precision={precision!r}: model ({kind}) does not run with rounded weights: {known[dtype]}")
+        raise ValueError(f"precision={precision!r}: model ({kind}) does not run with rounded weights: {known[key]}")
     return None
 
 
-def _complaint(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
-    """What `model` says on a few tokens with its weights rounded to `dtype`; None: it runs."""
+def _complaint(model: PreTrainedModel, dtype: torch.dtype, inputs: Mapping[str, Tensor] | None) -> str | None:
+    """What `model` says on `inputs` or a few tokens with its weights rounded to `dtype`; None: it runs."""
     try:
         with torch.no_grad(), evaluating(model), computing_in(model, dtype):
-            last_hidden(model, torch.arange(8, device=model.device)[None])
+            if inputs is None:
+                last_hidden(speaker_of(model), torch.arange(8, device=model.device)[None])
+            else:
+                last_hidden(model, **{name: value.to(model.device) for name, value in inputs.items()})
     except RuntimeError as error:
         return str(error).partition("\n")[0]
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from e3pruner.models.stack import calling, decoder_of, evaluating, returning_dicts
+from e3pruner.models.stack import calling, decoder_of, evaluating, returning_dicts, speaker_of
 from e3pruner.models.streaming import named_weights
 
 # Settings that multiply the logits (1) or divide them (-1).
@@ -83,12 +83,18 @@ def last_hidden(
     `input_ids` (B, T) integers; `attention_mask` (B, T), 1 for tokens and 0 for padding, on any side; `position_ids`
     (B, T) of packed documents, each counted from 0; `inputs`: what else `model` takes, such as the pixels of images.
 
+    Pixels and other numbers of `inputs` are read in the dtype of the weights, as towers read them that do not cast.
+
     It is what the model's own forward pass hands to the head, whatever lies between the layers and it: a norm, a
     factor, BERT's transform. Raises `ValueError` where the head is not called with (B, T, H).
     """
-    inputs |= position_arguments(model, attention_mask, position_ids, beside=bool(inputs))
+    inputs = in_dtype_of(model, inputs) | position_arguments(model, attention_mask, position_ids, beside=bool(inputs))
     with returning_dicts(model), without_head(model) as received:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+        try:
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+        except IndexError:  # of a model that writes into columns of the logits (Chameleon)
+            if not received:
+                raise
     return only_hidden(model, received)
 
 
@@ -117,6 +123,12 @@ def only_hidden(model: PreTrainedModel, received: list[Tensor]) -> Tensor:
             f"{shapes}; such a head is not supported"
         )
     return received[0]
+
+
+def in_dtype_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` with all floating-point tensors in the dtype of the weights of `model`."""
+    floating = {n for n, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return {n: value.to(model.dtype) if n in floating else value for n, value in inputs.items()}
 
 
 def position_arguments(
@@ -189,8 +201,9 @@ def _factor(model: PreTrainedModel) -> float:
     product = math.prod(factor**exponent for factor, exponent in factors if isinstance(factor, int | float))
     ids = torch.arange(8, device=linear.weight.device)[None] % linear.weight.shape[0]
     received: list[Tensor] = []
-    with evaluating(model), returning_dicts(model), calling(linear, partial(_noting, received, linear.forward)):
-        expected = model(input_ids=ids, use_cache=False).logits.float()
+    speaker = speaker_of(model)
+    with evaluating(speaker), returning_dicts(speaker), calling(linear, partial(_noting, received, linear.forward)):
+        expected = speaker(input_ids=ids, use_cache=False).logits.float()
     hidden = only_hidden(model, received)
     # A missed factor changes logits by its own size; rounding in the order of operations by a few ulp.
     tolerance = 8 * torch.finfo(linear.weight.dtype).eps * expected.abs().max()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from e3pruner.models.head import last_hidden
-from e3pruner.models.stack import calling, decoder_of, evaluating, find_layers
+from e3pruner.models.stack import calling, decoder_of, evaluating, find_layers, speaker_of
 
 Place = int | str  # of an argument: its position or its name
 Arguments = dict[Place, Any]
@@ -88,19 +88,21 @@ class Route:
         return hidden if rest is None else (hidden, *(None if place is None else arguments[place] for place in rest))
 
 
-_ROUTES: WeakKeyDictionary[nn.Module, dict[frozenset[str], Route]] = WeakKeyDictionary()
+# Of a stack, by the names of the inputs and the dtype of the weights: with narrow ones Mamba casts what its layers hand
+# to the norm behind them, with wide ones it does not.
+_ROUTES: WeakKeyDictionary[nn.Module, dict[tuple[frozenset[str], torch.dtype], Route]] = WeakKeyDictionary()
 
 
 def route_of(model: PreTrainedModel, inputs: Inputs | None = None) -> Route:
-    """The route of hidden states through `model`, for each set of names of `inputs` as the first forward pass with them
-    took it that was `recorded`; where none was, it is run on a few of their tokens.
+    """The route of hidden states through `model`, for each set of names of `inputs` and each dtype of its weights as
+    the first forward pass with them took it that was `recorded`; where none was, it is run on a few of their tokens.
     """
     if inputs is None:
-        inputs = {"input_ids": torch.arange(_BRIEF, device=model.device)[None]}
+        model, inputs = speaker_of(model), {"input_ids": torch.arange(_BRIEF, device=model.device)[None]}
     if (route := _known(model, inputs)) is None:
         with torch.no_grad(), evaluating(model):
             _, last = recorded(model, few := brief(inputs))
-        route = _ROUTES[find_layers(model)][frozenset(inputs)]
+        route = _ROUTES[find_layers(model)][_key(model, inputs)]
         route.example = few, last
     return route
 
@@ -141,7 +143,7 @@ def recorded(model: PreTrainedModel, inputs: Inputs) -> tuple[list[Step], Tensor
     if _known(model, inputs) is None:
         hidden = entries(steps[-1].output)[0]
         tail = next((name for name, given, output in behind if given is hidden and _same(output, last)), None)
-        _ROUTES.setdefault(layers, {})[frozenset(inputs)] = _route(layers, steps, tail)
+        _ROUTES.setdefault(layers, {})[_key(model, inputs)] = _route(layers, steps, tail)
     return steps, last
 
 
@@ -177,9 +179,14 @@ def entries(output: Any) -> tuple[Any, ...]:
     return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
+def _key(model: PreTrainedModel, inputs: Inputs) -> tuple[frozenset[str], torch.dtype]:
+    weight: Tensor = model.get_output_embeddings().weight
+    return frozenset(inputs), weight.dtype
+
+
 def _known(model: PreTrainedModel, inputs: Inputs) -> Route | None:
     layers = find_layers(model)
-    route = _ROUTES.get(layers, {}).get(frozenset(inputs))
+    route = _ROUTES.get(layers, {}).get(_key(model, inputs))
     return route if route is not None and route.kinds == [type(layer) for layer in layers] else None
 
 

@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from e3pruner.models.head import last_hidden, output_head
-from e3pruner.models.stack import evaluating
+from e3pruner.models.stack import evaluating, speaker_of
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -25,11 +25,12 @@ def check_padding(name: str, model: PreTrainedModel) -> None:
     vocabulary = output_head(model).weight.shape[0]
     ids = torch.arange(9, device=model.device)[None] % vocabulary
     mask = torch.ones_like(ids)
-    with evaluating(model):
-        alone = last_hidden(model, ids).float()
+    speaker = speaker_of(model)
+    with evaluating(speaker):
+        alone = last_hidden(speaker, ids).float()
         for before, behind in ((3, 0), (0, 3)):
             wide, cover = (pad(each, (before, behind)) for each in (ids, mask))
-            beside = last_hidden(model, wide, cover)[:, before : before + ids.shape[1]].float()
+            beside = last_hidden(speaker, wide, cover)[:, before : before + ids.shape[1]].float()
             if not (beside - alone).abs().max() <= 1e-2 * alone.abs().max():
                 side = "left" if before else "right"
                 raise ValueError(f"{name} ({model.config.model_type}) reads padding on the {side} of a row")

@@ -70,6 +70,15 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return model.get_submodule(_common(stack_name(model).split("."), _embedding_path(model)))
 
 
+def speaker_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The causal language model that runs on tokens alone: `model`, or the one within where that asks for an image."""
+    if model.main_input_name == "input_ids":
+        return model
+    head = model.get_output_embeddings()
+    within = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model)
+    return next((each for each in within if each.get_output_embeddings() is head), model)
+
+
 def check_indices(name: str, indices: Iterable[int], num_layers: int) -> list[int]:
     """`indices` in ascending order. Raises `ValueError` naming `name` for one out of range, doubled or no integer."""
     if not isinstance(indices, Iterable):

@@ -14,6 +14,7 @@ from e3pruner.mask_search.units import units_of
 from e3pruner.models import find_layers
 from e3pruner.models.files.empty import empty_model
 from e3pruner.models.loading import BUILT_IN, checked_folder
+from e3pruner.pipelines.forecast import Sizes
 from e3pruner.surgery.demands import demands_of
 from e3pruner.surgery.engines import ENGINES, orders_of
 
@@ -31,13 +32,15 @@ class Answer:
 @dataclass(frozen=True)
 class Outlook:
     """model: as it was named. model_type: of its configuration. layers: of its decoder, None where that is not found.
-    answers: by what is asked for: "search", "prune", "distill", "runtime", and the engines downstream by name.
+    answers: by what is asked for: "search", "prune", "distill", "runtime", and the engines downstream by name. sizes:
+    of its weights, None where the layers are not found.
     """
 
     model: str
     model_type: str
     layers: int | None
     answers: dict[str, Answer]
+    sizes: Sizes | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,7 +59,7 @@ def outlook(name: str, *, trust_remote_code: bool = False) -> Outlook:
         layers = len(find_layers(model))
     except _ERRORS as error:
         asked = ("search", "prune", "distill", "runtime", *ENGINES)
-        return Outlook(name, config.model_type, None, dict.fromkeys(asked, Answer(False, str(error))))
+        return Outlook(name, config.model_type, None, dict.fromkeys(asked, Answer(False, str(error))), None)
     cut = _answer(lambda: _cut(model))
     answers = {
         "search": cut,
@@ -65,7 +68,7 @@ def outlook(name: str, *, trust_remote_code: bool = False) -> Outlook:
         "runtime": _answer(lambda: _served(model)),
     }
     answers |= {engine: _engine(config, engine) for engine in ENGINES}
-    return Outlook(name, text.model_type, layers, answers)
+    return Outlook(name, text.model_type, layers, answers, Sizes.of(model))
 
 
 def _config(name: str, trust_remote_code: bool) -> PreTrainedConfig:

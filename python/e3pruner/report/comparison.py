@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -135,7 +136,7 @@ def panels(results: dict[str, Any]) -> list[tuple[str, list[Line]]]:
 def headings(lines: list[Line]) -> list[str]:
     """Of the cells that `cells_of` gives for the same lines."""
     by_kind = [f"{kind} {name}" for kind in lines[0]["kinds"] for name in ("KL", "perplexity")]
-    return ["method", "held-out KL", "difference", *by_kind, "same layers", "cost", "seconds"]
+    return ["method", "held-out KL", "difference", *by_kind, "cost", "seconds", "same layers", "removed (of searches)"]
 
 
 def cells_of(line: Line) -> list[str]:
@@ -148,7 +149,16 @@ def cells_of(line: Line) -> list[str]:
     overall = str(Spread(*line["kl"]))
     difference = "–" if line.get("paired") is None else str(Paired(*line["paired"]))
     same = "–" if line.get("agreement") is None else f"{line['agreement']:.0%}"
-    return [line["method"], overall, difference, *by_kind, same, f"{line['cost']:,.0f}", f"{line['seconds']:.1f}"]
+    price = f"{line['cost']:,.0f}", f"{line['seconds']:.1f}"
+    return [line["method"], overall, difference, *by_kind, *price, same, _chosen(line.get("removed", []))]
+
+
+def _chosen(removed: Sequence[Sequence[int]]) -> str:
+    """The layers that every search removes, then the others with the number of searches that do, most often first."""
+    counts = Counter(layer for layers in removed for layer in layers)
+    always = [str(layer) for layer in sorted(counts) if counts[layer] == len(removed)]
+    rest = sorted((layer for layer in counts if counts[layer] < len(removed)), key=lambda n: (-counts[n], n))
+    return ", ".join([" ".join(always)] * bool(always) + [f"{n} ({counts[n]} of {len(removed)})" for n in rest])
 
 
 def tables(results: dict[str, Any]) -> list[dict[str, Any]]:

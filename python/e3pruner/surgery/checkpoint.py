@@ -157,7 +157,7 @@ def _packed(
         inside = names.in_model(name)
         if names.layer_of(name) or inside not in after or before[inside].shape == (shape := after[inside].shape):
             continue
-        axis = packed_axis(before[inside].shape, shape, names.num_layers)
+        axis = packed_axis(before[inside].shape, shape, names.num_layers, len(kept))
         if axis is None or tensor.entry["shape"] != list(before[inside].shape):
             raise ValueError(f"tensor {name} has a part of each layer, which {dict(tensor.entry)} does not tell apart")
         found[name] = Packed.of(tensor, shape, axis, names.num_layers, kept)

@@ -48,13 +48,13 @@ def pruned_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedCo
     indices and boundaries are renumbered. Raises `ValueError` naming a setting that ties what a layer does to its index
     in a way that no configuration of the pruned model expresses, or a demand on the layers that stay (`demands_of`).
     """
-    check_kept(config, kept)
     pruned = copy.deepcopy(config)
     text = pruned.get_text_config(decoder=True)
     settings = {name: value for name, value in vars(text).items() if value is not None}
     for name, (harmless, reason) in _REFUSED.items():
         if settings.get(name, harmless) != harmless:
             raise ValueError(f"config.{name}={settings[name]!r} ({text.model_type}) cannot be pruned: {reason}")
+    check_kept(config, kept)
 
     overrides = text.to_dict().get("per_layer_config")
     text.per_layer_config = None  # its indices are those of the dense model
@@ -84,10 +84,9 @@ def renumbered_inside(config: PreTrainedConfig, kept: Sequence[int], name: str) 
     hybrid = getattr(config.get_text_config(decoder=True), "hybrid_layer_ids", None)
     if not hybrid or (found := _ADAPTER.search(name)) is None:
         return name
-    left = [place for place, layer in enumerate(hybrid) if layer in kept]
-    return (
-        f"{name[: found.start(1)]}{left.index(int(found[1]))}{name[found.end(1) :]}" if int(found[1]) in left else None
-    )
+    number = int(found[1])
+    new = sum(layer in kept for layer in hybrid[:number])
+    return f"{name[: found.start(1)]}{new}{name[found.end(1) :]}" if hybrid[number] in kept else None
 
 
 def _translated(settings: dict[str, Any], kept: Sequence[int], num_layers: int) -> dict[str, Any]:

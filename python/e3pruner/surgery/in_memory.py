@@ -57,23 +57,23 @@ def skeleton(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
         if hasattr(ours, "set_attention_type"):  # BigBird exchanges modules when it is called with short rows
             ours.set_attention_type(decoder_of(model).attention_type)
     assert_same_settings(model, pruned, kept)
-    stack, total = stack_name(model), len(find_layers(model))
+    stack, counts = stack_name(model), (len(find_layers(model)), len(kept))
     taken = {new: tensor.shape for new, tensor in _renamed(model.state_dict().items(), model, kept)}
     needed = {name: tensor.shape for name, tensor in pruned.state_dict().items()}
     odd = {name for name in taken.keys() & needed if taken[name] != needed[name]}
-    packed = {n for n in odd if not n.startswith(f"{stack}.") and packed_axis(taken[n], needed[n], total) is not None}
+    beside = [name for name in odd if not name.startswith(f"{stack}.")]
+    packed = {name for name in beside if packed_axis(taken[name], needed[name], *counts) is not None}
     if taken.keys() != needed.keys() or odd != packed:
         raise ValueError(f"model ({model.config.model_type}) cannot be pruned: with fewer layers it has other weights")
     return pruned
 
 
-def packed_axis(dense: Sequence[int], pruned: Sequence[int], total: int) -> int | None:
-    """The axis along which a tensor beside the layers holds one block for each of `total`, by its shape of before and
-    after: the only one that is shorter. Gemma's embeddings per layer are such tensors."""
-    if len(dense) != len(pruned):
-        return None
-    shorter = [axis for axis, (old, new) in enumerate(zip(dense, pruned, strict=True)) if old != new]
-    return shorter[0] if len(shorter) == 1 and dense[shorter[0]] % total == 0 else None
+def packed_axis(dense: Sequence[int], pruned: Sequence[int], total: int, left: int) -> int | None:
+    """The axis along which a tensor beside the layers holds one block for each, by its shape with `total` layers and
+    with `left`: the only one that is shorter. Gemma's embeddings per layer are such tensors."""
+    shorter = [axis for axis, (old, new) in enumerate(zip(dense, pruned, strict=False)) if old != new]
+    fits = len(dense) == len(pruned) and len(shorter) == 1 and dense[shorter[0]] * left == pruned[shorter[0]] * total
+    return shorter[0] if fits else None
 
 
 def _renamed(
@@ -132,11 +132,10 @@ def _fill(pruned: PreTrainedModel, model: PreTrainedModel, kept: Sequence[int], 
     shapes, total = {name: tensor.shape for name, tensor in pruned.state_dict().items()}, len(find_layers(model))
 
     def own(name: str, tensor: Tensor) -> Tensor:
-        if (axis := packed_axis(tensor.shape, shapes.get(name, tensor.shape), total)) is not None:
-            stay: Tensor = tensor.unflatten(axis, (total, -1)).index_select(
-                axis, torch.tensor(kept, device=tensor.device)
-            )
-            return stay.flatten(axis, axis + 1)
+        if (axis := packed_axis(tensor.shape, shapes.get(name, tensor.shape), total, len(kept))) is not None:
+            indices = torch.tensor(kept, device=tensor.device)
+            blocks: Tensor = tensor.unflatten(axis, (total, -1)).index_select(axis, indices)
+            return blocks.flatten(axis, axis + 1)
         return tensor.clone() if copied else tensor
 
     def taken(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

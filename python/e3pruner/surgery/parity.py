@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from e3pruner.compat import CACHE
 from e3pruner.models.gates import skipped
 from e3pruner.models.head import check_finite
-from e3pruner.models.stack import evaluating, find_layers, returning_dicts
+from e3pruner.models.stack import evaluating, find_layers, returning_dicts, speaker_of
 from e3pruner.surgery.config import renumbered_inside
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
@@ -47,6 +47,7 @@ def assert_parity(
     logits of one pass without, up to rounding; where it does not for `model` itself either, a warning says so.
     """
     assert_same_settings(model, pruned, kept)
+    model, pruned = speaker_of(model), speaker_of(pruned)
     ids = _probe(pruned, 5)
     removed = sorted(set(range(len(find_layers(model)))) - set(kept))
     with ExitStack() as stack:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Of patches that all images of a batch have in one tensor: the tensor of each image's (frames, rows, columns).
-_GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+# Of patches that all images of a batch have in one tensor: the tensors of each image's (frames,) rows and columns.
+_GRIDS = {"pixel_values": ("image_grid_thw", "image_grid_hw"), "pixel_values_videos": ("video_grid_thw",)}
 # Texts of their own, for a part that reads an image by a question; as wide as the row by chance alone.
 _OTHER_TEXT = "qformer_"
 
@@ -86,7 +86,7 @@ def _split(name: str, value: Tensor, rows: int, values: Mapping[str, Tensor]) ->
         return (value,)
     if value.dim() and len(value) == rows:
         return value.chunk(rows)
-    grid = values.get(_GRIDS.get(name, ""))
+    grid = next((values[grid] for grid in _GRIDS.get(name, ()) if grid in values), None)
     if grid is not None and len(grid) == rows and int(grid.prod(-1).sum()) == len(value):
         return list(torch.split(value, grid.prod(-1).tolist()))
     raise ValueError(

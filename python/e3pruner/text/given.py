@@ -74,7 +74,8 @@ def without_placeholders(labels: Tensor, ids: Tensor, models: Mapping[str, PreTr
 
 def check_rows(name: str, batches: list[Sequences], **models: PreTrainedModel) -> None:
     """Raises ValueError naming `name` or the model unless every one of `models` can run on `batches`, apart or joined:
-    it has positions enough, keeps packed documents apart, and does not read padding.
+    it has positions enough, its images where it cannot do without, keeps packed documents apart, and does not read
+    padding.
     """
     longest = max(map(_positions, batches))
     for role, model in models.items():
@@ -84,6 +85,10 @@ def check_rows(name: str, batches: list[Sequences], **models: PreTrainedModel) -
                 f"{name} has sequences of {longest} tokens; {role} ({model.config.model_type}) has {limit} positions "
                 f"(max_position_embeddings)"
             )
+    for role, model in models.items():
+        needed = model.main_input_name
+        if needed != "input_ids" and any(b.extras is None or needed not in b.extras.inputs for b in batches):
+            raise ValueError(f"{name} holds no {needed}, which {role} ({model.config.model_type}) cannot do without")
     packed = any(batch.position_ids is not None for batch in batches)
     padded = any(batch.attention_mask is not None or batch.shape[1] != batches[0].shape[1] for batch in batches)
     for role, model in models.items():

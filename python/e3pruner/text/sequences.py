@@ -74,6 +74,11 @@ class Sequences:
         return own if self.extras is None else own | self.extras.inputs
 
     @property
+    def with_extras(self) -> dict[str, Tensor] | None:
+        """The arguments of a forward pass over the first row, if the rows have extras."""
+        return None if self.extras is None else self[:1].inputs
+
+    @property
     def targets(self) -> Tensor:
         """The token to predict at each position but the last, or `IGNORED`: (N, S − 1)."""
         labels = self.input_ids[:, 1:] if self.labels is None else self.labels

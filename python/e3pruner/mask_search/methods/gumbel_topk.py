@@ -69,7 +69,7 @@ def gumbel_topk(
        takes the ones with the lowest predicted divergence less three standard deviations of its difference from the
        model's own best mask, measures them and that best mask on the batch, and fits the model again; the model's own
        spreads are learnt again whenever it has half as many measurements more. κ falls geometrically from `noise` to
-       0.4 of it, and again every 3n steps. It stops, after n steps at the earliest, once in three of them in a row no
+       0.4 of it, and again every 3n steps. It stops, after 3n steps at the earliest, once in three of them in a row no
        mask is expected to be below the best by more than the share `tolerance` of its KL.
     3. Of the masks measured so far the model's `finalists` best and the starts race: all are measured on one batch
        after another, and who is by two standard deviations worse than the best one falls out. Those that exchange one
@@ -121,7 +121,7 @@ def gumbel_topk(
             "expected_gain": gain,
         }
         step, settled = step + 1, settled + 1 if gain < tolerance else 0
-        if step >= problem.drop and settled >= _SETTLED:
+        if step >= cycle and settled >= _SETTLED:
             break
     rivals = tried = torch.cat([first, best[None], study.best_known(finalists)]).unique(dim=0)
     while True:

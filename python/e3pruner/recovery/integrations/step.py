@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3kernels.profiling import named_range
 from e3pruner.models import output_head
-from e3pruner.models.head import check_packing, only_hidden, position_arguments, without_head
+from e3pruner.models.head import check_packing, in_dtype_of, only_hidden, position_arguments, without_head
 from e3pruner.models.inputs import extras_for
 from e3pruner.models.stack import returning_dicts
 from e3pruner.models.vocabulary import tokenizer_size
@@ -39,13 +39,14 @@ def batch_of(inputs: Mapping[str, Any]) -> Batch:
     labels = inputs.get("labels", input_ids)[:, 1:]
     if mask is not None:
         check_mask("attention_mask", mask)
+        mask = None if mask.all() else mask  # and nothing counts positions by it
     if positions is not None:
         if positions.shape != input_ids.shape:
             found, wanted = tuple(positions.shape), tuple(input_ids.shape)
             raise ValueError(f"position_ids has shape {found}; input_ids ask for {wanted}")
-        if mask is not None and not mask.all():
+        if mask is not None:
             raise ValueError("attention_mask holds padding beside position_ids; pack without padding, or leave one out")
-        mask, labels = None, labels.masked_fill(positions[:, 1:] == 0, IGNORED)
+        labels = labels.masked_fill(positions[:, 1:] == 0, IGNORED)
     if mask is not None:
         labels = labels.masked_fill(beside_padding(mask), IGNORED)
     extras = {name: value for name, value in inputs.items() if name not in Batch._fields and isinstance(value, Tensor)}
@@ -132,7 +133,8 @@ class DistillStep:
         weights it has freed when the gradient of an output arrives.
         """
         student = self.loss.student
-        where = position_arguments(student, mask, positions, beside=bool(extras))
+        beside = in_dtype_of(student, extras or {})
+        where = position_arguments(student, mask, positions, beside=bool(beside))
         with ExitStack() as stack:
             stack.enter_context(returning_dicts(student))
             received = stack.enter_context(without_head(student))
@@ -141,7 +143,7 @@ class DistillStep:
                 output["hidden_states"] = (only_hidden(student, received),)
 
             stack.callback(student.register_forward_hook(show, prepend=True).remove)  # before FSDP's own
-            wrapper(input_ids=ids, attention_mask=mask, use_cache=False, **where, **(extras or {}))
+            wrapper(input_ids=ids, attention_mask=mask, use_cache=False, **where, **beside)
         return only_hidden(student, received)
 
     @torch.no_grad()
