@@ -1,7 +1,8 @@
 """Compile every kernel variant for every target and record what the binaries say; nothing is run.
 
 python -m bench.static            all variants, the peers, the runtime's CUDA kernels -> bench/results/static.{json,md};
-                                  binaries that are recorded already are not compiled again
+                                  binaries that are recorded already are not compiled again, and without nvcc the
+                                  runtime's stay as they are
 python -m bench.static --check    compile the launches whose kernel or arguments are not those recorded, and fail on a
                                   spill, or on more bytes per element or narrower accesses than recorded
 python -m bench.static --check NAME ...    of the named variants only
@@ -54,7 +55,7 @@ def record() -> None:
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "ours": ours,
         "peers": measure(((name, family) for family in TARGETS for name in peers()), before["peers"]),
-        "cuda": cuda_kernels(),
+        "cuda": cuda_kernels() or before.get("cuda"),
         "roofline_estimates": estimates(*sweeps),
     }
     text = json.dumps(document, indent=1, ensure_ascii=False)

@@ -474,7 +474,7 @@ def token_statistics(s: SparseCall, partial: Tensor, gathered: Tensor | None, vo
         N, student.stride(0), splits, k, vocabulary, s.ignore_index,
         DIVERGENCE=s.divergence, WEIGHTING=s.weighting, TAIL=s.tail, GATHERED=gathered is not None, K=s.padded,
         SPLITS=triton.next_power_of_2(int(splits)), ROWS=ROWS, **s.flags(),
-        **warps(min(16, max(2, s.padded**2 // 1024))),  # up to 32 of the k² comparisons in the registers of a lane
+        **warps(min(16, max(4, s.padded**2 // 1024))),  # up to 32 of the k² comparisons in the registers of a lane
     )  # fmt: skip
     return out
 

@@ -41,7 +41,7 @@ def lead_of(ptr, VEC: tl.constexpr):
 @triton.jit
 def edge_width(ODD: tl.constexpr, VEC: tl.constexpr):
     """Columns of a lane in tiles with a mask: where each is an access of its own, many would fill the registers."""
-    return min(2, VEC) if ODD else VEC
+    return 1 if ODD else VEC
 
 
 @triton.jit
@@ -62,7 +62,8 @@ def span_of(first, last, V, a, b, c, ODD: tl.constexpr, LANES: tl.constexpr, VEC
     outer = tl.where(together, inner + (last - inner) // STEP * STEP, first)
     edge = tl.where(inner > first, first, outer)
     bound = tl.minimum(last, outer + 1)
-    return Span(first, last, inner, outer, edge, bound, tl.maximum(outer - edge, 1), lead, V + lead), together
+    stride = tl.maximum(outer - edge, LANES * edge_width(ODD, VEC))  # a multiple that the compiler knows
+    return Span(first, last, inner, outer, edge, bound, stride, lead, V + lead), together
 
 
 @triton.jit
