@@ -75,16 +75,24 @@ def _source(kernel: JITFunction) -> dict[str, str]:
     return text
 
 
+class _Forgetful(dict[Any, Any]):
+    """Keeps nothing, so that every launch comes to Triton."""
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
 @contextmanager
-def _target(family: str) -> Iterator[None]:
+def for_target(family: str) -> Iterator[None]:
+    """Triton compiles for `family`, and launches are chosen for it."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: an interpreted kernel cannot be compiled; unset it")
     target, processors = TARGETS[family]
-    described = launch.Device(family, target.warp_size, processors)
+    device = launch.Device(family, target.warp_size, processors)
     driver.set_active(_Driver(family))
     launch.configured_sweep.cache_clear()
     try:
-        with mock.patch.object(launch, "device_of", return_value=described), set_wrap_triton_enabled(False):
+        described = mock.patch.object(launch, "device_of", return_value=device)
+        with described, mock.patch.object(launch, "launched", _Forgetful()), set_wrap_triton_enabled(False):
             yield
     finally:
         driver._active = None
@@ -111,6 +119,6 @@ def launches(family: str, call: Callable[[], Any], known: Collection[str] | None
         return binary
 
     hook = mock.patch.object(knobs.runtime, "jit_cache_hook", fingerprinted)
-    with _target(family), hook, mock.patch.object(JITFunction, "run", warm), torch.device("meta"):
+    with for_target(family), hook, mock.patch.object(JITFunction, "run", warm), torch.device("meta"):
         call()
     return found

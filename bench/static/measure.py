@@ -8,17 +8,20 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from bench.static.binary import report
-from bench.static.capture import launches
-from bench.static.variants import ours, peers
+from bench.static.binary import Report, report
+from bench.static.capture import TARGETS, launches
+from bench.static.variants import launched, ours, peers
 
 Row = dict[str, Any]
 Rows = dict[str, dict[str, dict[str, Row]]]  # variant -> kernel -> family -> what the binary says
 
 
+Pair = tuple[str, str]  # a variant and a family
+
+
 def _read(name: str, family: str, known: Collection[str]) -> dict[str, Row]:
     """kernel -> what its binary says, of the launches of one variant that are not known."""
-    call = {**ours(), **peers()}[name]
+    call = {**ours(), **launched(), **peers()}[name]
     return {
         kernel: {**report(launch.binary).row(), "fingerprint": launch.fingerprint}
         for kernel, launch in launches(family, call, known).items()
@@ -26,17 +29,40 @@ def _read(name: str, family: str, known: Collection[str]) -> dict[str, Row]:
     }
 
 
-def measure(pairs: Iterable[tuple[str, str]], known: Collection[str] = ()) -> Rows:
-    """Compile the (variant, family) pairs, one process a core."""
-    rows: Rows = {}
-    names, families = zip(*pairs, strict=True)
+def own_pairs() -> list[Pair]:
+    """Our variants for every target, and the launches of every shape for one: they differ in shape alone."""
+    return [(name, family) for family in TARGETS for name in ours()] + [(name, "sm_90") for name in launched()]
+
+
+def measure(pairs: Iterable[Pair], recorded: Rows) -> Rows:
+    """What the binaries of the (variant, family) pairs say, of a binary that is recorded what is recorded. The others
+    are compiled, each once, one process a core."""
+    calls = {**ours(), **launched(), **peers()}
+    found = {pair: launches(pair[1], calls[pair[0]], None) for pair in pairs}
+    rows = {
+        row["fingerprint"]: row
+        for kernels in recorded.values()
+        for of in kernels.values()
+        for row in of.values()
+        if row.keys() >= Report.__dataclass_fields__.keys()
+    }
+    assigned: dict[Pair, set[str]] = {}  # to each pair the binaries that no pair before it has
+    seen = set(rows)
+    for pair, of in found.items():
+        if new := {launch.fingerprint for launch in of.values()} - seen:
+            assigned[pair] = new
+            seen |= new
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        results = pool.map(_read, names, families, [known] * len(names))
-        for name, family, read in zip(names, families, results, strict=True):
-            for kernel, row in read.items():
-                rows.setdefault(name, {}).setdefault(kernel, {})[family] = row
-            print(f"{name} {family}: {', '.join(read)}", file=sys.stderr)
-    return rows
+        known = [seen - new for new in assigned.values()]
+        results = pool.map(_read, *zip(*assigned, strict=True), known) if assigned else ()
+        for pair, read in zip(assigned, results, strict=True):
+            rows |= {row["fingerprint"]: row for row in read.values()}
+            print(f"{' '.join(pair)}: {', '.join(read)}", file=sys.stderr)
+    table: Rows = {}
+    for (name, family), of in found.items():
+        for kernel, launch in of.items():
+            table.setdefault(name, {}).setdefault(kernel, {})[family] = rows[launch.fingerprint]
+    return table
 
 
 def _narrowest(row: Row) -> int:
@@ -64,20 +90,8 @@ def findings(rows: Rows, recorded: Rows) -> list[str]:
     return found
 
 
-def _fingerprints(rows: Rows) -> set[str]:
-    return {row["fingerprint"] for kernels in rows.values() for of in kernels.values() for row in of.values()}
-
-
-def check(names: Iterable[str], families: list[str], recorded: Rows) -> list[str]:
-    """The findings of the named variants: of those recorded as they are now, what is recorded; the rest is compiled."""
-    known = _fingerprints(recorded)
-    calls = ours()
-    changed = [
-        (name, family)
-        for name in names
-        for family in families
-        if any(launch.fingerprint not in known for launch in launches(family, calls[name], None).values())
-    ]
-    return findings({name: recorded.get(name, {}) for name in names}, recorded) + (
-        findings(measure(changed, known), recorded) if changed else []
-    )
+def check(names: Collection[str], families: Collection[str], recorded: Rows) -> list[str]:
+    """The findings of the named variants, none: of all; of binaries recorded as they are now, what is recorded, and the
+    rest is compiled."""
+    pairs = [(name, family) for name, family in own_pairs() if family in families and (not names or name in names)]
+    return findings(measure(pairs, recorded), recorded)

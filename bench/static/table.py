@@ -41,19 +41,40 @@ def _bytes(document: Document) -> Iterator[str]:
     yield from _table(("way", "dtype", "bytes a logit, by kernel", "sum"), (row(*way) for way in WAYS))
 
 
+def _instructions(document: Document) -> Iterator[str]:
+    """One row per way, a column per target of NVIDIA's."""
+    families = [family for family in TARGETS if family.startswith("sm_")]
+
+    def row(title: str, side: str, variant: str, kernels: tuple[str, ...]) -> list[object]:
+        def counted(family: str) -> str:
+            counts = [document[side][variant][kernel][family]["instructions_per_element"] for kernel in kernels]
+            return " + ".join("–" if count is None else f"{count:.1f}" for count in counts)
+
+        return [title, variant.split("/")[1], *map(counted, families)]
+
+    yield from _table(("way", "dtype", *families), (row(*way) for way in WAYS))
+
+
 def _widths(row: dict[str, Any]) -> str:
     found = {int(re.sub(r"\D", "", access)) for access in row["accesses"]}
     return "/".join(str(width) for width in sorted(found, reverse=True))
 
 
+def _count(row: dict[str, Any]) -> str:
+    count = row["instructions_per_element"]
+    return "" if count is None else f" · {count:.1f}"
+
+
 def _cell(row: dict[str, Any]) -> str:
-    return f"{row['registers']} · {row['spills']} · {row['shared']} · {row['occupancy']:.0%} · {_widths(row)}"
+    return (
+        f"{row['registers']} · {row['spills']} · {row['shared']} · {row['occupancy']:.0%} · {_widths(row)}{_count(row)}"
+    )
 
 
 def _binaries(rows: dict[str, Any]) -> Iterator[str]:
     def cells(variant: str, kernel: str, families: dict[str, Any]) -> list[object]:
         moved = next(iter(families.values()))["bytes_per_element"]
-        read = (_cell(families[family]) for family in TARGETS)
+        read = (_cell(families[family]) if family in families else "" for family in TARGETS)
         return [variant, f"`{kernel}`", *read, "–" if moved is None else f"{moved:g}"]
 
     seen: set[str] = set()
@@ -88,11 +109,12 @@ def _estimates(document: Document) -> Iterator[str]:
         for shape, values in shapes.items()
     )
     yield from _table(("GPU", "shape", *(name.removesuffix("_ms") for name in names)), lines)
-    liger = document["roofline_estimates"]["liger"]
-    yield liger["assumptions"]
-    yield ""
-    values = ((name, f"{value:.3g}") for name, value in liger.items() if name != "assumptions")
-    yield from _table(("Liger's shape on an A100", "value"), values)
+    for peer, shape in (("liger", "Liger's shape on an A100"), ("cce", "Cut Cross Entropy's shape on an A100")):
+        compared = document["roofline_estimates"][peer]
+        yield compared["assumptions"]
+        yield ""
+        values = ((name, f"{value:.3g}") for name, value in compared.items() if name != "assumptions")
+        yield from _table((shape, "value"), values)
 
 
 def markdown(document: Document) -> str:
@@ -109,10 +131,17 @@ def markdown(document: Document) -> str:
         *_bytes(document),
         NOTE,
         "",
+        "## Instructions a logit",
+        "",
+        *_instructions(document),
+        "Executed by a thread in the loops whose loads have no mask, over the logits (of each model) that they load; – "
+        "where every load has one. What a sweep can be at best is its bytes' time or its instructions'.",
+        "",
         f"## Our binaries: {_spills(document['ours'])} spills",
         "",
-        "A cell: registers · spills · shared memory (bytes) · occupancy · widths of the hot loops' accesses (bits). "
-        "Bytes: global bytes an element of the kernel's tiles; – where its tiles are operands of a product.",
+        "A cell: registers · spills · shared memory (bytes) · occupancy · widths of the hot loops' accesses (bits) "
+        "· instructions an element, where counted. Bytes: global bytes an element of the kernel's tiles; – where its "
+        "tiles are operands of a product.",
         "",
         *_binaries(document["ours"]),
         "## The peers' binaries",

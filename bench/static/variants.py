@@ -9,7 +9,10 @@ from e3kernels.triton import entropy_kl, gated_residual, gumbel_topk, linear_ent
 from e3kernels.triton.statistics import PAIR_FIELDS, STUDENT_FIELDS
 
 ROWS, VOCABULARY, WIDTH, STORED = 4096, 128256, 1024, 10
+# Of Llama 2, GPT-2, Qwen2 without and with its padding, Gemma 1 and Gemma 3: of every alignment there is.
+VOCABULARIES = (32000, 50257, 151670, 151936, 256000, 262144)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SWEPT = {**DTYPES, "fp16": torch.float16}  # whose pairs are no halves of a word that a shift makes fp32
 MEAN, SUM = 1, 2
 
 
@@ -18,18 +21,21 @@ def _scalars(softcap: float = 0.0) -> torch.Tensor:
 
 
 def _dense(
-    dtype: torch.dtype, divergence: int, reduction: int, labels: bool, softcap: float = 0.0, rows: int = ROWS
-) -> None:
-    student, teacher = (torch.empty(rows, VOCABULARY, dtype=dtype) for _ in range(2))
+    dtype: torch.dtype, divergence: int, reduction: int, labels: bool, softcap: float = 0.0, rows: int = ROWS,
+    vocabulary: int = VOCABULARY,
+) -> None:  # fmt: skip
+    student, teacher = (torch.empty(rows, vocabulary, dtype=dtype) for _ in range(2))
     target = torch.empty(rows, dtype=torch.int64) if labels else None
     codes = (_scalars(softcap), 1, divergence, -100)
     entropy_kl.entropy_kl(student, teacher, target, None, *codes, reduction, None, True)
 
 
-def _sparse(dtype: torch.dtype, tail: int, labels: bool) -> None:
-    student = torch.empty(ROWS, VOCABULARY, dtype=dtype)
-    stored = torch.empty(ROWS, STORED), torch.empty(ROWS, STORED, dtype=torch.int64)
-    target = torch.empty(ROWS, dtype=torch.int64) if labels else None
+def _sparse(
+    dtype: torch.dtype, tail: int, labels: bool, rows: int = ROWS, vocabulary: int = VOCABULARY, k: int = STORED
+) -> None:
+    student = torch.empty(rows, vocabulary, dtype=dtype)
+    stored = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
+    target = torch.empty(rows, dtype=torch.int64) if labels else None
     topk_kl.topk_kl(student, *stored, target, None, _scalars()[:6], 1, 0, -100, tail, MEAN, None, True)
 
 
@@ -81,6 +87,8 @@ def ours() -> dict[str, Callable[[], Any]]:
         "entropy_kl/bf16/forward/8 rows": lambda: _dense(bf16, 0, MEAN, False, rows=8),
         "entropy_kl/bf16/jsd/8 rows": lambda: _dense(bf16, 2, MEAN, True, rows=8),
         "vocabulary in parts/join": _join,
+        "linear_entropy_kl/bf16/on_chip": lambda: _linear(bf16),
+        "linear_topk_kl/bf16/on_chip": lambda: _linear_sparse(bf16),
     }
     for code, divergence in enumerate(("reverse", "jsd", "adaptive"), 1):
         calls[f"entropy_kl/bf16/{divergence}"] = lambda c=code: _dense(bf16, c, MEAN, False)
@@ -91,11 +99,28 @@ def ours() -> dict[str, Callable[[], Any]]:
         calls[f"entropy_kl/{name}/forward"] = lambda d=dtype: _dense(d, 0, MEAN, False)
         calls[f"entropy_kl/{name}/forward/row"] = lambda d=dtype: _dense(d, 0, SUM, False)
         calls[f"topk_kl/{name}/bucket"] = lambda d=dtype: _sparse(d, 0, False)
-        calls[f"linear_entropy_kl/{name}/on_chip"] = lambda d=dtype: _linear(d)
-        calls[f"linear_topk_kl/{name}/on_chip"] = lambda d=dtype: _linear_sparse(d)
         calls[f"gated_residual/{name}/scalar"] = lambda d=dtype: _gated(d, False)
     for code, relaxation in enumerate(("threshold", "softmax", "successive")):
         calls[f"gumbel_topk/{relaxation}"] = lambda c=code: _gumbel(c)
+    return calls
+
+
+def launched() -> dict[str, Callable[[], Any]]:
+    """What `launch.py` chooses for every vocabulary, few rows and many, and as many stored ids as anybody keeps."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, dtype in SWEPT.items():
+        for v in VOCABULARIES:
+            calls[f"entropy_kl/{name}/{v}"] = lambda d=dtype, v=v: _dense(d, 0, MEAN, True, vocabulary=v)
+            calls[f"entropy_kl/{name}/{v}/row"] = lambda d=dtype, v=v: _dense(d, 0, SUM, True, vocabulary=v)
+            calls[f"topk_kl/{name}/{v}"] = lambda d=dtype, v=v: _sparse(d, 0, True, vocabulary=v)
+    bf16 = torch.bfloat16
+    for v in VOCABULARIES:
+        calls[f"entropy_kl/bf16/{v}/8 rows"] = lambda v=v: _dense(bf16, 0, MEAN, True, rows=8, vocabulary=v)
+        for k in (1, 32, 100, 128):
+            calls[f"topk_kl/bf16/{v}/k={k}"] = lambda v=v, k=k: _sparse(bf16, 0, True, 8, v, k)
+    for rows in (50, 100, 200, 400):  # of which 16, 8, 4 and 2 parts are joined
+        calls[f"entropy_kl/bf16/{rows} rows"] = lambda n=rows: _dense(bf16, 0, MEAN, True, rows=n)
+        calls[f"topk_kl/bf16/{rows} rows"] = lambda n=rows: _sparse(bf16, 0, True, rows=n)
     return calls
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from e3kernels.compat import wrap_triton
 from e3kernels.contract import REDUCTIONS
 from e3kernels.reference.columns import WHOLE, Columns
-from e3kernels.triton.launch import contiguous, fills_device, joining, split_of, sweep_of
+from e3kernels.triton.launch import contiguous, fills_device, joining, launch, odd, split_of, sweep_of
 from e3kernels.triton.reduction import SUM, reduced_loss
 from e3kernels.triton.scalars import (
     STUDENT_SOFTCAP,
@@ -50,17 +50,9 @@ from e3kernels.triton.statistics import (
     merge_pair,
     store_pair,
 )
-from e3kernels.triton.sweeps import (
-    TERMS,
-    Terms,
-    label_logit,
-    load_terms,
-    store_terms,
-    sweep_gradient,
-    sweep_mixture,
-    sweep_pair,
-    sweep_zero,
-)
+from e3kernels.triton.sweeps.gradient import TERMS, Terms, load_terms, store_terms, sweep_gradient, sweep_mixture
+from e3kernels.triton.sweeps.pair import sweep_pair
+from e3kernels.triton.sweeps.span import label_logit, sweep_zero
 from e3kernels.triton.tokens import ENTROPY, INVERSE, entropy_share, is_valid, of_columns, store_tokens, weigh_tokens
 
 NONE = REDUCTIONS.index("none")
@@ -121,7 +113,8 @@ def entropy_kl_statistics(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, partial_ptr,
     student_stride, teacher_stride, V, split_size, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -132,7 +125,9 @@ def entropy_kl_statistics(
     teacher = Row(teacher_ptr + row * teacher_stride, teacher_transform(scalars_ptr, CAP_T))
     first = split * split_size
     last = tl.minimum(first + split_size, V)
-    pair = sweep_pair(student, teacher, first, last, V, inverse_temperature, DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL)
+    pair = sweep_pair(
+        student, teacher, first, last, V, inverse_temperature, DIVERGENCE, HAS_LABELS, ODD, LANES, VEC, UNROLL
+    )
     y_label = 0.0
     if HAS_LABELS:
         y_label = label_logit(student, tl.load(labels_ptr + row), first, last)
@@ -157,7 +152,7 @@ def entropy_kl_mixture(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, partial_ptr, mixture_ptr,
     student_stride, teacher_stride, V, split_size, splits, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
-    SPLITS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    SPLITS: tl.constexpr, ODD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """`splits` is the number of parts that make up the row, which another rank may hold."""
     row = tl.program_id(0).to(tl.int64)
@@ -174,7 +169,7 @@ def entropy_kl_mixture(
     from_student, from_teacher = sweep_mixture(
         student, teacher, first, tl.minimum(first + split_size, V), V,
         pair.student.top, tl.log(pair.student.total), pair.teacher.top, tl.log(pair.teacher.total),
-        inverse_temperature, mixing(scalars_ptr), LANES, VEC, UNROLL,
+        inverse_temperature, mixing(scalars_ptr), ODD, LANES, VEC, UNROLL,
     )  # fmt: skip
     out = mixture_ptr + (row * tl.num_programs(1) + split) * 2
     tl.store(out, from_student)
@@ -218,7 +213,8 @@ def entropy_kl_gradient(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, terms_ptr, incoming_ptr, grad_ptr,
     student_stride, teacher_stride, grad_stride, incoming_stride, V, split_size, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """∂/∂x of the token's loss times its incoming gradient: one a token, or one for all (stride 0)."""
     row = tl.program_id(0).to(tl.int64)
@@ -226,7 +222,7 @@ def entropy_kl_gradient(
     last = tl.minimum(first + split_size, V)
     grad_row = grad_ptr + row * grad_stride
     if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
-        sweep_zero(grad_row, first, last, V, LANES, VEC)
+        sweep_zero(grad_row, first, last, V, ODD, LANES, VEC, UNROLL)
         return
     student = Row(student_ptr + row * student_stride, student_transform(scalars_ptr, CAP_S))
     teacher = Row(teacher_ptr + row * teacher_stride, teacher_transform(scalars_ptr, CAP_T))
@@ -234,7 +230,7 @@ def entropy_kl_gradient(
     label = tl.load(labels_ptr + row) if HAS_LABELS else 0
     sweep_gradient(
         student, teacher, grad_row, first, last, V, load_terms(terms_ptr + row * TERMS), incoming, label,
-        1.0 / scalar(scalars_ptr, TEMPERATURE), mixing(scalars_ptr), DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL,
+        1.0 / scalar(scalars_ptr, TEMPERATURE), mixing(scalars_ptr), DIVERGENCE, HAS_LABELS, ODD, LANES, VEC, UNROLL,
     )  # fmt: skip
 
 
@@ -243,14 +239,15 @@ def entropy_kl_row(
     student_ptr, teacher_ptr, labels_ptr, mask_ptr, scalars_ptr, stats_ptr, loss_ptr, incoming_ptr, grad_ptr,
     student_stride, teacher_stride, grad_stride, incoming_stride, N, V, log_support, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, DIVERGENCE: tl.constexpr, WEIGHTING: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, ODD: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One token from its logits to its statistics, loss and gradient; the gradient may overwrite the student's row."""
     row = tl.program_id(0).to(tl.int64)
     grad_row = grad_ptr + row * grad_stride
     valid = is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK)
     if not valid:
-        sweep_zero(grad_row, 0, V, V, LANES, VEC)
+        sweep_zero(grad_row, 0, V, V, ODD, LANES, VEC, UNROLL)
         store_tokens(stats_ptr, loss_ptr, row, N, valid, 0.0, 0.0, 0.0, 0.0, 0.0)
         return
     temperature = scalar(scalars_ptr, TEMPERATURE)
@@ -258,11 +255,11 @@ def entropy_kl_row(
     mix = mixing(scalars_ptr)
     student = Row(student_ptr + row * student_stride, student_transform(scalars_ptr, CAP_S))
     teacher = Row(teacher_ptr + row * teacher_stride, teacher_transform(scalars_ptr, CAP_T))
-    pair = sweep_pair(student, teacher, 0, V, V, inverse_temperature, DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL)
+    pair = sweep_pair(student, teacher, 0, V, V, inverse_temperature, DIVERGENCE, HAS_LABELS, ODD, LANES, VEC, UNROLL)
     if DIVERGENCE == JSD:
         term, from_teacher = sweep_mixture(
             student, teacher, 0, V, V, pair.student.top, tl.log(pair.student.total), pair.teacher.top,
-            tl.log(pair.teacher.total), inverse_temperature, mix, LANES, VEC, UNROLL,
+            tl.log(pair.teacher.total), inverse_temperature, mix, ODD, LANES, VEC, UNROLL,
         )  # fmt: skip
         divergence = mix.beta * from_teacher + mix.rest * term
         share = tl.full(term.shape, 0.0, tl.float32)
@@ -278,7 +275,7 @@ def entropy_kl_row(
     tl.debug_barrier()  # the gradient may overwrite the logits: the label's must have been read
     sweep_gradient(
         student, teacher, grad_row, 0, V, V, terms, incoming, label, inverse_temperature, mix,
-        DIVERGENCE, HAS_LABELS, LANES, VEC, UNROLL,
+        DIVERGENCE, HAS_LABELS, ODD, LANES, VEC, UNROLL,
     )  # fmt: skip
 
 
@@ -332,10 +329,10 @@ def partial_statistics(d: DenseCall) -> Tensor:
     sweep = sweep_of("entropy_kl_statistics", device, d.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, PAIR_FIELDS.value, dtype=torch.float32, device=device)
-    wrap_triton(entropy_kl_statistics)[(N, splits)](
+    launch(wrap_triton(entropy_kl_statistics), (N, splits),
         d.student, d.teacher, d.labels, d.mask, d.scalars, partial,
         d.student.stride(0), d.teacher.stride(0), V, size, d.ignore_index,
-        **d.flags(), **sweep.options(),
+        ODD=odd(d.student, d.teacher), **d.flags(), **sweep.options(),
     )  # fmt: skip
     return partial
 
@@ -345,8 +342,16 @@ def joined(d: DenseCall, partial: Tensor) -> Tensor:
     N, splits = partial.shape[:2]
     joined = partial.new_empty(N, PAIR_FIELDS.value)
     options = joining(splits)
-    wrap_triton(entropy_kl_join)[(triton.cdiv(N, options["ROWS"]),)](
-        partial, d.scalars, joined, N, splits, DIVERGENCE=d.divergence, **options
+    launch(
+        wrap_triton(entropy_kl_join),
+        (triton.cdiv(N, options["ROWS"]),),
+        partial,
+        d.scalars,
+        joined,
+        N,
+        splits,
+        DIVERGENCE=d.divergence,
+        **options,
     )
     return joined
 
@@ -360,10 +365,10 @@ def mixture_sums(d: DenseCall, partial: Tensor) -> Tensor:
     sums = torch.empty(N, splits, 2, dtype=torch.float32, device=device)
     flags = d.flags()
     del flags["DIVERGENCE"]
-    wrap_triton(entropy_kl_mixture)[(N, splits)](
+    launch(wrap_triton(entropy_kl_mixture), (N, splits),
         d.student, d.teacher, d.labels, d.mask, d.scalars, partial, sums,
         d.student.stride(0), d.teacher.stride(0), V, size, parts, d.ignore_index,
-        SPLITS=triton.next_power_of_2(int(parts)), **flags, **sweep.options(),
+        SPLITS=triton.next_power_of_2(int(parts)), ODD=odd(d.student, d.teacher), **flags, **sweep.options(),
     )  # fmt: skip
     return sums
 
@@ -374,7 +379,7 @@ def token_statistics(d: DenseCall, partial: Tensor, mixture: Tensor | None, voca
     new = partial.new_empty
     out = DenseTokens(new(4, N), new(N), new(N, TERMS.value))
     options = joining(splits)
-    wrap_triton(entropy_kl_tokens)[(triton.cdiv(N, options["ROWS"]),)](
+    launch(wrap_triton(entropy_kl_tokens), (triton.cdiv(N, options["ROWS"]),),
         partial, mixture, d.labels, d.mask, d.scalars, *out, N, splits, math.log(vocabulary), d.ignore_index,
         HAS_LABELS=d.labels is not None, HAS_MASK=d.mask is not None, DIVERGENCE=d.divergence, WEIGHTING=d.weighting,
         **options,
@@ -387,10 +392,10 @@ def logits_gradient(d: DenseCall, terms: Tensor, incoming: Tensor) -> Tensor:
     (N, V), device = d.student.shape, d.student.device
     sweep = sweep_of("entropy_kl_gradient", device, d.student.element_size(), V)
     grad = torch.empty(N, V, dtype=d.student.dtype, device=device)
-    wrap_triton(entropy_kl_gradient)[(N, triton.cdiv(V, sweep.step))](
+    launch(wrap_triton(entropy_kl_gradient), (N, triton.cdiv(V, sweep.step)),
         d.student, d.teacher, d.labels, d.mask, d.scalars, terms, incoming, grad,
         d.student.stride(0), d.teacher.stride(0), V, int(incoming.dim() > 0), V, sweep.step, d.ignore_index,
-        **d.flags(), **sweep.options(),
+        ODD=odd(d.student, d.teacher, grad), **d.flags(), **sweep.options(),
     )  # fmt: skip
     return grad
 
@@ -401,10 +406,10 @@ def rows_at_once(d: DenseCall, incoming: Tensor, grad: Tensor) -> tuple[Tensor, 
     (N, V), device = d.student.shape, d.student.device
     sweep = sweep_of("entropy_kl_row", device, d.student.element_size(), V)
     stats, losses = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((4, N), (N,)))
-    wrap_triton(entropy_kl_row)[(N,)](
+    launch(wrap_triton(entropy_kl_row), (N,),
         d.student, d.teacher, d.labels, d.mask, d.scalars, stats, losses, incoming, grad,
         d.student.stride(0), d.teacher.stride(0), grad.stride(0), int(incoming.dim() > 0), N, V, math.log(V),
-        d.ignore_index, WEIGHTING=d.weighting, **d.flags(), **sweep.options(),
+        d.ignore_index, WEIGHTING=d.weighting, ODD=odd(d.student, d.teacher, grad), **d.flags(), **sweep.options(),
     )  # fmt: skip
     return stats, losses
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from e3kernels.compat import wrap_triton
-from e3kernels.triton.launch import lanes
+from e3kernels.triton.launch import lanes, launch
 
 LANES = 256
 BLOCK = 8 * LANES
@@ -95,7 +95,7 @@ def gated_residual(hidden: Tensor, branch_out: Tensor, gate: Tensor) -> Tensor:
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     grid = (hidden.numel() // max(size, 1) * triton.cdiv(size, BLOCK),)
     if hidden.numel():
-        wrap_triton(gated_residual_forward)[grid](
+        launch(wrap_triton(gated_residual_forward), grid,
             hidden.contiguous(), branch_out.contiguous(), values, out, size, gates,
             FULL=full, BLOCK=BLOCK, **lanes(LANES, hidden.device),
         )  # fmt: skip
@@ -112,7 +112,7 @@ def gated_residual_backward(
     runs, blocks = hidden.numel() // max(size, 1), triton.cdiv(size, BLOCK)
     sums = torch.empty(hidden.shape if full else (runs // gates, gates, blocks), device=hidden.device)
     if hidden.numel():
-        wrap_triton(gated_residual_gradient)[(runs * blocks,)](
+        launch(wrap_triton(gated_residual_gradient), (runs * blocks,),
             grad.contiguous(), hidden.contiguous(), branch_out.contiguous(), values, grad_hidden, grad_branch, sums,
             size, gates, FULL=full, BLOCK=BLOCK, **lanes(LANES, hidden.device),
         )  # fmt: skip

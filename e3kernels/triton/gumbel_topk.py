@@ -14,6 +14,7 @@ from torch import Tensor
 
 from e3kernels.compat import wrap_triton
 from e3kernels.contract import RELAXATIONS
+from e3kernels.triton.launch import launch
 from e3kernels.triton.scalars import on_device
 
 THRESHOLD: tl.constexpr = tl.constexpr(RELAXATIONS.index("threshold"))
@@ -213,8 +214,19 @@ def gumbel_topk(
     L = logits.shape[-1]
     rows = logits.contiguous()
     mask, probs = torch.empty_like(rows), torch.empty_like(rows)
-    wrap_triton(gumbel_topk_sample)[(rows.numel() // L,)](
-        rows, on_device(scalars, logits.device), mask, probs, L, k, seed, step, RELAXATION=relaxation, **_launch(L)
+    launch(
+        wrap_triton(gumbel_topk_sample),
+        (rows.numel() // L,),
+        rows,
+        on_device(scalars, logits.device),
+        mask,
+        probs,
+        L,
+        k,
+        seed,
+        step,
+        RELAXATION=relaxation,
+        **_launch(L),
     )
     return mask, probs
 
@@ -228,7 +240,7 @@ def gumbel_topk_backward(
     successive = relaxation == RELAXATIONS.index("successive")
     steps = torch.empty((rows.numel() if successive else 0) * k, dtype=torch.float64, device=logits.device)
     out = torch.empty_like(rows)
-    wrap_triton(gumbel_topk_gradient)[(rows.numel() // L,)](
+    launch(wrap_triton(gumbel_topk_gradient), (rows.numel() // L,),
         grad.contiguous(), rows, probs.contiguous(), on_device(scalars, logits.device), steps, out, L, k, seed, step,
         RELAXATION=relaxation, **_launch(L),
     )  # fmt: skip

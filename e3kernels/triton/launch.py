@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import JITFunction, driver
 
 from e3kernels.compat import is_wrap_triton_enabled
 
@@ -59,6 +60,37 @@ def lanes(count: int, device: torch.device) -> dict[str, Any]:
 forced: dict[str, Sweep] = {}
 
 
+launched: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # by all that Triton compiles a kernel for
+
+
+def _specialised(argument: Any) -> Any:
+    """What of an argument Triton compiles for, or more."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
+    return type(argument)
+
+
+def launch(kernel: Any, grid: tuple[Any, ...], *arguments: Any, **options: Any) -> None:
+    """`kernel[grid](*arguments, **options)`, options by name and all others by position. Triton binds and hashes every
+    argument of every launch, which takes longer than a small kernel: what it compiled for arguments alike is launched
+    straight away."""
+    if not isinstance(kernel, JITFunction):  # traced or interpreted
+        kernel[grid](*arguments, **options)
+        return
+    key = (id(kernel), driver.active.get_current_device(), *map(_specialised, arguments), *options.items())
+    found = launched.get(key)
+    if found is None:
+        compiled = kernel[grid](*arguments, **options)
+        if compiled is not None and torch.version.hip is None:  # AMD's compiler knows the sizes of tensors too
+            names = [parameter.name for parameter in kernel.params[len(arguments) :]]
+            launched[key] = compiled, tuple(options[name] for name in names)
+        return
+    compiled, constants = found
+    compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
+
+
 @functools.cache
 def device_of(kind: str, index: int | None) -> Device:
     """The device's launch properties; CPU tensors belong to the interpreter."""
@@ -82,8 +114,9 @@ def table_of(family: str) -> dict[str, list[dict[str, Any]]]:
 
 @functools.cache
 def configured_sweep(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
-    """The tile that the family's file names, else the heuristic's: 128-bit accesses, at most eight warps, and two
-    rounds per step where that does not cost a wide wavefront its registers."""
+    """The tile that the family's file names, else the heuristic's: 128-bit accesses, at most eight warps, and sixteen
+    columns per lane and step, over which its running sums are rescaled once, where that does not cost a wide wavefront
+    its registers."""
     family, warp, _ = device_of(device.type, device.index)
     for entry in table_of(family).get(kernel, ()):
         limit = entry["columns"]
@@ -92,7 +125,7 @@ def configured_sweep(kernel: str, device: torch.device, itemsize: int, columns: 
     vec, count = 16 // itemsize, 8
     while count > 1 and count * warp * vec >= 2 * columns:
         count //= 2
-    return Sweep(count * warp, vec, 2 if count == 8 and warp == 32 else 1, count)
+    return Sweep(count * warp, vec, 16 // vec if count == 8 and warp == 32 else 1, count)
 
 
 def sweep_of(kernel: str, device: torch.device, itemsize: int, columns: int) -> Sweep:
@@ -120,6 +153,17 @@ def joining(splits: int) -> dict[str, Any]:
 def fills_device(rows: Tensor) -> bool:
     """Whether one program per row keeps every multiprocessor busy."""
     return rows.shape[0] >= 2 * device_of(rows.device.type, rows.device.index).processors
+
+
+def odd(*rows: Tensor) -> bool:
+    """Whether the rows of some of these matrices do not all begin at a boundary of 16 bytes. While tracing there is no
+    address; torch allocates at such boundaries, and its compiler copies graph inputs that are not at one."""
+    for matrix in rows:
+        size = matrix.element_size()
+        begin = matrix.data_ptr() if type(matrix) is Tensor else matrix.storage_offset() * size
+        if begin % 16 or matrix.stride(0) * size % 16:
+            return True
+    return False
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -24,7 +24,7 @@ from e3kernels.triton.entropy_kl import (
     rows_at_once,
     token_statistics,
 )
-from e3kernels.triton.launch import contiguous
+from e3kernels.triton.launch import contiguous, launch
 from e3kernels.triton.on_chip import ADDED_ROWS, TILE_LOGITS, projected_tile, suits_chip, tiling
 from e3kernels.triton.reduction import without_gradients
 from e3kernels.triton.scalars import TEMPERATURE, scalar, student_transform, teacher_transform
@@ -78,8 +78,9 @@ def entropy_kl_tile(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return losses.sum(), stats, call.student
 
 
-KERNEL = TileKernel(entropy_kl_tile, entropy_kl_backward, TILE_LOGITS, added_rows=ADDED_ROWS)
-_tiled, linear_entropy_kl_backward = kernels(linear_loss, KERNEL)
+_tiled, linear_entropy_kl_backward = kernels(
+    linear_loss, TileKernel(entropy_kl_tile, entropy_kl_backward, TILE_LOGITS, added_rows=ADDED_ROWS)
+)
 
 
 def on_chip_tokens(
@@ -93,7 +94,7 @@ def on_chip_tokens(
     partial = torch.empty(N, tiles.splits, PAIR_FIELDS.value, dtype=torch.float32, device=device)
     flags = d.flags()
     del flags["HAS_MASK"]
-    wrap_triton(linear_entropy_kl_statistics)[(tiles.blocks, tiles.splits)](
+    launch(wrap_triton(linear_entropy_kl_statistics), (tiles.blocks, tiles.splits),
         student_hidden, student_weight, contiguous(student_bias),
         teacher_hidden, teacher_weight, contiguous(teacher_bias),
         d.labels, d.scalars, partial, N, V, width, teacher_hidden.shape[1],

@@ -11,7 +11,7 @@ from e3kernels.compat import wrap_triton
 from e3kernels.contract import REDUCTIONS
 from e3kernels.tiled.linear import TileKernel, kernels
 from e3kernels.tiled.linear_topk_kl import linear_loss
-from e3kernels.triton.launch import contiguous
+from e3kernels.triton.launch import contiguous, launch
 from e3kernels.triton.on_chip import ADDED_ROWS, TILE_LOGITS, projected_tile, suits_chip, tiling
 from e3kernels.triton.reduction import without_gradients
 from e3kernels.triton.scalars import TEMPERATURE, scalar, student_transform
@@ -19,8 +19,9 @@ from e3kernels.triton.statistics import STUDENT_FIELDS, fold_student, no_student
 from e3kernels.triton.topk_kl import SparseTokens, prepared, token_statistics, topk_kl, topk_kl_backward
 
 NONE = REDUCTIONS.index("none")
-KERNEL = TileKernel(topk_kl, topk_kl_backward, TILE_LOGITS, added_rows=ADDED_ROWS)
-_tiled, linear_topk_kl_backward = kernels(linear_loss, KERNEL)
+_tiled, linear_topk_kl_backward = kernels(
+    linear_loss, TileKernel(topk_kl, topk_kl_backward, TILE_LOGITS, added_rows=ADDED_ROWS)
+)
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def on_chip_tokens(
     tiles = tiling(N, V, hidden)
     partial = torch.empty(N, tiles.splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)
     gathered = torch.empty(N, k, dtype=torch.float32, device=device)
-    wrap_triton(linear_topk_kl_statistics)[(tiles.blocks, tiles.splits)](
+    launch(wrap_triton(linear_topk_kl_statistics), (tiles.blocks, tiles.splits),
         hidden, weight, contiguous(bias), s.teacher_logprobs, s.teacher_ids, s.labels, s.scalars, partial, gathered,
         N, V, width, k, hidden.stride(0), weight.stride(0), tiles.split_size,
         HAS_LABELS=s.labels is not None, HAS_BIAS=bias is not None, CAP=s.cap, **tiles.options(),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e3kernels.triton.launch import device_of, lanes, warps
+from e3kernels.triton.launch import device_of, warps
 from e3kernels.triton.statistics import scaled_logits
 
 TILE_LOGITS = 64 << 20  # logits of one model in a tile: 128 MiB in bf16, enough rows to fill a device's matrix units
@@ -40,25 +40,20 @@ class Tiling(NamedTuple):
 
 
 def tiling(rows: int, vocabulary: int, hidden: Tensor) -> Tiling:
-    """Enough splits of the vocabulary for two programs a multiprocessor, at most 32.
-
-    fp32 products have no matrix unit: their operands are held in registers, so their tiles are smaller, and few enough
-    lanes share one that each loads 128 bits of it.
-    """
+    """Enough splits of the vocabulary for two programs a multiprocessor, at most 32."""
     device = hidden.device
     processors = device_of(device.type, device.index).processors
-    bm, bn, bk, count = (64, 128, 64, warps(8)) if hidden.element_size() == 2 else (32, 32, 32, lanes(256, device))
-    if device.type == "cpu":
-        bm, bn, bk = 16, 32, 16
+    bm, bn, bk = (16, 32, 16) if device.type == "cpu" else (64, 128, 64)
     blocks, steps = triton.cdiv(rows, bm), triton.cdiv(vocabulary, bn)
     splits = max(1, min(steps, 32, 2 * processors // max(blocks, 1)))
     size = triton.cdiv(steps, splits) * bn
-    return Tiling(blocks, triton.cdiv(vocabulary, size), size, bm, bn, bk, count, device.type == "cpu")
+    return Tiling(blocks, triton.cdiv(vocabulary, size), size, bm, bn, bk, warps(8), device.type == "cpu")
 
 
 def suits_chip(dtype: torch.dtype, *matrices: Tensor) -> bool:
-    """Whether products of these hidden states and weights, computed in `dtype`, are worth keeping on chip."""
-    return all(
+    """Whether products of these hidden states and weights, computed in `dtype`, are worth keeping on chip. fp32 has no
+    matrix unit: its products take three times as long here as the vendor's and the logits' way through memory."""
+    return dtype.itemsize == 2 and all(
         matrix.dtype == dtype and matrix.stride(-1) == 1 and 16 <= matrix.shape[1] <= ON_CHIP_WIDTH
         for matrix in matrices
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from e3kernels.compat import wrap_triton
 from e3kernels.contract import REDUCTIONS
-from e3kernels.triton.launch import warps
+from e3kernels.triton.launch import launch, warps
 from e3kernels.triton.scalars import number_on
 
 NONE = REDUCTIONS.index("none")
@@ -43,7 +43,7 @@ def reduced_loss(losses: Tensor, stats: Tensor, reduction: int, num_items: Tenso
     """(loss, 1/denominator), both 0-dim, of the mean or the sum of token losses with weights stats[3]."""
     out = torch.empty(2, dtype=torch.float32, device=losses.device)
     items = None if num_items is None else number_on(num_items, losses.device)
-    wrap_triton(reduce_tokens)[(1,)](
+    launch(wrap_triton(reduce_tokens), (1,),
         losses, stats[3], items, out, losses.shape[0],
         MEAN=reduction == MEAN, HAS_ITEMS=items is not None, BLOCK=1024, **warps(8),
     )  # fmt: skip

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from e3kernels.triton.launch import launch
+
 TEMPERATURE: tl.constexpr = tl.constexpr(0)
 GAMMA: tl.constexpr = tl.constexpr(1)
 KD_RATIO: tl.constexpr = tl.constexpr(2)
@@ -78,8 +80,13 @@ def on_device(scalars: Tensor, device: torch.device) -> Tensor:
         return scalars
     if type(scalars) is not Tensor:
         return scalars.to(device, non_blocking=True)
+    return written_on(scalars, device)
+
+
+def written_on(scalars: Tensor, device: torch.device) -> Tensor:
+    """`scalars`, which lie on the host, on `device` by the arguments of a kernel."""
     out = torch.empty(8, dtype=torch.float64, device=device)
-    pack_scalars[(1,)](out, *scalars.tolist(), *[0.0] * (8 - scalars.numel()))
+    launch(pack_scalars, (1,), out, *scalars.tolist(), *[0.0] * (8 - scalars.numel()))
     return out
 
 

@@ -17,7 +17,14 @@ row and ranks of a vocabulary-parallel head by the same rule, always in the same
 B is counted in units of 2^24 nats, in which no sum of finite differences overflows. `gap` is the largest yt where ys is
 −∞: if the first model has mass there, the divergence is +∞. A lane that has seen nothing holds the smallest finite
 maximum and zero sums, which no rescaling turns into a NaN.
+
+What such a sweep waits for is the number of its instructions. So finite logits are folded in powers of two, f·z − f·m
+in one multiply-add, with f = log₂e/T times what the model multiplies by; infinity and NaN leave sums that are not
+finite, and `fold_pair`, which knows those, takes the part again.
 """
+
+# mypy: disable-error-code="assignment"
+# Tuples of tiles grow in loops that the compiler unrolls.
 
 from typing import NamedTuple
 
@@ -34,6 +41,10 @@ LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # the smallest fini
 UNIT: tl.constexpr = tl.constexpr(2.0**-24)  # of B, so many to a nat
 NO_MASS: tl.constexpr = tl.constexpr(-745.0)  # e to it is 0 even in float64
 STUDENT_FIELDS: tl.constexpr = tl.constexpr(4)  # ms, S_s, C, label logit
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# The first maximum of a lane: far below any finite logit of a model, and a power of two, whose products are exact.
+START: tl.constexpr = tl.constexpr(-(2.0**100))
 PAIR_FIELDS: tl.constexpr = tl.constexpr(11)  # the student's, then mt, S_t, A, and B and gap of both directions
 
 
@@ -69,11 +80,36 @@ class Pair(NamedTuple):
     reverse: Cross
 
 
+class Finite(NamedTuple):
+    """Of finite inputs z with logits in bits f·z: the largest z, base = f·top rounded once, and Σ 2^(f·z − base)."""
+
+    top: tl.tensor
+    base: tl.tensor
+    total: tl.tensor
+
+
+class FinitePair(NamedTuple):
+    """Of both models, `hard` the student's at T = 1; a and the directions' B in bits, as if `base` were f·top."""
+
+    student: Finite
+    hard: Finite
+    teacher: Finite
+    a: tl.tensor
+    forward: tl.tensor
+    reverse: tl.tensor
+
+
 class Row(NamedTuple):
     """Where a row of a model's inputs lies, and what makes them logits."""
 
     ptr: tl.tensor
     transform: Transform
+
+
+@triton.jit
+def row_from(row, lead):
+    """The row with its columns counted from `lead` before its first."""
+    return Row(row.ptr - lead, row.transform)
 
 
 @triton.jit
@@ -169,6 +205,133 @@ def fold_pair(p, ys, yt, inverse_temperature, DIVERGENCE: tl.constexpr, HAS_LABE
     if HAS_LABELS:
         total_1 = total_1 * tl.exp(s.top - top_s) + tl.sum(tl.exp(ys - top_s[:, None]), axis=1)
     return Pair(Student(top_s, total_s, total_1), Teacher(top_t, total_t, a), forward, reverse)
+
+
+@triton.jit
+def unit(transform):
+    """The factor from z, the inputs or what a soft cap makes of them, to logits at T = 1."""
+    return transform.scale if transform.CAP == 0 else 1.0
+
+
+@triton.jit
+def none_finite(f, LANES: tl.constexpr):
+    """What a lane that has seen nothing holds."""
+    top = tl.full([LANES], START, tl.float32)
+    return Finite(top, top * f, tl.zeros([LANES], tl.float32))
+
+
+@triton.jit
+def no_finite_pair(fs, f1, ft, LANES: tl.constexpr):
+    """What a lane that has seen nothing holds."""
+    zero = tl.zeros([LANES], tl.float32)
+    student, hard, teacher = none_finite(fs, LANES), none_finite(f1, LANES), none_finite(ft, LANES)
+    return FinitePair(student, hard, teacher, zero, zero, zero)
+
+
+@triton.jit
+def fold_finite(m, z, f, TILES: tl.constexpr):
+    """Take the tiles (lanes, columns) of a step in: (statistics, f·z − base, 2 to it, what `base` fell by)."""
+    top = m.top
+    for i in tl.static_range(TILES):
+        top = tl.maximum(top, tl.max(z[i], axis=1))
+    base = tl.fma(top, f, 0.0)  # no plain product, which a compiler would fuse with one of its uses and not the other
+    exponents, powers = (), ()
+    for i in tl.static_range(TILES):
+        u = tl.fma(z[i], f, -base[:, None])
+        exponents += (u,)
+        powers += (tl.exp2(u),)
+    fall = m.base - base
+    return Finite(top, base, m.total * tl.exp2(fall) + _sum(powers, TILES)), exponents, powers, fall
+
+
+@triton.jit
+def _sum(tiles, TILES: tl.constexpr):
+    """The sum of a lane's columns: tile on tile, and then along the lane."""
+    total = tiles[0]
+    for i in tl.static_range(1, TILES):
+        total += tiles[i]
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _sum_products(e, u, TILES: tl.constexpr):
+    total = e[0] * u[0]
+    for i in tl.static_range(1, TILES):
+        total += e[i] * u[i]
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _sum_gaps(e, u, v, TILES: tl.constexpr):
+    total = e[0] * (u[0] - v[0])
+    for i in tl.static_range(1, TILES):
+        total += e[i] * (u[i] - v[i])
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def fold_finite_pair(p, zs, zt, fs, f1, ft, DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr, TILES: tl.constexpr):
+    """Take the tiles of a step of both models into the running statistics."""
+    student, us, es, ds = fold_finite(p.student, zs, fs, TILES)
+    teacher, ut, et, dt = fold_finite(p.teacher, zt, ft, TILES)
+    hard, forward, reverse = p.hard, p.forward, p.reverse
+    if HAS_LABELS:
+        hard, _, _, _ = fold_finite(p.hard, zs, f1, TILES)
+    a = tl.exp2(dt) * (p.a + p.teacher.total * dt) + _sum_products(et, ut, TILES)
+    if DIVERGENCE == FORWARD or DIVERGENCE == ADAPTIVE:
+        forward = tl.exp2(dt) * (forward + p.teacher.total * (dt - ds)) + _sum_gaps(et, ut, us, TILES)
+    if DIVERGENCE == REVERSE or DIVERGENCE == ADAPTIVE:
+        reverse = tl.exp2(ds) * (reverse + p.student.total * (ds - dt)) + _sum_gaps(es, us, ut, TILES)
+    return FinitePair(student, hard, teacher, a, forward, reverse)
+
+
+@triton.jit
+def _drift(m, f):
+    """base − f·top, by which the exponents of `m` are off."""
+    return -tl.fma(m.top, f, -m.base)
+
+
+@triton.jit
+def _total(m, f):
+    """Σ 2^(f·z − f·top), in which the largest z counts as 1 exactly."""
+    drift = _drift(m, f)
+    return 1.0 + (m.total - tl.exp2(-drift)) * tl.exp2(drift)
+
+
+@triton.jit
+def in_nats(m, hard, f, f1, unit):
+    """The student's statistics of a lane."""
+    return Student(m.top * unit, _total(m, f), _total(hard, f1))
+
+
+@triton.jit
+def pair_in_nats(p, fs, f1, ft, unit_s, unit_t):
+    """The statistics of a lane."""
+    ds = _drift(p.student, fs)
+    dt = _drift(p.teacher, ft)
+    none = tl.full(ds.shape, float("-inf"), tl.float32)
+    a = tl.exp2(dt) * (p.a + p.teacher.total * dt) * LN_2
+    forward = tl.exp2(dt) * (p.forward + p.teacher.total * (dt - ds)) * (LN_2 * UNIT)
+    reverse = tl.exp2(ds) * (p.reverse + p.student.total * (ds - dt)) * (LN_2 * UNIT)
+    student = in_nats(p.student, p.hard, fs, f1, unit_s)
+    teacher = Teacher(p.teacher.top * unit_t, _total(p.teacher, ft), a)
+    return Pair(student, teacher, Cross(forward, none), Cross(reverse, none))
+
+
+@triton.jit
+def no_sums():
+    """The joined statistics of nothing."""
+    zero = tl.full([], 0.0, tl.float32)
+    cross = Cross(zero, tl.full([], float("-inf"), tl.float32))
+    return Pair(Student(zero, zero, zero), Teacher(zero, zero, zero), cross, cross)
+
+
+@triton.jit
+def is_finite(pair):
+    """Whether sums over a part of the row are those of finite logits alone."""
+    value = pair.student.total + pair.teacher.total + pair.student.total_1
+    value += pair.teacher.a + pair.forward.b + pair.reverse.b
+    return (pair.student.total > 0) & (pair.teacher.total > 0) & (tl.abs(value) < float("inf"))
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from e3kernels.compat import wrap_triton
 from e3kernels.contract import REDUCTIONS, STORED_RESOLUTION
 from e3kernels.reference.columns import WHOLE, Columns
 from e3kernels.reference.token_loss import model_logits
-from e3kernels.triton.launch import contiguous, joining, split_of, sweep_of, warps
+from e3kernels.triton.launch import contiguous, joining, launch, odd, split_of, sweep_of, warps
 from e3kernels.triton.reduction import reduced_loss
 from e3kernels.triton.scalars import (
     BETA,
@@ -38,16 +38,28 @@ from e3kernels.triton.scalars import (
 from e3kernels.triton.statistics import (
     ADAPTIVE,
     FORWARD,
+    LOG2_E,
     LOWEST,
     REVERSE,
     STUDENT_FIELDS,
     Row,
     load_student,
     merge_student,
+    row_from,
     scaled_logits,
     store_student,
 )
-from e3kernels.triton.sweeps import label_logit, lane_columns, sweep_unstored, sweep_zero
+from e3kernels.triton.sweeps.span import (
+    edge_stop,
+    edge_width,
+    label_logit,
+    load_tile,
+    span_of,
+    store_tile,
+    sweep_zero,
+    tile_of,
+)
+from e3kernels.triton.sweeps.unstored import sweep_unstored
 from e3kernels.triton.tokens import entropy_share, is_valid, of_columns, weigh_tokens
 
 BUCKET: tl.constexpr = tl.constexpr(0)
@@ -105,7 +117,7 @@ def stored_ids(teacher_ptr, ids_ptr, row, valid, k, V, K: tl.constexpr):
 def topk_kl_statistics(
     student_ptr, teacher_ptr, ids_ptr, labels_ptr, mask_ptr, scalars_ptr, partial_ptr,
     student_stride, V, split_size, ignore_index, k,
-    HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, CAP: tl.constexpr, K: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, CAP: tl.constexpr, K: tl.constexpr, ODD: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -118,9 +130,9 @@ def topk_kl_statistics(
     columns = tl.arange(0, K)
     log_p = tl.load(teacher_ptr + row * k + columns, mask=columns < k, other=float("-inf"))
     ids = tl.load(ids_ptr + row * k + columns, mask=columns < k, other=0)
-    ids = tl.where((log_p != float("-inf")) & (ids >= first), ids, V)
+    ids = tl.where(log_p != float("-inf"), ids, V)
     rest = sweep_unstored(
-        student, ids, first, last, V, 1.0 / scalar(scalars_ptr, TEMPERATURE), HAS_LABELS, LANES, VEC, UNROLL
+        student, ids, first, last, V, 1.0 / scalar(scalars_ptr, TEMPERATURE), HAS_LABELS, ODD, LANES, VEC, UNROLL
     )
     y_label = label_logit(student, tl.load(labels_ptr + row), first, last) if HAS_LABELS else 0.0
     store_student(partial_ptr + (row * tl.num_programs(1) + split) * STUDENT_FIELDS, None, rest, y_label)
@@ -277,41 +289,80 @@ def topk_kl_tokens(
     tl.store(stored_ptr + row[:, None] * k + columns, stored.to(tl.float32), mask=valid[:, None] & (columns < k))
 
 
+class Slopes(NamedTuple):
+    """What a row's dense gradient needs: its terms, from logits at T = 1 to bits, the normalisers in bits, and the
+    slopes of the divergence and of the cross-entropy."""
+
+    terms: SparseTerms
+    bits: tl.tensor
+    rest_log: tl.tensor
+    log_1: tl.tensor
+    divergence: tl.tensor
+    hard: tl.tensor
+
+
+@triton.jit
+def _load_slopes(p, incoming, inverse_temperature):
+    terms = _load_terms(p, None)
+    return Slopes(
+        terms, inverse_temperature * LOG2_E, terms.rest_log * LOG2_E, terms.log_1 * LOG2_E,
+        terms.kd * incoming * inverse_temperature, terms.ce * incoming,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dense_step(
+    student, grad_row, start, span, slopes, label,
+    TAIL: tl.constexpr, HAS_LABELS: tl.constexpr, MASKED: tl.constexpr, ODD: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of a step as if no id were stored."""
+    terms = slopes.terms
+    for part in tl.static_range(UNROLL):
+        first = start + part * LANES * VEC
+        at, columns, inside = tile_of(student.ptr, first, span, MASKED, ODD, LANES, VEC)
+        y, slope = scaled_logits(load_tile(at, inside, MASKED), student.transform)
+        g = tl.zeros_like(y)
+        if TAIL != RENORM:
+            log_q = (y - terms.rest_top) * slopes.bits - slopes.rest_log
+            g = terms.dense * tl.exp2(tl.minimum(log_q, 0.0))
+            g = tl.where(terms.kd == 0.0, 0.0, g * slopes.divergence)
+        if HAS_LABELS:
+            hard = tl.exp2((y - terms.top) * LOG2_E - slopes.log_1) - tl.where(columns == label, 1.0, 0.0)
+            g += tl.where(terms.ce == 0.0, 0.0, slopes.hard * hard)
+        at, _, _ = tile_of(grad_row, first, span, MASKED, ODD, LANES, VEC)
+        store_tile(at, (g * slope).to(grad_row.dtype.element_ty), inside, MASKED)
+
+
 @triton.jit
 def topk_kl_gradient(
     student_ptr, labels_ptr, mask_ptr, scalars_ptr, terms_ptr, incoming_ptr, grad_ptr,
     student_stride, incoming_stride, V, split_size, ignore_index,
-    HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, TAIL: tl.constexpr, CAP: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, TAIL: tl.constexpr, CAP: tl.constexpr, ODD: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * split_size
     last = tl.minimum(first + split_size, V)
-    if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
-        sweep_zero(grad_ptr + row * V, first, last, V, LANES, VEC)
-        return
-    inverse_temperature = 1.0 / scalar(scalars_ptr, TEMPERATURE)
-    transform = student_transform(scalars_ptr, CAP)
-    terms = _load_terms(terms_ptr + row * SPARSE_TERMS, None)
-    incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
-    divergence_slope, hard_slope = terms.kd * incoming * inverse_temperature, terms.ce * incoming
-    label = tl.load(labels_ptr + row) if HAS_LABELS else 0
     grad_row = grad_ptr + row * V
-    for start in range(first, last, LANES * VEC * UNROLL):
-        for part in tl.static_range(UNROLL):
-            columns = start + part * LANES * VEC + lane_columns(LANES, VEC)
-            mask = columns < V
-            x = tl.load(student_ptr + row * student_stride + columns, mask=mask, other=0.0)
-            y, slope = scaled_logits(x, transform)
-            g = tl.zeros_like(y)
-            if TAIL != RENORM:
-                log_q = (y - terms.rest_top) * inverse_temperature - terms.rest_log
-                g = terms.dense * tl.exp(tl.minimum(log_q, 0.0))
-                g = tl.where(terms.kd == 0.0, 0.0, g * divergence_slope)
-            if HAS_LABELS:
-                hard = tl.exp((y - terms.top) - terms.log_1) - tl.where(columns == label, 1.0, 0.0)
-                g += tl.where(terms.ce == 0.0, 0.0, hard_slope * hard)
-            tl.store(grad_row + columns, (g * slope).to(grad_ptr.dtype.element_ty), mask=mask)
+    if not is_valid(row, row >= 0, labels_ptr, mask_ptr, ignore_index, HAS_LABELS, HAS_MASK):
+        sweep_zero(grad_row, first, last, V, ODD, LANES, VEC, UNROLL)
+        return
+    student = Row(student_ptr + row * student_stride, student_transform(scalars_ptr, CAP))
+    incoming = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
+    label = tl.load(labels_ptr + row) if HAS_LABELS else 0
+    STEP: tl.constexpr = LANES * VEC * UNROLL
+    EDGE: tl.constexpr = edge_width(ODD, VEC)
+    span, _ = span_of(first, last, V, student.ptr, student.ptr, grad_row, ODD, LANES, VEC, UNROLL)
+    student = row_from(student, span.lead)
+    grad_row -= span.lead
+    label += span.lead
+    slopes = _load_slopes(terms_ptr + row * SPARSE_TERMS, incoming, 1.0 / scalar(scalars_ptr, TEMPERATURE))
+    for begin in range(span.edge, span.bound, span.stride):
+        for start in range(begin, edge_stop(begin, span), LANES * EDGE):
+            _dense_step(student, grad_row, start, span, slopes, label, TAIL, HAS_LABELS, True, ODD, LANES, EDGE, 1)
+    for start in range(span.inner, span.outer, STEP):
+        _dense_step(student, grad_row, start, span, slopes, label, TAIL, HAS_LABELS, False, ODD, LANES, VEC, UNROLL)
 
 
 @triton.jit
@@ -392,10 +443,10 @@ def partial_statistics(s: SparseCall) -> Tensor:
     sweep = sweep_of("topk_kl_statistics", device, s.student.element_size(), V)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)
-    wrap_triton(topk_kl_statistics)[(N, splits)](
+    launch(wrap_triton(topk_kl_statistics), (N, splits),
         s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial,
         s.student.stride(0), V, size, s.ignore_index, s.teacher_ids.shape[1],
-        K=s.padded, **s.flags(), **sweep.options(),
+        K=s.padded, ODD=odd(s.student), **s.flags(), **sweep.options(),
     )  # fmt: skip
     return partial
 
@@ -405,7 +456,9 @@ def joined(s: SparseCall, partial: Tensor) -> Tensor:
     N, splits = partial.shape[:2]
     joined = partial.new_empty(N, STUDENT_FIELDS.value)
     options = joining(splits)
-    wrap_triton(topk_kl_join)[(triton.cdiv(N, options["ROWS"]),)](partial, s.scalars, joined, N, splits, **options)
+    launch(
+        wrap_triton(topk_kl_join), (triton.cdiv(N, options["ROWS"]),), partial, s.scalars, joined, N, splits, **options
+    )
     return joined
 
 
@@ -416,11 +469,12 @@ def token_statistics(s: SparseCall, partial: Tensor, gathered: Tensor | None, vo
     student = s.student if gathered is None else gathered
     new = partial.new_empty
     out = SparseTokens(new(4, N), new(N), new(N, SPARSE_TERMS.value), new(N, k))
-    wrap_triton(topk_kl_tokens)[(triton.cdiv(N, ROWS),)](
+    launch(wrap_triton(topk_kl_tokens), (triton.cdiv(N, ROWS),),
         student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial, *out,
         N, student.stride(0), splits, k, vocabulary, s.ignore_index,
         DIVERGENCE=s.divergence, WEIGHTING=s.weighting, TAIL=s.tail, GATHERED=gathered is not None, K=s.padded,
-        SPLITS=triton.next_power_of_2(int(splits)), ROWS=ROWS, **s.flags(), **warps(2),
+        SPLITS=triton.next_power_of_2(int(splits)), ROWS=ROWS, **s.flags(),
+        **warps(min(16, max(4, s.padded**2 // 1024))),  # up to 32 of the k² comparisons in the registers of a lane
     )  # fmt: skip
     return out
 
@@ -431,12 +485,12 @@ def logits_gradient(s: SparseCall, tokens: SparseTokens, incoming: Tensor) -> Te
     sweep = sweep_of("topk_kl_gradient", device, s.student.element_size(), V)
     grad = torch.empty(N, V, dtype=s.student.dtype, device=device)
     stride = int(incoming.dim() > 0)
-    wrap_triton(topk_kl_gradient)[(N, triton.cdiv(V, sweep.step))](
+    launch(wrap_triton(topk_kl_gradient), (N, triton.cdiv(V, sweep.step)),
         s.student, s.labels, s.mask, s.scalars, tokens.terms, incoming, grad,
         s.student.stride(0), stride, V, sweep.step, s.ignore_index,
-        TAIL=s.tail, **s.flags(), **sweep.options(),
+        TAIL=s.tail, ODD=odd(s.student, grad), **s.flags(), **sweep.options(),
     )  # fmt: skip
-    wrap_triton(topk_kl_stored)[(triton.cdiv(N, ROWS),)](
+    launch(wrap_triton(topk_kl_stored), (triton.cdiv(N, ROWS),),
         s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, tokens.terms, tokens.stored,
         incoming, grad, N, s.student.stride(0), stride, V, k, s.ignore_index,
         K=s.padded, ROWS=ROWS, **s.flags(), **warps(2),

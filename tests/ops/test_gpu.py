@@ -92,11 +92,13 @@ def test_linear_entropy_kl(width):
     assert_parity(
         lambda h, w: e3k.linear_entropy_kl(h, w, teacher.to(h.dtype), w.detach()), [hidden, weight], torch.float32
     )
+    hidden, weight, teacher = (x.bfloat16() for x in (hidden, weight, teacher))
     with torch.no_grad():
         on_chip = e3k.linear_entropy_kl(hidden, weight, teacher, weight)
         with e3k.use_backend("reference"):
             exact = e3k.linear_entropy_kl(*(x.double() for x in (hidden, weight, teacher, weight)))
-    torch.testing.assert_close(on_chip.double(), exact, rtol=1e-4, atol=1e-6)
+    rounded = 1e-4 if width == 512 else 2e-2  # logits in memory have the dtype of the products
+    torch.testing.assert_close(on_chip.double(), exact, rtol=rounded, atol=1e-6)
 
 
 def test_results_are_the_same_every_time():

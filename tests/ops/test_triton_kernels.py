@@ -17,6 +17,7 @@ from e3kernels.reference.gumbel_topk import scores
 from e3kernels.tiled.linear import TileKernel, kernels
 from e3kernels.triton import launch, linear_entropy_kl, linear_topk_kl, tune
 from e3kernels.triton.gumbel_topk import gumbel_noise
+from e3kernels.triton.on_chip import suits_chip
 
 INF = math.inf
 
@@ -220,7 +221,7 @@ def test_linear_entropy_kl(with_gradients, shared, reduction):
     assert_close(*both(loss, [hidden, weight], with_gradients))
 
 
-@pytest.mark.parametrize(("dtype", "divergence"), [(torch.float32, "forward"), (torch.bfloat16, "reverse")])
+@pytest.mark.parametrize(("dtype", "divergence"), [(torch.float16, "forward"), (torch.bfloat16, "reverse")])
 def test_linear_entropy_kl_with_the_logits_on_chip(monkeypatch, dtype, divergence):
     inputs = heads(False, dtype)
     bias = torch.linspace(-1, 1, 70).to(dtype)
@@ -253,11 +254,37 @@ def test_linear_topk_kl(with_gradients, tail):
     def loss(h, w):
         return e3k.linear_topk_kl(h, w, log_p, ids, LABELS, kd_ratio=0.7, tail=tail, temperature=1.7)
 
-    ours, exact = both(loss, [hidden, weight], with_gradients)
-    assert_close(ours, exact)
+    assert_close(*both(loss, [hidden, weight], with_gradients))
+    narrow = hidden.bfloat16(), weight.bfloat16()
     with torch.no_grad(), e3k.use_backend("triton"):
-        on_chip = loss(hidden, weight)
-    torch.testing.assert_close(on_chip.double(), exact[0].double(), rtol=1e-5, atol=1e-6)
+        on_chip = loss(*narrow)
+    with torch.no_grad(), e3k.use_backend("reference"):
+        exact = loss(*(x.double() for x in narrow))
+    torch.testing.assert_close(on_chip.double(), exact.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("begin", [(0, 0), (3, 3), (1, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_that_begin_anywhere(with_gradients, begin, dtype):
+    """At a boundary, behind one by the same distance, and by two: 303 columns, of which some rows hold −∞."""
+    student, teacher, labels, _ = logits(3, 303, dtype)
+    student[0, 11] = teacher[0, 11] = teacher[2, 300] = -INF
+    apart = [
+        x.new_empty(x.numel() + at)[at:].view(x.shape).copy_(x) for x, at in zip((student, teacher), begin, strict=True)
+    ]
+    log_p, ids = teacher.float().log_softmax(-1).topk(5)
+    for loss in (
+        lambda z: e3k.entropy_kl(z, apart[1].to(z.dtype), labels, kd_ratio=0.5),
+        lambda z: e3k.topk_kl(z, log_p, ids, labels, kd_ratio=0.5),
+    ):
+        assert_close(*both(loss, [apart[0]], with_gradients), dtype)
+
+
+def test_fp32_products_are_left_to_the_vendor():
+    """They have no matrix unit: on chip they took three times as long as its product and the logits' way to memory."""
+    matrices = torch.empty(4, 512), torch.empty(70, 512)
+    assert not suits_chip(torch.float32, *matrices)
+    assert suits_chip(torch.bfloat16, *(x.bfloat16() for x in matrices))
 
 
 def test_linear_losses_in_tiles_of_two_rows(monkeypatch, with_gradients):

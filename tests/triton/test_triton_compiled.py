@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.static.variants import VOCABULARIES
+
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "bench" / "results" / "static.json"
@@ -30,6 +32,36 @@ def test_no_kernel_spills_or_moves_more_than_recorded():
     """Compiles what has changed since it was recorded; under another Triton, where all has, the main kernels only."""
     same = json.loads(RECORDED.read_text())["versions"]["triton"] == triton.__version__
     assert run("-m", "bench.static", "--check", *(() if same else KEY_VARIANTS)).strip() == ""
+
+
+# Instructions per logit of both models, at most: without labels, and with the cross-entropy's own exponential.
+BOUNDS = {"entropy_kl_statistics": (16, 20), "topk_kl_statistics": (16, 20), "entropy_kl_gradient": (16, 27)}
+
+
+@needs_record
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_every_launch_for_a_vocabulary_sweeps_by_whole_accesses_and_few_instructions(vocabulary):
+    """What `launch.py` chooses for few rows and many, dense and stored teachers, k up to 128; of the record, which the
+    test above holds to the present kernels."""
+    recorded = json.loads(RECORDED.read_text())["ours"]
+    swept = 0
+    for variant, kernels in recorded.items():
+        for kernel, families in kernels.items():
+            if f"/{vocabulary}" in variant and kernel in BOUNDS:
+                row = families["sm_90"]
+                assert row["spills"] == 0, (variant, kernel)
+                assert "load128" in row["accesses"], (variant, kernel)
+                assert row["instructions_per_element"] <= BOUNDS[kernel][1], (variant, kernel)
+                swept += 1
+    assert swept >= 10
+
+
+@needs_record
+def test_the_statistics_of_the_entropy_weights_take_at_most_16_instructions_per_logit():
+    recorded = json.loads(RECORDED.read_text())["ours"]
+    for kernel, (bound, _) in BOUNDS.items():
+        variant = "topk_kl/bf16/bucket" if kernel.startswith("topk") else "entropy_kl/bf16/forward"
+        assert recorded[variant][kernel]["sm_90"]["instructions_per_element"] <= bound, kernel
 
 
 CHANGED = """
@@ -75,6 +107,46 @@ with Copies():
 def test_numbers_reach_the_device_without_a_copy_from_host_memory():
     """Such a copy waits for the device, and no CUDA graph can capture it; the meta device stands for it."""
     assert run("-c", COPIES) == ""
+
+
+AGAIN = """
+import sys
+sys.path[:0] = ["bench", "bench/ops"]
+from contextlib import ExitStack
+from unittest import mock
+import host_time
+import torch
+from e3kernels.triton.launch import launched
+from triton.runtime import JITFunction
+
+runs, own = [], []
+
+def handles(kernel):
+    kernel.module, kernel.function, kernel._run = 0, 0, lambda *arguments: runs.append(arguments)
+
+def plain(value):
+    return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else value
+
+with ExitStack() as stack:
+    host_time.never_launched(stack, handles)
+    bound = JITFunction.run
+    stack.enter_context(mock.patch.object(JITFunction, "run", lambda *a, **k: own.append(1) or bound(*a, **k)))
+    for name, call in host_time.steps().items():
+        seen = []
+        for again in range(2):
+            runs.clear(), own.clear()
+            call()
+            # the seventh is for a profiler's hooks
+            seen.append([[plain(value) for value in (*run[:6], *run[7:])] for run in runs])
+        assert seen[0] == seen[1] and seen[0], name
+        assert not own, name
+        print(name, len(seen[0]))
+"""
+
+
+def test_what_was_compiled_is_launched_again_with_the_arguments_that_triton_binds(tmp_path):
+    output = run("-W", "ignore", "-c", AGAIN).splitlines()
+    assert output == ["entropy_kl 5", "entropy_kl, value 4", "topk_kl 6", "gated_residual 1", "gumbel_topk 2"]
 
 
 @pytest.fixture
