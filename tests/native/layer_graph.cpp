@@ -42,6 +42,8 @@ class Decoder {
             .logit_softcap = shape.softcap ? 20.0f : 0.0f};
     for (int l = 0; l < shape.layers; ++l) {
       LayerView layer;
+      layer.heads = shape.heads, layer.key_value_heads = shape.key_value_heads;
+      layer.head_dim = layer.value_dim = shape.head_dim;
       if (l || !shape.norm_after) layer.attention_norm = norm(shape.hidden), layer.mlp_norm = norm(shape.hidden);
       if (shape.norm_after) layer.attention_post_norm = norm(shape.hidden), layer.mlp_post_norm = norm(shape.hidden);
       if (shape.norm_heads) layer.query_norm = norm(shape.norm_heads == 1 ? shape.head_dim : queries);
