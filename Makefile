@@ -5,7 +5,8 @@
 #                                every kernel against its peers and its physical floor, and its errors
 #   make fuzz                    the C++ kernels under the sanitizers
 #   make docs                    the documentation as a site
-#   make gpu                     the Triton kernels on the GPU of this machine
+#   make gpu                     the kernels on the GPU of this machine
+#   make gpu-offline [OUT=FOLDER] the same with this Python as it is: no network, no .venv (docs/gpu-day.md)
 #   make wheels                  dist/: the source archive, and of it a wheel for each Python of PYTHONS
 #   make check-wheels            the wheels of dist/ in fresh environments, beside the oldest and the newest torch
 #   make test-floors [ARGS=tests/ops]
@@ -26,7 +27,7 @@ export TOKENIZERS_PARALLELISM := false
 PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python),$(PYTHON))
 TORCH    = $(shell $(BIN)/python -c 'import torch; print(*torch.__path__)')
 
-.PHONY: demo test test-floors lint bench docs gpu gpu-tune wheels check-wheels clean
+.PHONY: demo test test-floors lint bench docs gpu gpu-offline gpu-tune wheels check-wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -51,11 +52,14 @@ lint: $(VENV)/installed
 	$(BIN)/clang-tidy --quiet $(TABLES) -- -std=c++20 -Icsrc -DE3_ISA_NAMESPACE=baseline
 	$(BIN)/clang-tidy --quiet csrc/torch/ops.cpp -- -std=c++20 -Icsrc -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem$(TORCH)/include
 
-# On a machine with a GPU: the kernels against the oracle, then against their peers -> bench/results/gpu.json
+# On a machine with a GPU: the kernels against the oracle, then against their peers -> bench/results/gpu.jsonl
 gpu: $(VENV)/bench
 	$(BIN)/pip install -q 'liger-kernel>=0.8'
-	$(BIN)/pytest tests/ops -m gpu
+	$(BIN)/pytest tests -m gpu
 	$(BIN)/python -m bench.gpu
+
+gpu-offline:
+	PYTHONPATH=.:python:$$PYTHONPATH $(PYTHON) -m bench.gpu.offline $(if $(OUT),--out $(OUT)) $(ARGS)
 
 gpu-tune: $(VENV)/installed
 	$(BIN)/python -m e3kernels.triton.tune $(if $(OUT),--out $(OUT))

@@ -1,4 +1,4 @@
-"""Writes the rows of a run as JSON lines and prints them as a table: pytest bench --benchmark-only [--jsonl PATH]."""
+"""Measures the cases one by one, their providers in turns, and writes the rows: pytest bench/ops [--jsonl PATH]."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from measure import Turns
 
 from e3kernels.backends import native_isa
 from e3pruner.report.benchmarks import complete, merge, read, table, write
 from e3pruner.report.environment import describe_environment
+
+TURNS = pytest.StashKey[Turns]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,19 +23,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def _row(entry: Any) -> dict[str, Any]:
-    stats = entry.stats
-    times = sorted(stats.data)
-    at = lambda share: times[min(len(times) - 1, round(share * (len(times) - 1)))]  # noqa: E731
-    return dict(entry.extra_info) | {"median": stats.median, "p20": at(0.2), "p80": at(0.8), "rounds": len(times)}
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TURNS] = Turns()
+
+
+@pytest.fixture
+def turns(pytestconfig: pytest.Config) -> Turns:
+    return pytestconfig.stash[TURNS]
+
+
+def _case(item: Any) -> tuple[object, ...]:
+    """What the tests of one case have in common: all but the provider."""
+    given = item.callspec.params.items() if hasattr(item, "callspec") else ()
+    return item.path, item.originalname, *((name, str(value)) for name, value in given if name != "provider")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The providers of a case one after the other, so that they can take turns; cases in the order they came in."""
+    order: dict[tuple[object, ...], int] = {}
+    items.sort(key=lambda item: order.setdefault(_case(item), len(order)))
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or _case(nextitem) != _case(item):
+        item.config.stash[TURNS].take()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    benchmarks = getattr(session.config, "_benchmarksession", None)
-    if benchmarks is None or not benchmarks.benchmarks:
+    measured = session.config.stash[TURNS].rows
+    if not measured:
         return
-    rows = [_row(entry) for entry in benchmarks.benchmarks if "op" in entry.extra_info]
-    rows = complete(rows, describe_environment() | {"isa": native_isa()})
+    rows = complete(measured, describe_environment() | {"isa": native_isa()})
     print(f"\n{table(rows)}")
     path = session.config.getoption("--jsonl")
     if path is not None:

@@ -4,14 +4,68 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+class Weight:
+    def __init__(self, name: str, tensor: Tensor) -> None: ...
+
 class Linear:
     def __init__(self, name: str, weight: Tensor, bias: Tensor | None, first: int, rows: int) -> None: ...
 
 class Norm:
-    def __init__(self, name: str, weight: Tensor, eps: float, offset: float) -> None: ...
+    def __init__(
+        self,
+        name: str,
+        weights: list[Tensor],
+        bias: Tensor | None,
+        size: int,
+        eps: float,
+        offset: float,
+        centred: bool,
+    ) -> None: ...
 
 class Rotary:
-    def __init__(self, frequencies: Tensor, scaling: float) -> None: ...
+    def __init__(self, frequencies: Tensor, scaling: float, in_turn: bool) -> None: ...
+
+class ExpertLinear:
+    def __init__(self, name: str, weight: Tensor, bias: Tensor | None, by_input: bool) -> None: ...
+
+class Experts:
+    router: Linear
+    correction: Tensor
+    gate_up: ExpertLinear
+    down: ExpertLinear
+    in_turn: bool
+    sigmoid: bool
+    normalised: bool
+    scale: float
+    chosen: int
+    groups: int
+    kept_groups: int
+
+class Latent:
+    rank: int
+    plain: int
+    rotated: int
+    value_dim: int
+    query_down: Linear
+    up: Linear
+    query_norm: Norm
+    norm: Norm
+
+class Conv:
+    def __init__(self, name: str, input: Linear, weight: Tensor, bias: Tensor | None) -> None: ...
+
+class LayerInput:
+    embedding: Weight
+    first: int
+    size: int
+    embedding_scale: float
+    projection_scale: float
+    scale: float
+    projection: Linear
+    gate: Linear
+    output: Linear
+    norm: Norm
+    output_norm: Norm
 
 class Layer:
     attention_norm: Norm | None
@@ -20,6 +74,7 @@ class Layer:
     mlp_post_norm: Norm | None
     query_norm: Norm | None
     key_norm: Norm | None
+    value_norm: Norm | None
     query: Linear
     key: Linear
     value: Linear
@@ -27,9 +82,21 @@ class Layer:
     gate: Linear
     up: Linear
     down: Linear
+    latent: Latent | None
+    conv: Conv | None
+    experts: Experts | None
+    input: LayerInput | None
+    cache_of: int
+    sinks: Weight | None
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    value_dim: int
     rotary: int
+    parallel: bool
     scale: float
     softcap: float
+    output_scale: float
     window: int
 
 class Model:
@@ -38,14 +105,13 @@ class Model:
     final_norm: Norm
     layers: list[Layer]
     rotaries: list[Rotary]
-    heads: int
-    key_value_heads: int
-    head_dim: int
     max_positions: int
     embedding_scale: float
     residual_scale: float
     logit_scale: float
     logit_softcap: float
+    glu_slope: float
+    glu_limit: float
     activation: str
     def check_unchanged(self) -> None: ...
 
@@ -91,6 +157,7 @@ class SpeculationCounts:
 OnTokens = Callable[[list[int]], list[bool] | None]
 
 class Decoder:
+    path: str
     def __init__(self, model: Model) -> None: ...
     def new_cache(self, plan: list[KeptLayer], batch: int, capacity: int) -> Cache: ...
     def append(self, cache: Cache, ids: Tensor, keep: int) -> Tensor: ...
@@ -101,6 +168,8 @@ class Decoder:
     ) -> tuple[list[list[int]], SpeculationCounts]: ...
 
 def instruction_sets() -> list[str]: ...
+def choose_path(capability: int, driver: int, kernels: str, ptx: int, binary: int) -> tuple[bool, str]: ...
+def device_path() -> str: ...
 def gumbel_topk(
     logits: Tensor, scalars: Tensor, k: int, seed: int, step: int, relaxation: int, /
 ) -> tuple[Tensor, Tensor]: ...

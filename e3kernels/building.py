@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,9 @@ INSTRUCTION_SETS = {
     },
 }
 PORTABLE: dict[str, list[str]] = {"baseline": []}
-CUDA_ARCHITECTURES = ("80", "90", "100")
+# Machine code of these serves later devices of the same major version too; every other device compiles the PTX.
+CUDA_MACHINE_CODE = (80, 90, 100, 120)
+OLDEST_CUDA = (12, 4)  # the first with conditional graph nodes
 
 
 class BuildError(Exception):
@@ -141,7 +144,7 @@ def check_tools(module: Module) -> list[str]:
 
 
 def cuda_toolkit(torch: Torch) -> Path | None:
-    """The CUDA toolkit to build with, None to leave the CUDA half out."""
+    """The CUDA toolkit to build with, None to leave the CUDA half out (no CUDA in torch, no nvcc of 12.4)."""
     forced = os.environ.get("FORCE_CUDA", "")
     if forced == "0" or (not forced and not torch.has_cuda):
         return None
@@ -150,6 +153,11 @@ def cuda_toolkit(torch: Torch) -> Path | None:
         if forced:
             raise BuildError(f"FORCE_CUDA={forced} and no nvcc on the path")
         return None
+    release = re.search(r"release (\d+)\.(\d+)", _said_by(nvcc, "--version"))
+    if release is None or (int(release[1]), int(release[2])) < OLDEST_CUDA:
+        if forced:
+            raise BuildError(f"FORCE_CUDA={forced}, and {nvcc} is {release and release[0]}; it must be 12.4 or later")
+        return None
     plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     top = next((line.split("=", 1)[1] for line in plan.splitlines() if line.startswith("#$ TOP=")), None)
     if top is None:
@@ -157,10 +165,28 @@ def cuda_toolkit(torch: Torch) -> Path | None:
     return Path(top)
 
 
+def _said_by(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def cuda_targets(known: Collection[int]) -> list[str]:
+    """nvcc's options for a toolkit that compiles for `known`, as 90 for sm_90.
+
+    PTX of the oldest lets the driver compile for any device from there on, also for those that come after the toolkit.
+    """
+    oldest = min(number for number in known if number >= 75)  # what the kernels are written for
+    machine_code = [number for number in CUDA_MACHINE_CODE if number in known]
+    return [
+        f"-gencode=arch=compute_{oldest},code=compute_{oldest}",
+        *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in machine_code),
+    ]
+
+
 def cuda_jobs(module: Module, toolkit: Path, folder: Path) -> list[list[str]]:
-    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in CUDA_ARCHITECTURES]
-    common = ["-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", *targets]
     nvcc = str(toolkit / "bin" / "nvcc")
+    targets = cuda_targets({int(name) for name in re.findall(r"\bsm_(\d+)\b", _said_by(nvcc, "--list-gpu-code"))})
+    common = ["-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+    common += targets
     return [
         [nvcc, *common, "-c", source, "-o", str(folder / f"{module.name}.{Path(source).stem}.cuda.o")]
         for source in module.cuda

@@ -1,6 +1,10 @@
 """Times in rounds, and what they know of themselves: on recorded seconds and clocks that do not run by themselves."""
 
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -80,16 +84,54 @@ def test_a_machine_that_others_use_is_said_to_be_in_use(monkeypatch):
     conditions.cores = 2
     (doubt,) = conditions.doubts()
     assert doubt == "other programs kept 1.3 of 2 cores busy (load average 3.1): stop them"
-    assert conditions.row() == {"seconds": 10.0, "load_average": [3.1, 3.1], "cores_of_others": 1.3, "mhz": None}
+    sentence = "Meanwhile the load average was 3.1, other programs had 1.3 of 2 cores."
+    assert conditions.row() == {
+        "sentence": sentence, "seconds": 10.0, "load_average": [3.1, 3.1], "cores_of_others": 1.3, "mhz": None
+    }  # fmt: skip
+
+
+def test_two_busy_programs_are_seen():
+    """Real ones: whoever measures beside them is told."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        with watched() as conditions:
+            time.sleep(0.4)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert any("other programs kept" in doubt for doubt in conditions.doubts())
+
+
+def test_only_the_processors_of_this_program_count(monkeypatch):
+    """On a machine of many, what others do on the rest of them disturbs nobody here."""
+    idle, working = SimpleCpu(0.0, 100.0), SimpleCpu(60.0, 40.0)
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: [working, idle, working, working])
+    monkeypatch.setattr(timing, "_cores", lambda: {1, 2})
+    assert timing._busy() == 60
+
+
+class SimpleCpu(NamedTuple):
+    user: float
+    idle: float
 
 
 @pytest.mark.parametrize(
     ("conditions", "doubts"),
     [
         (Conditions(others=0.09, cores=2), 0),
+        (Conditions(others=0.4, cores=64), 0),
+        (Conditions(others=2.0, cores=64), 1),  # the threads of a run wait for the slowest of them
         (Conditions(mhz=(3000.0, 2950.0)), 0),
         (Conditions(mhz=(3000.0, 2400.0)), 1),
     ],
 )
 def test_what_of_a_machine_is_doubted(conditions, doubts):
     assert len(conditions.doubts()) == doubts
+
+
+def test_a_time_whose_interval_holds_none_is_not_known():
+    """±215 % of itself, on a busy machine, was printed as a number with its share of a ceiling."""
+    assert Estimate(1.0, 0.9, 1.7, 5).known
+    assert not Estimate(1.0, 0.9, 3.9, 5).known
+    assert Estimate(1.0, 1.0, 1.0, 1).known

@@ -134,6 +134,16 @@ def test_text_without_the_image_that_a_model_needs_is_refused() -> None:
         e3pruner.search(model, torch.arange(3, 27).view(2, 12), 2, progress=False)
 
 
+def test_a_model_that_does_not_predict_per_token_is_refused() -> None:
+    model = small_model(small_config("git"), AutoModelForImageTextToText)
+    ids = torch.arange(3, 27).view(2, 12)
+    batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
+    with pytest.raises(ValueError, match=r"model \(git\) predicts at 29 places for 12 tokens"):
+        e3pruner.evaluate(model, [batch], progress=False)
+    with pytest.raises(ValueError, match="for 12 tokens"):
+        DistillStep(model, e3pruner.prune(model, [0, 1, 2])).backward_loss(model, batch_of(batch))
+
+
 def test_a_row_may_have_two_images_where_it_stands_alone() -> None:
     model = tiny_vision_model("qwen2_5_vl")
     one, other = (one_row(image_batch(model), row) for row in range(2))

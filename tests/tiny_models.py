@@ -28,6 +28,7 @@ _GQA = {
     "hidden_act": "silu",
 }
 _SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": _LAYER_TYPES}
+_PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 _GPT = {"n_embd": 32, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": 64}
 
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -88,6 +89,12 @@ EXTRA_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma4_text": _GQA
     | {"head_dim": 16, "layer_types": _LAYER_TYPES, "sliding_window": WINDOW, "num_kv_shared_layers": 2}
     | {"hidden_size_per_layer_input": 0},
+}
+EXTRA_CONFIGS["glm4"] = _GQA | {"head_dim": 16, "attention_bias": True, "rope_parameters": _PARTIAL}
+EXTRA_CONFIGS["lfm2"] = _GQA | {
+    "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention", "conv"],
+    "conv_bias": True,
+    "block_auto_adjust_ff_dim": False,
 }
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 3}
 EXTRA_CONFIGS |= {

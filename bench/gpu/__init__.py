@@ -1,1 +1,1 @@
-"""Measurements on a real GPU: `make gpu`, or `python -m bench.gpu`."""
+"""Measurements on a real GPU: `make gpu`, or `python -m bench.gpu`; without a network `make gpu-offline`."""

@@ -1,7 +1,7 @@
 """Who computes what: our kernels, eager PyTorch, torch.compile, Liger and TRL, each forward and backward."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,14 @@ import e3kernels as e3k
 from e3kernels import textbook
 
 Step = Callable[[], Any]
+
+
+class Contest(NamedTuple):
+    """Contestants by name, and the least that any of them must move and compute; 0 for what does not bind."""
+
+    prepare: Callable[[], dict[str, Step]]
+    bytes: float = 0
+    operations: float = 0
 
 
 def _naive(student: Tensor, teacher: Tensor) -> Tensor:
@@ -123,14 +131,33 @@ def gumbel_topk(layers: int, device: str) -> dict[str, Step]:
     return {"e3kernels": _training(sample, theta), "eager": _training(reference, theta)}
 
 
-def contests(device: str) -> dict[str, Callable[[], dict[str, Step]]]:
-    """Each comparison by name; calling one allocates its tensors."""
-    return {
-        "entropy_kl 4096x32000": lambda: entropy_kl(4096, 32000, device),
-        "entropy_kl 4096x128256": lambda: entropy_kl(4096, 128256, device),
-        "topk_kl 4096x128256": lambda: topk_kl(4096, 128256, device),
-        "linear_entropy_kl 4096x576x49152": lambda: linear_entropy_kl(4096, 576, 49152, device),
-        "linear_entropy_kl 8192x4096x128256": lambda: linear_entropy_kl(8192, 4096, 128256, device),
-        "gated_residual 16384x4096": lambda: gated_residual(16384, 4096, device),
-        "gumbel_topk 64": lambda: gumbel_topk(64, device),
+def contests(device: str, small: bool = False) -> dict[str, Contest]:
+    """Each comparison by name; `prepare` allocates its tensors. Small ones are for a rehearsal."""
+    dense = [(8, 1024)] if small else [(4096, 32000), (4096, 128256)]
+    linear = [(8, 64, 1024)] if small else [(4096, 576, 49152), (8192, 4096, 128256)]
+    tokens, width = (8, 64) if small else (16384, 4096)
+    # Read for the statistics, read for the gradient, written: two bytes each, of the student and of a dense teacher.
+    found = {
+        f"entropy_kl {n}x{v}": Contest(lambda n=n, v=v: entropy_kl(n, v, device), bytes=10 * n * v) for n, v in dense
     }
+    n, v = dense[-1]
+    found[f"topk_kl {n}x{v}"] = Contest(lambda: topk_kl(n, v, device), bytes=6 * n * v)
+    # Products of student and teacher, and of the gradients of hidden states and head.
+    found |= {
+        f"linear_entropy_kl {n}x{h}x{v}": Contest(
+            lambda n=n, h=h, v=v: linear_entropy_kl(n, h, v, device), operations=8 * n * h * v
+        )
+        for n, h, v in linear
+    }
+    # Three tensors forward, five backward.
+    found[f"gated_residual {tokens}x{width}"] = Contest(
+        lambda: gated_residual(tokens, width, device), bytes=16 * tokens * width
+    )
+    found["gumbel_topk 64"] = Contest(lambda: gumbel_topk(64, device))
+    if not small:
+        return found
+    return {name: Contest(lambda contest=contest: _without_compiler(contest)) for name, contest in found.items()}
+
+
+def _without_compiler(contest: Contest) -> dict[str, Step]:
+    return {name: step for name, step in contest.prepare().items() if name != "torch.compile"}

@@ -53,7 +53,7 @@ def provider_call(provider, student, teacher):
     + [(size, provider) for size in PEERS for provider in (UNWEIGHTED, "compile", "eager")],
     ids=lambda value: value if isinstance(value, str) else f"{value[0]}x{value[1]}",
 )
-def test_value_and_gradient(benchmark, size, provider, dtype):
+def test_value_and_gradient(turns, size, provider, dtype):
     student, teacher = make(*size, dtype)
     errors = None
     if size in PEERS and provider not in ("floor", UNWEIGHTED):
@@ -61,7 +61,7 @@ def test_value_and_gradient(benchmark, size, provider, dtype):
         few = teacher[:16]
         errors = errors_of(lambda z: loss(z, few), lambda z: textbook(z, few.double()), student[:16])
     measure(
-        benchmark, provider_call(provider, student, teacher), op="entropy_kl", provider=provider, phase="value+grad",
+        turns, provider_call(provider, student, teacher), op="entropy_kl", provider=provider, phase="value+grad",
         dtype=dtype, sizes={"N": size[0], "V": size[1]}, work=3 * student.numel() * student.element_size(), unit="B",
         errors=errors,
     )  # fmt: skip

@@ -12,7 +12,7 @@ SHAPE = (8, 1024, 2048)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("phase", ["value", "gradient"])
 @pytest.mark.parametrize("provider", ["floor", "e3", "eager"])
-def test_gated_residual(benchmark, provider, phase, dtype):
+def test_gated_residual(turns, provider, phase, dtype):
     generator = torch.Generator().manual_seed(0)
     hidden, branch, incoming = (torch.randn(SHAPE, generator=generator).to(dtype) for _ in range(3))
     gate = torch.tensor(0.3, requires_grad=True)
@@ -32,7 +32,7 @@ def test_gated_residual(benchmark, provider, phase, dtype):
             out = function(*leaves)
             call = lambda: torch.autograd.grad(out, leaves, incoming, retain_graph=True)  # noqa: E731
     measure(
-        benchmark, call, op="gated_residual", provider=provider, phase=phase, dtype=dtype,
+        turns, call, op="gated_residual", provider=provider, phase=phase, dtype=dtype,
         sizes={"N": SHAPE[0] * SHAPE[1], "H": SHAPE[2]}, work=tensors * hidden.numel() * hidden.element_size(),
         unit="B",
     )  # fmt: skip

@@ -27,7 +27,7 @@ def empty_operator():
 @pytest.mark.parametrize("length", [30, 128])
 @pytest.mark.parametrize("phase", ["value", "value+grad"])
 @pytest.mark.parametrize("provider", ["floor", "autograd alone", "e3", "eager softmax", "eager threshold"])
-def test_gumbel_topk(benchmark, provider, phase, length):
+def test_gumbel_topk(turns, provider, phase, length):
     theta = torch.linspace(-2, 2, length).requires_grad_()
     k, incoming = length * 3 // 4, torch.linspace(-1, 1, length)
     if provider == "floor":
@@ -45,6 +45,6 @@ def test_gumbel_topk(benchmark, provider, phase, length):
             call = lambda: torch.autograd.grad(sample(), theta, incoming)  # noqa: E731
     with torch.set_grad_enabled(phase != "value"):
         measure(
-            benchmark, call, op="gumbel_topk", provider=provider, phase=phase, dtype=torch.float32,
+            turns, call, op="gumbel_topk", provider=provider, phase=phase, dtype=torch.float32,
             sizes={"L": length, "k": k}, work=length * 4, unit="B",
         )  # fmt: skip

@@ -25,7 +25,7 @@ def trl(hidden, weight, teacher_hidden, teacher_weight):
 @pytest.mark.parametrize("provider", ["floor", "e3", "eager", "trl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_frozen_heads(benchmark, provider, size, dtype):
+def test_frozen_heads(turns, provider, size, dtype):
     hidden, *rest = make(*size, dtype)
     hidden = hidden.detach()
     errors = None
@@ -41,7 +41,7 @@ def test_frozen_heads(benchmark, provider, size, dtype):
         call = gradient_of(lambda: loss(hidden, *rest), hidden)
     width, vocabulary, rows = size
     measure(
-        benchmark, call, op="linear_entropy_kl", provider=provider, phase="value+grad", dtype=dtype,
+        turns, call, op="linear_entropy_kl", provider=provider, phase="value+grad", dtype=dtype,
         sizes={"N": rows, "H": width, "V": vocabulary}, work=6.0 * rows * width * vocabulary, unit="FLOP",
         errors=errors,
     )  # fmt: skip
@@ -50,7 +50,7 @@ def test_frozen_heads(benchmark, provider, size, dtype):
 @pytest.mark.parametrize("provider", ["floor", "e3", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_a_head_that_learns(benchmark, provider, size, dtype):
+def test_a_head_that_learns(turns, provider, size, dtype):
     hidden, weight, *teacher = make(*size, dtype)
     student = tuple(tensor.detach().requires_grad_() for tensor in (hidden, weight))
     if provider == "floor":
@@ -60,6 +60,6 @@ def test_a_head_that_learns(benchmark, provider, size, dtype):
         call = gradient_of(lambda: loss(*student, *teacher), *student)
     width, vocabulary, rows = size
     measure(
-        benchmark, call, op="linear_entropy_kl", provider=provider, phase="value+head gradient", dtype=dtype,
+        turns, call, op="linear_entropy_kl", provider=provider, phase="value+head gradient", dtype=dtype,
         sizes={"N": rows, "H": width, "V": vocabulary}, work=8.0 * rows * width * vocabulary, unit="FLOP",
     )  # fmt: skip

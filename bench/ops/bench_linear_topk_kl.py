@@ -17,7 +17,7 @@ def eager(hidden, weight, logprobs, ids):
 
 @pytest.mark.parametrize("provider", ["floor", "e3", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_value_and_gradient(benchmark, provider, dtype):
+def test_value_and_gradient(turns, provider, dtype):
     width, vocabulary, rows = SIZES[0]
     hidden, weight, *_ = make(*SIZES[0], dtype)
     hidden = hidden.detach()
@@ -33,7 +33,7 @@ def test_value_and_gradient(benchmark, provider, dtype):
         hidden.requires_grad_()
         call = gradient_of(lambda: loss(hidden, weight, logprobs, ids), hidden)
     measure(
-        benchmark, call, op="linear_topk_kl", provider=provider, phase="value+grad", dtype=dtype,
+        turns, call, op="linear_topk_kl", provider=provider, phase="value+grad", dtype=dtype,
         sizes={"N": rows, "H": width, "V": vocabulary, "k": 10}, work=4.0 * rows * width * vocabulary, unit="FLOP",
         errors=errors,
     )  # fmt: skip

@@ -21,7 +21,7 @@ def make(rows, vocabulary, k, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("provider", ["floor", "e3", "eager"])
-def test_value_and_gradient(benchmark, size, provider, dtype):
+def test_value_and_gradient(turns, size, provider, dtype):
     student, logprobs, ids = make(*size, dtype)
     loss = e3k.topk_kl if provider == "e3" else textbook
     errors = None
@@ -35,7 +35,7 @@ def test_value_and_gradient(benchmark, size, provider, dtype):
         student.requires_grad_()
         call = gradient_of(lambda: loss(student, logprobs, ids), student)
     measure(
-        benchmark, call, op="topk_kl", provider=provider, phase="value+grad", dtype=dtype,
+        turns, call, op="topk_kl", provider=provider, phase="value+grad", dtype=dtype,
         sizes=dict(zip(("N", "V", "k"), size, strict=True)), work=2 * student.numel() * student.element_size(),
         unit="B", errors=errors,
     )  # fmt: skip

@@ -1,8 +1,9 @@
-// The storage types of weights and caches on the device, and their conversion to and from fp32.
+// The storage types of weights and caches on the device, their conversion to and from fp32, and sums over threads.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 namespace e3::cuda {
 
@@ -21,19 +22,27 @@ struct alignas(16) Pack {
   T values[kCount];
 };
 
-__device__ inline float warp_sum(float value) {
-  for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+template <class T>
+__device__ inline Pack<T> load_pack(const T* address) {
+  return *reinterpret_cast<const Pack<T>*>(address);
+}
+
+// Sum over aligned groups of `kLanes` lanes; every lane gets its group's.
+template <int kLanes = 32>
+__device__ inline float lane_sum(float value) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
 }
 
-// Sum over a block of up to 1024 threads; every thread gets it.
+// Sum over a block of whole warps, up to 1024 threads; every thread gets it.
 __device__ inline float block_sum(float value) {
   __shared__ float parts[32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  value = warp_sum(value);
+  value = lane_sum(value);
   if (lane == 0) parts[warp] = value;
   __syncthreads();
-  value = warp_sum(lane < int(blockDim.x + 31) / 32 ? parts[lane] : 0.0f);
+  value = lane_sum(lane < int(blockDim.x / 32) ? parts[lane] : 0.0f);
   __syncthreads();
   return value;
 }

@@ -1,4 +1,4 @@
-// The activations of gated linear units, for a scalar or a vector V and the exponential of V.
+// The activations of feed-forward networks, gated or not, for a scalar or a vector V and the exponential of V.
 #pragma once
 
 #include <cmath>
@@ -7,8 +7,9 @@
 
 namespace e3 {
 
-// SwiGLU, GeGLU with the tanh approximation, GeGLU with erf.
-enum class Activation { silu, gelu_tanh, gelu };
+// Of the gate: SwiGLU, GeGLU with the tanh approximation, GeGLU with erf. clamped_silu is the whole unit of GPT-OSS:
+// gate·σ(slope·gate)·(up + 1), the gate cut above and `up` on both sides at a limit.
+enum class Activation { silu, gelu_tanh, gelu, clamped_silu };
 
 template <class V, class Exp>
 E3_SHARED V sigmoid(V x, const Exp& exp) {

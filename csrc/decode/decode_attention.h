@@ -12,6 +12,11 @@ namespace e3::E3_ISA_NAMESPACE {
 
 inline constexpr int64_t kPositionBlock = 64;
 
+// Elements of a cached key and value; keys are dense, values lie `value_stride` apart.
+struct RowShape {
+  int64_t key, value, value_stride;
+};
+
 // One partial result: the sums above and the unnormalised output.
 struct AttentionPart {
   float* output;
@@ -42,10 +47,10 @@ inline void scale_in_place(float* x, float factor, int64_t n) {
 
 // Scores of positions [begin, end) → their exponentials relative to the new maximum; returns that block's sum.
 template <class T>
-inline float score_block(const float* query, const T* keys, int64_t begin, int64_t end, int64_t dim, float scale,
-                         float softcap, float* scores, AttentionPart& part) {
+inline float score_block(const float* query, const T* keys, int64_t begin, int64_t end, const RowShape& shape,
+                         float scale, float softcap, float* scores, AttentionPart& part) {
   const int64_t count = end - begin;
-  for (int64_t j = 0; j < count; ++j) scores[j] = scale * dot(query, keys + (begin + j) * dim, dim);
+  for (int64_t j = 0; j < count; ++j) scores[j] = scale * dot(query, keys + (begin + j) * shape.key, shape.key);
   if (softcap != 0.0f)
     for (int64_t j = 0; j < count; ++j) scores[j] = capped(scores[j], softcap);
   float maximum = part.maximum;
@@ -53,7 +58,7 @@ inline float score_block(const float* query, const T* keys, int64_t begin, int64
   if (maximum != part.maximum) {
     const float factor = softmax_rescale(part.maximum, maximum);
     part.total *= factor;
-    scale_in_place(part.output, factor, dim);
+    scale_in_place(part.output, factor, shape.value);
     part.maximum = maximum;
   }
   for (int64_t j = count; j % kLanes; ++j) scores[j] = -std::numeric_limits<float>::infinity();
@@ -66,35 +71,37 @@ inline float score_block(const float* query, const T* keys, int64_t begin, int64
   return horizontal_sum(total);
 }
 
-// out += Σ_j weights[j]·rows[j], rows of `dim` elements: a tile of the output stays in registers over all rows.
+// out += Σ_j weights[j]·rows[j] over rows that lie `stride` apart: a tile of the output stays in registers over all.
 template <int kTile, class T>
-inline void add_tile(float* out, const float* weights, const T* rows, int64_t count, int64_t dim) {
+inline void add_tile(float* out, const float* weights, const T* rows, int64_t count, int64_t stride) {
   Vf total[kTile];
   for (int i = 0; i < kTile; ++i) total[i] = load(out + i * kLanes);
   for (int64_t j = 0; j < count; ++j)
-    for (int i = 0; i < kTile; ++i) total[i] = fma(broadcast(weights[j]), load(rows + j * dim + i * kLanes), total[i]);
+    for (int i = 0; i < kTile; ++i)
+      total[i] = fma(broadcast(weights[j]), load(rows + j * stride + i * kLanes), total[i]);
   for (int i = 0; i < kTile; ++i) store(out + i * kLanes, total[i]);
 }
 
 template <class T>
-inline void add_weighted(float* out, const float* weights, const T* rows, int64_t count, int64_t dim) {
+inline void add_weighted(float* out, const float* weights, const T* rows, int64_t count, int64_t dim, int64_t stride) {
   constexpr int kTile = 4;
   int64_t i = 0;
-  for (; i + kTile * kLanes <= dim; i += kTile * kLanes) add_tile<kTile>(out + i, weights, rows + i, count, dim);
-  for (; i + kLanes <= dim; i += kLanes) add_tile<1>(out + i, weights, rows + i, count, dim);
+  for (; i + kTile * kLanes <= dim; i += kTile * kLanes) add_tile<kTile>(out + i, weights, rows + i, count, stride);
+  for (; i + kLanes <= dim; i += kLanes) add_tile<1>(out + i, weights, rows + i, count, stride);
   for (; i < dim; ++i)
-    for (int64_t j = 0; j < count; ++j) out[i] += weights[j] * load_one(rows + j * dim + i);
+    for (int64_t j = 0; j < count; ++j) out[i] += weights[j] * load_one(rows + j * stride + i);
 }
 
-// `part.output` holds `dim` zeros at the start; keys and values are (position, dim), dense.
+// `part.output` holds zeros at the start; keys and values are (position, dimension).
 template <class T>
-void attend(const float* query, const T* keys, const T* values, int64_t begin, int64_t end, int64_t dim, float scale,
-            float softcap, AttentionPart& part) {
+void attend(const float* query, const T* keys, const T* values, int64_t begin, int64_t end, const RowShape& shape,
+            float scale, float softcap, AttentionPart& part) {
   alignas(64) float scores[kPositionBlock];
   for (int64_t first = begin; first < end; first += kPositionBlock) {
     const int64_t last = first + kPositionBlock < end ? first + kPositionBlock : end;
-    part.total += score_block(query, keys, first, last, dim, scale, softcap, scores, part);
-    add_weighted(part.output, scores, values + first * dim, last - first, dim);
+    part.total += score_block(query, keys, first, last, shape, scale, softcap, scores, part);
+    add_weighted(part.output, scores, values + first * shape.value_stride, last - first, shape.value,
+                 shape.value_stride);
   }
 }
 

@@ -81,4 +81,35 @@ void gemv(const T* weight, int64_t row_stride, const T* bias, int64_t begin, int
     dot_vectors<1>(weight, row_stride, row, 0, x, n, bias, out, out_stride);
 }
 
+// out += Σ_r x[r]·rows[r] for R rows that lie `stride` apart.
+template <int R, class T>
+inline void add_rows(float* out, const float* x, const T* rows, int64_t stride, int64_t count) {
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) {
+    Vf total = load(out + c);
+    for (int r = 0; r < R; ++r) total = fma(broadcast(x[r]), load(rows + r * stride + c), total);
+    store(out + c, total);
+  }
+  for (; c < count; ++c)
+    for (int r = 0; r < R; ++r) out[c] += x[r] * load_one(rows + r * stride + c);
+}
+
+// out[m][c] = Σ_k weight[k][c]·x[m][k] + bias[c] for the columns [begin, end) of a matrix that is stored by its inputs
+// k < n. The order of a column's sum is the same for any number of vectors and any range that begins at a vector.
+template <class T>
+void gemv_by_input(const T* weight, int64_t stride, const T* bias, int64_t begin, int64_t end, int64_t n,
+                   const Vectors& x, float* out, int64_t out_stride) {
+  for (int m = 0; m < x.count; ++m)
+    for (int64_t c = begin; c < end; ++c) out[m * out_stride + c] = bias ? load_one(bias + c) : 0.0f;
+  int64_t k = 0;
+  for (; k + kStreams <= n; k += kStreams)
+    for (int m = 0; m < x.count; ++m)
+      add_rows<kStreams>(out + m * out_stride + begin, x.data + m * x.stride + k, weight + k * stride + begin, stride,
+                         end - begin);
+  for (; k < n; ++k)
+    for (int m = 0; m < x.count; ++m)
+      add_rows<1>(out + m * out_stride + begin, x.data + m * x.stride + k, weight + k * stride + begin, stride,
+                  end - begin);
+}
+
 }  // namespace e3::E3_ISA_NAMESPACE

@@ -1,4 +1,4 @@
-// Gated linear unit: out = act(gate) · up, in place on `gate`.
+// Activations and gated linear units, out = act(gate)·up, over rows.
 #pragma once
 
 #include "decode/activation.h"
@@ -14,10 +14,29 @@ inline Vf activate(Vf x, Activation activation) {
   return x;
 }
 
-inline void glu(float* gate, const float* up, int64_t n, Activation activation) {
+inline void activate(float* x, int64_t n, Activation activation) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(gate + i, activate(load(gate + i), activation) * load(up + i));
-  for (; i < n; ++i) gate[i] = activate(broadcast(gate[i]), activation)[0] * up[i];
+  for (; i + kLanes <= n; i += kLanes) store(x + i, activate(load(x + i), activation));
+  for (; i < n; ++i) x[i] = activate(broadcast(x[i]), activation)[0];
+}
+
+// `out` may be `gate`.
+inline void glu(float* out, const float* gate, const float* up, int64_t n, Activation activation) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, activate(load(gate + i), activation) * load(up + i));
+  for (; i < n; ++i) out[i] = activate(broadcast(gate[i]), activation)[0] * up[i];
+}
+
+inline Vf clamped_glu(Vf gate, Vf up, float slope, float limit) {
+  gate = min(gate, broadcast(limit));
+  up = min(max(up, broadcast(-limit)), broadcast(limit));
+  return gate * sigmoid(Vf(slope * gate), [](Vf value) { return exp(value); }) * (up + 1.0f);
+}
+
+inline void clamped_glu(float* out, const float* gate, const float* up, int64_t n, float slope, float limit) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, clamped_glu(load(gate + i), load(up + i), slope, limit));
+  for (; i < n; ++i) out[i] = clamped_glu(broadcast(gate[i]), broadcast(up[i]), slope, limit)[0];
 }
 
 }  // namespace e3::E3_ISA_NAMESPACE

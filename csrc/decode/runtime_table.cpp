@@ -1,13 +1,13 @@
 #include "decode/runtime_table.h"
 
-#include "decode/decode_step.h"
 #include "decode/largest.h"
+#include "decode/step/step.h"
 
 namespace e3::E3_ISA_NAMESPACE {
 
 template <class T>
 static void run_step(const StepView& step, SpinBarrier& barrier, int thread, int threads) {
-  StepThread<T>(step, barrier, thread, threads).run();
+  decode(StepThread<T>(step, barrier, thread, threads));
 }
 
 static int64_t scratch_size(const StepView& step, int threads) { return StepScratch(step, threads, nullptr).size; }

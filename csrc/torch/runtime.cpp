@@ -1,6 +1,7 @@
 // e3kernels._runtime: what needs ATen. The layer-skipping decoder runtime and gumbel_topk's autograd, bound to Python.
 #include <torch/extension.h>
 
+#include "cuda/device_path.h"
 #include "torch/gumbel_topk_autograd.h"
 #include "torch/runtime/generate.h"
 #include "torch/runtime/speculative.h"
@@ -14,7 +15,8 @@ Activation activation_of(const std::string& name) {
   if (name == "silu" || name == "swish") return Activation::silu;
   if (name == "gelu_pytorch_tanh" || name == "gelu_new") return Activation::gelu_tanh;
   if (name == "gelu") return Activation::gelu;
-  throw py::value_error("activation '" + name + "' is not one of silu, gelu_pytorch_tanh, gelu");
+  if (name == "clamped_silu") return Activation::clamped_silu;
+  throw py::value_error("activation '" + name + "' is not one of silu, gelu_pytorch_tanh, gelu, clamped_silu");
 }
 
 std::optional<Weight> optional_weight(const std::string& name, const std::optional<at::Tensor>& tensor) {
@@ -22,6 +24,7 @@ std::optional<Weight> optional_weight(const std::string& name, const std::option
 }
 
 void bind_model(py::module_& module) {
+  py::class_<Weight>(module, "Weight").def(py::init<std::string, at::Tensor>(), py::arg("name"), py::arg("tensor"));
   py::class_<Linear>(module, "Linear")
       .def(py::init([](const std::string& name, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                        int64_t first, int64_t rows) {
@@ -29,15 +32,69 @@ void bind_model(py::module_& module) {
            }),
            py::arg("name"), py::arg("weight"), py::arg("bias"), py::arg("first"), py::arg("rows"));
   py::class_<Norm>(module, "Norm")
-      .def(py::init([](const std::string& name, const at::Tensor& weight, double eps, double offset) {
-             return Norm{Weight(name + ".weight", weight), eps, offset};
+      .def(py::init([](const std::string& name, const std::vector<at::Tensor>& weights,
+                       const std::optional<at::Tensor>& bias, int64_t size, double eps, double offset, bool centred) {
+             std::vector<Weight> all;
+             for (const at::Tensor& weight : weights) all.emplace_back(name + ".weight", weight);
+             return Norm(std::move(all), optional_weight(name + ".bias", bias), size, eps, offset, centred);
            }),
-           py::arg("name"), py::arg("weight"), py::arg("eps"), py::arg("offset"));
+           py::arg("name"), py::arg("weights"), py::arg("bias"), py::arg("size"), py::arg("eps"), py::arg("offset"),
+           py::arg("centred"));
   py::class_<Rotary>(module, "Rotary")
-      .def(py::init([](const at::Tensor& frequencies, double scaling) {
-             return Rotary{frequencies.to(at::kFloat), scaling, {}, {}};
+      .def(py::init([](const at::Tensor& frequencies, double scaling, bool in_turn) {
+             return Rotary{frequencies.to(at::kFloat), scaling, in_turn, {}, {}, {}};
            }),
-           py::arg("frequencies"), py::arg("scaling"));
+           py::arg("frequencies"), py::arg("scaling"), py::arg("in_turn"));
+  py::class_<ExpertLinear>(module, "ExpertLinear")
+      .def(py::init([](const std::string& name, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                       bool by_input) {
+             return ExpertLinear{Weight(name, weight), optional_weight(name + "_bias", bias), by_input};
+           }),
+           py::arg("name"), py::arg("weight"), py::arg("bias"), py::arg("by_input"));
+  py::class_<Experts>(module, "Experts")
+      .def(py::init<>())
+      .def_readwrite("router", &Experts::router)
+      .def_property(
+          "correction", [](const Experts& experts) { return experts.correction; },
+          [](Experts& experts, const at::Tensor& values) { experts.correction = values.to(at::kFloat).contiguous(); })
+      .def_readwrite("gate_up", &Experts::gate_up)
+      .def_readwrite("down", &Experts::down)
+      .def_readwrite("in_turn", &Experts::in_turn)
+      .def_readwrite("sigmoid", &Experts::sigmoid)
+      .def_readwrite("normalised", &Experts::normalised)
+      .def_readwrite("scale", &Experts::scale)
+      .def_readwrite("chosen", &Experts::chosen)
+      .def_readwrite("groups", &Experts::groups)
+      .def_readwrite("kept_groups", &Experts::kept_groups);
+  py::class_<Latent>(module, "Latent")
+      .def(py::init<>())
+      .def_readwrite("rank", &Latent::rank)
+      .def_readwrite("plain", &Latent::plain)
+      .def_readwrite("rotated", &Latent::rotated)
+      .def_readwrite("value_dim", &Latent::value_dim)
+      .def_readwrite("query_down", &Latent::query_down)
+      .def_readwrite("up", &Latent::up)
+      .def_readwrite("query_norm", &Latent::query_norm)
+      .def_readwrite("norm", &Latent::norm);
+  py::class_<Conv>(module, "Conv")
+      .def(py::init([](const std::string& name, const Linear& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias) {
+             return Conv{input, Weight(name + ".weight", weight), optional_weight(name + ".bias", bias)};
+           }),
+           py::arg("name"), py::arg("input"), py::arg("weight"), py::arg("bias"));
+  py::class_<LayerInput>(module, "LayerInput")
+      .def(py::init<>())
+      .def_readwrite("embedding", &LayerInput::embedding)
+      .def_readwrite("first", &LayerInput::first)
+      .def_readwrite("size", &LayerInput::size)
+      .def_readwrite("embedding_scale", &LayerInput::embedding_scale)
+      .def_readwrite("projection_scale", &LayerInput::projection_scale)
+      .def_readwrite("scale", &LayerInput::scale)
+      .def_readwrite("projection", &LayerInput::projection)
+      .def_readwrite("gate", &LayerInput::gate)
+      .def_readwrite("output", &LayerInput::output)
+      .def_readwrite("norm", &LayerInput::norm)
+      .def_readwrite("output_norm", &LayerInput::output_norm);
   py::class_<Layer>(module, "Layer")
       .def(py::init<>())
       .def_readwrite("attention_norm", &Layer::attention_norm)
@@ -46,6 +103,7 @@ void bind_model(py::module_& module) {
       .def_readwrite("mlp_post_norm", &Layer::mlp_post_norm)
       .def_readwrite("query_norm", &Layer::query_norm)
       .def_readwrite("key_norm", &Layer::key_norm)
+      .def_readwrite("value_norm", &Layer::value_norm)
       .def_readwrite("query", &Layer::query)
       .def_readwrite("key", &Layer::key)
       .def_readwrite("value", &Layer::value)
@@ -53,9 +111,21 @@ void bind_model(py::module_& module) {
       .def_readwrite("gate", &Layer::gate)
       .def_readwrite("up", &Layer::up)
       .def_readwrite("down", &Layer::down)
+      .def_readwrite("latent", &Layer::latent)
+      .def_readwrite("conv", &Layer::conv)
+      .def_readwrite("experts", &Layer::experts)
+      .def_readwrite("input", &Layer::input)
+      .def_readwrite("cache_of", &Layer::cache_of)
+      .def_readwrite("sinks", &Layer::sinks)
+      .def_readwrite("heads", &Layer::heads)
+      .def_readwrite("key_value_heads", &Layer::key_value_heads)
+      .def_readwrite("head_dim", &Layer::head_dim)
+      .def_readwrite("value_dim", &Layer::value_dim)
       .def_readwrite("rotary", &Layer::rotary)
+      .def_readwrite("parallel", &Layer::parallel)
       .def_readwrite("scale", &Layer::scale)
       .def_readwrite("softcap", &Layer::softcap)
+      .def_readwrite("output_scale", &Layer::output_scale)
       .def_readwrite("window", &Layer::window);
   py::class_<Model, std::shared_ptr<Model>>(module, "Model")
       .def(py::init<>())
@@ -64,14 +134,13 @@ void bind_model(py::module_& module) {
       .def_readwrite("final_norm", &Model::final_norm)
       .def_readwrite("layers", &Model::layers)
       .def_readwrite("rotaries", &Model::rotaries)
-      .def_readwrite("heads", &Model::heads)
-      .def_readwrite("key_value_heads", &Model::key_value_heads)
-      .def_readwrite("head_dim", &Model::head_dim)
       .def_readwrite("max_positions", &Model::max_positions)
       .def_readwrite("embedding_scale", &Model::embedding_scale)
       .def_readwrite("residual_scale", &Model::residual_scale)
       .def_readwrite("logit_scale", &Model::logit_scale)
       .def_readwrite("logit_softcap", &Model::logit_softcap)
+      .def_readwrite("glu_slope", &Model::glu_slope)
+      .def_readwrite("glu_limit", &Model::glu_limit)
       .def_property(
           "activation", [](const Model& model) { return int(model.activation); },
           [](Model& model, const std::string& name) { model.activation = activation_of(name); })
@@ -127,6 +196,7 @@ void bind_decoder(py::module_& module) {
           },
           py::arg("cache"), py::arg("ids"), py::arg("keep"), py::call_guard<py::gil_scoped_release>())
       .def("weight_bytes", &Decoder::weight_bytes, py::arg("plan"))
+      .def_property_readonly("path", &Decoder::path)
       .def(
           "generate",
           [](Decoder& decoder, Cache& cache, const at::Tensor& ids, const Request& request,
@@ -183,11 +253,31 @@ void bind_request(py::module_& module) {
 // The instruction sets that this machine runs, narrowest first.
 std::vector<std::string> instruction_sets() { return {kIsaNames, kIsaNames + static_cast<int>(detect_isa()) + 1}; }
 
+// Whether a device of these facts runs the CUDA graph, and why; a part of `device_path` that no GPU is needed for.
+std::pair<bool, std::string> choose_path(int capability, int driver, const std::string& kernels, int ptx, int binary) {
+  using Facts = cuda::DeviceFacts;
+  const auto found = kernels == "found" ? Facts::found : kernels == "no image" ? Facts::no_image : Facts::ptx_too_new;
+  const cuda::DevicePath path = cuda::choose_path({capability, driver, found, ptx, binary});
+  return {path.graph, path.reason};
+}
+
+// What runs a step of a few tokens on the current CUDA device, and why.
+std::string device_path() {
+#ifdef E3_WITH_CUDA
+  const cuda::DevicePath path = cuda::path_of_device();
+  return (path.graph ? "CUDA graph: " : "ATen: ") + path.reason;
+#else
+  return "ATen: the module is built without its CUDA half";
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("instruction_sets", instruction_sets);
   module.def("gumbel_topk", gumbel_topk);
+  module.def("choose_path", choose_path);
+  module.def("device_path", device_path);
   bind_model(module);
   bind_cache(module);
   bind_request(module);

@@ -6,4 +6,9 @@ _OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:\.\./)+([^)#]+)[^)]*\)")
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    return _OUTSIDE.sub(r"\1 (`\2` in the repository)", markdown)
+    return _OUTSIDE.sub(_named, markdown)
+
+
+def _named(link: re.Match[str]) -> str:
+    text, file = link.groups()
+    return f"`{file}` in the repository" if text.strip("`") == file else f"{text} (`{file}` in the repository)"

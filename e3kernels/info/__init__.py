@@ -21,7 +21,7 @@ def info() -> dict[str, Any]:
 
     `operations` maps operation -> device type -> {"backend", "reason"} for float32 inputs under the backend asked for
     now; backend is None where none can serve. `build` holds what setup.py noted of each module that it compiled or
-    left out, and torch's own build settings.
+    left out, and torch's own build settings. `accelerator` says by which path the layer-skipping runtime decodes there.
     """
     return {
         "versions": {name: _version(name) for name in ("e3kernels", "triton", "transformers")}
@@ -72,7 +72,16 @@ def _accelerator() -> dict[str, Any] | None:
     if device is None:
         return None
     properties = torch.get_device_module(device).get_device_properties()
-    return {"type": device.type, "name": properties.name, "memory_bytes": properties.total_memory}
+    facts = {"type": device.type, "name": properties.name, "memory_bytes": properties.total_memory}
+    return facts | ({"runtime": _device_path()} if device.type == "cuda" else {})
+
+
+def _device_path() -> str:
+    """How LayerSkipRuntime decodes on the current CUDA device, and why."""
+    try:
+        return str(importlib.import_module("e3kernels._runtime").device_path())
+    except ImportError as error:
+        return f"not loaded: {error}"
 
 
 def _build() -> dict[str, Any]:

@@ -19,7 +19,17 @@ from e3kernels.profiling.ranges import Range, RangeRecorder, named_range
 from e3kernels.profiling.timeline import Timeline
 from e3kernels.profiling.trace import Trace
 
-__all__ = ["MemoryTimeline", "Profile", "Range", "RangeRecorder", "Timeline", "Trace", "named_range", "profile"]
+__all__ = [
+    "TRACE_FILE",
+    "MemoryTimeline",
+    "Profile",
+    "Range",
+    "RangeRecorder",
+    "Timeline",
+    "Trace",
+    "named_range",
+    "profile",
+]
 
 TRACE_FILE = "trace.json"
 RANGES_FILE = "ranges.jsonl"

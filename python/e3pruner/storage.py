@@ -196,13 +196,13 @@ def read_json_lines(path: Path, form: Mapping[str, Any], otherwise: str) -> list
     """The rows of a JSON lines file. Raises ValueError naming the line that is no JSON, that is, saying `otherwise`, no
     object with the keys of `form`, or that has not that form (see `check_form`).
     """
-    rows = []
+    rows, needed = [], {key for key in form if not key.endswith("?")}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = parse_json(line.decode())
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-        if not isinstance(row, dict) or not form.keys() <= row.keys():
+        if not isinstance(row, dict) or not needed <= row.keys():
             raise ValueError(f"{path}, line {number}: {otherwise}")
         check_form(f"{path}, line {number}", row, form)
         rows.append(row)

@@ -20,8 +20,9 @@ Result = TypeVar("Result")
 # A figure counts as known when its margin is this share of it: less than one layer of thirty, and a fifth of the tenth
 # within which parts are held against their whole.
 TOLERANCE = 0.02
-# More of the machine than this, taken by others, makes no reliable figure.
-_OTHERS = 0.05
+# More than this share of the cores, or of one core where there are many, taken by others makes no reliable figure: the
+# threads of a run wait for the slowest of them.
+_OTHERS, _OTHERS_OF_ONE = 0.05, 0.5
 
 
 class Estimate(NamedTuple):
@@ -59,6 +60,35 @@ class Estimate(NamedTuple):
     def between(self, low: float, high: float) -> bool:
         """Whether the whole interval of value and margin lies between the two."""
         return low < self.value - self.margin and self.value + self.margin < high
+
+    @property
+    def known(self) -> bool:
+        """Whether its interval holds none but times: nothing at or below zero. Two rounds tell nothing against it."""
+        return self.rounds <= 2 or self.margin < self.value
+
+    def rate(self, work: float) -> Estimate:
+        """Of `work` per second, where this is of the seconds that it took."""
+        return Estimate(work / self.value, work / self.high, work / self.low, self.rounds)
+
+
+def all_settled(seconds: Mapping[Any, Sequence[float]]) -> bool:
+    """Whether the times of all rounds tell each action's within `TOLERANCE`."""
+    return all(Estimate.of_times(rounds).settled for rounds in seconds.values())
+
+
+def unsettled(times: Mapping[str, Estimate], remedy: str = "raise --limit") -> list[str]:
+    """The times that are known worse than to `TOLERANCE` when the rounds are over, as sentences with the remedy."""
+    return [_unsettled(name, estimate, remedy) for name, estimate in times.items() if not estimate.settled]
+
+
+def _unsettled(name: str, estimate: Estimate, remedy: str) -> str:
+    if estimate.rounds <= 2:
+        times = "once" if estimate.rounds == 1 else "twice"
+        return f"{name} was measured {times}, which tells nothing of its spread: measure more rounds"
+    if not estimate.known:
+        return f"{name} is not known, after {estimate.rounds} rounds: {remedy}"
+    margin = 100 * estimate.margin / estimate.value
+    return f"{name} is known to ±{margin:.0f} % only, after {estimate.rounds} rounds: {remedy}"
 
 
 def faster_half(rounds: Sequence[Result], seconds: Callable[[Result], float]) -> list[Result]:
@@ -122,9 +152,9 @@ class Timed:
 
 @dataclass
 class Conditions:
-    """What the machine was like meanwhile. load: its average over the last minute at the begin and at the end. others:
-    cores that programs other than this one kept busy, on average. cores: those that this one may use. mhz: the
-    processor's frequency at the begin and at the end; None where the system does not tell.
+    """What the machine was like meanwhile. load: its average over the last minute at the begin and at the end. cores:
+    those that this program may use. others: how many of them other programs kept busy, on average. mhz: the processor's
+    frequency at the begin and at the end; None where the system does not tell.
     """
 
     seconds: float = 0.0
@@ -136,7 +166,7 @@ class Conditions:
     def doubts(self) -> list[str]:
         """Why nothing measured meanwhile is reliable; empty where nothing speaks against it."""
         found = []
-        if self.others > _OTHERS * self.cores:
+        if self.others > min(_OTHERS * self.cores, _OTHERS_OF_ONE):
             found.append(
                 f"other programs kept {self.others:.1f} of {self.cores} cores busy (load average {self.load[1]:.1f}): "
                 "stop them"
@@ -147,9 +177,18 @@ class Conditions:
             )
         return found
 
+    def __str__(self) -> str:
+        """In a sentence."""
+        mhz = f", at {' to '.join(f'{value:,.0f}' for value in dict.fromkeys(self.mhz))} MHz" if self.mhz else ""
+        load = " to ".join(dict.fromkeys(f"{value:.1f}" for value in self.load))
+        return (
+            f"Meanwhile the load average was {load}, other programs had {self.others:.1f} of {self.cores} cores{mhz}."
+        )
+
     def row(self) -> dict[str, Any]:
         """As JSON values."""
         return {
+            "sentence": str(self),
             "seconds": round(self.seconds, 1),
             "load_average": [round(value, 2) for value in self.load],
             "cores_of_others": round(self.others, 2),
@@ -160,7 +199,7 @@ class Conditions:
 @contextmanager
 def watched() -> Iterator[Conditions]:
     """The conditions of the `with` block, complete when it ends."""
-    found = Conditions(cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    found = Conditions(cores=len(_cores()))
     began, busy, own, load, mhz = time.monotonic(), _busy(), _own(), _load(), _mhz()
     try:
         yield found
@@ -184,10 +223,22 @@ def _nothing() -> None:
     pass
 
 
+def _cores() -> set[int]:
+    """Those that this program may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def _busy() -> float:
-    """Seconds that all processors have worked, for whomever."""
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+    """Seconds that `_cores` have worked, for whomever."""
+    mine = _cores()
+    idle = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in "user" already
+    return float(
+        sum(
+            sum(times) - sum(getattr(times, name, 0.0) for name in idle)
+            for core, times in enumerate(psutil.cpu_times(percpu=True))
+            if core in mine
+        )
+    )
 
 
 def _own() -> float:

@@ -1,5 +1,6 @@
 """e3 compare on a tiny real model: every cell once, on the same tokens, whatever interrupts it."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 from cli.conftest import Command, byte_tokenizer
-from tiny_models import NUM_LAYERS
+from tiny_models import NUM_LAYERS, tiny_model
 from transformers import AutoModelForCausalLM
 
 import e3pruner
@@ -17,6 +18,8 @@ from e3pruner.pipelines import Matrix
 from e3pruner.pipelines.comparison import CELLS_FILE, Comparison, read_rows, texts_of
 from e3pruner.surgery import PruningPlan
 from e3pruner.text.kinds import KindsOfText, kinds_of_text, windows
+
+latency = importlib.import_module("e3pruner.evaluation.latency")  # which the function of its name hides
 
 MATRIX = {
     "methods": ["greedy", "last-n", {"method": "gumbel-topk", "name": "short", "search": {"steps": 2, "samples": 3}}],
@@ -88,7 +91,7 @@ def test_the_table_shows_mean_and_spread_over_the_seeds(compared: Path) -> None:
     assert line["seeds"] == 2
     table = (compared / "comparison.md").read_text()
     assert f"| greedy | {line['kl'][0]:.3f}" in table
-    assert "## 1 layers removed" in table
+    assert "## 1 layer removed" in table
     assert "greedy" in (compared / "report.html").read_text()
     for drop in (1, 3):
         means = [line["kl"][0] for line in lines if line["drop"] == drop]
@@ -154,6 +157,35 @@ def test_cells_share_what_they_measure_and_pay_for_it_all_the_same(settings: dic
         assert shared[key] == alone[0][key], key
     masks = [key for key in both.calibration(next(both.matrix.cells())).store.measured if key.startswith("kl 0 ")]
     assert len(masks) == NUM_LAYERS + (NUM_LAYERS - 1) + (NUM_LAYERS - 2)  # greedy's first round is leave-one-out
+
+
+def test_the_models_of_the_first_seed_write(
+    settings: dict[str, Any], tmp_path: Path, e3: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison used to say nothing of free-running text, which a cut damages most."""
+    monkeypatch.setattr(latency, "_MOST_ROUNDS", 5)
+    tokenizer = byte_tokenizer()
+    network = tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=0, max_position_embeddings=150)
+    for part in (network, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    recover = {"name": "healed", "recover": {"steps": 1}}
+    few = {"methods": ["last-n"], "drop": [2], "seeds": [0, 1], "writing": 1, "recoveries": ["none", recover]}
+    matrix = settings | few | {"model": str(tmp_path / "model")}
+    out = tmp_path / "out"
+    result = e3("compare", written(tmp_path / "matrix.yaml", matrix), "--out", out)
+    assert result.exit_code == 0, result.output
+    rows = read_rows(out / CELLS_FILE)
+    assert [("writing" in row) for row in rows] == [row["seed"] == 0 for row in rows]
+    results = json.loads((out / "results.json").read_text())
+    for line in results["comparison"]:
+        assert line["writing"].keys() == {"loops", "tokens", "right", "request_speed"}
+    assert results["dense_writing"]["request_speed"][0] == 1
+    names = sorted(list(item["answers"]) for item in results["generations"])
+    assert names == [["dense", "last-n, 2 fewer"], ["dense", "last-n, 2 fewer, healed"]]
+    assert "end in a loop" in (out / "report.html").read_text()
+    before = (out / "measured" / "dense.json").read_bytes()
+    assert e3("compare", tmp_path / "matrix.yaml", "--out", out).exit_code == 0
+    assert (out / "measured" / "dense.json").read_bytes() == before
 
 
 def test_recoveries_heal_what_was_cut(settings: dict[str, Any], tmp_path: Path) -> None:

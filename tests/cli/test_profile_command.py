@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from cli.conftest import Command
 
+import e3kernels
+from e3kernels.profiling import named_range
 from e3pruner.cli.commands import profile
 from e3pruner.profiling import fit
 
@@ -43,6 +46,9 @@ def test_each_profile_leaves_a_page(
     rows = [json.loads(line) for line in (tmp_path / "out" / "profile.jsonl").read_text().splitlines()]
     assert rows[0]["kind"] == "run"
     assert rows[0]["machine"]
+    assert "Not reliable: " in result.output  # nothing is known of what was measured once
+    assert rows[0]["doubts"]
+    assert "Meanwhile the load average was" in result.output
 
 
 @pytest.mark.parametrize(
@@ -113,6 +119,41 @@ def test_options_from_a_file(tmp_path: Path, e3: Command) -> None:
     result = e3("profile", "ops", "--config", tmp_path / "ops.yaml", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert yaml.safe_load((tmp_path / "out" / "e3.yaml").read_text())["dtype"] == ["float32"]
+
+
+def test_a_profile_says_what_changed_since(tmp_path: Path, e3: Command) -> None:
+    assert e3("profile", "ops", *SMALL["ops"], "--out", tmp_path / "old").exit_code == 0
+    result = e3("profile", "ops", *SMALL["ops"], "--compare", tmp_path / "old", "--out", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    assert "times changed beyond their spread" in " ".join(result.output.split())
+    names = [json.loads(line).get("name") for line in (tmp_path / "new" / "profile.jsonl").read_text().splitlines()]
+    assert "entropy_kl, float32, reference" in names
+
+
+def test_an_earlier_profile_is_read_before_anything_is_measured(
+    model_folder: Path, tmp_path: Path, e3: Command
+) -> None:
+    (tmp_path / "old.jsonl").write_text('{"kind": "run"}\n', encoding="utf-8")
+    for arguments in (("ops",), ("model", model_folder), ("step", model_folder)):
+        result = e3("profile", *arguments, "--compare", tmp_path / "old.jsonl", "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert "is no profile with rows of the kind" in " ".join(result.output.split())
+        assert not (tmp_path / "out").exists()
+
+
+def test_any_profiled_block_has_a_page(tmp_path: Path, e3: Command) -> None:
+    """README promised one, and nothing made it."""
+    with e3kernels.profile(tmp_path / "recorded"), named_range("student forward"):
+        torch.ones(64, 64) @ torch.ones(64, 64)
+    result = e3("profile", "trace", tmp_path / "recorded", "--out", tmp_path / "page")
+    assert result.exit_code == 0, result.output
+    assert "pass in student forward" in result.output
+    text = (tmp_path / "page" / "profile.html").read_text(encoding="utf-8")
+    assert "aten::matmul" in text
+    assert "Reliable" not in text  # nobody watched the machine
+    nothing = e3("profile", "trace", tmp_path / "page", "--out", tmp_path / "none")
+    assert nothing.exit_code == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_pipe_that_closes_does_not_cost_the_page(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from e3pruner import PruningPlan
+from e3pruner import PruningPlan, prune
 
 SMALL = ("--length", 32, "--sequences", 4)
 
@@ -284,6 +284,27 @@ def test_generate_runs_the_kept_layers_and_lets_them_draft(model_folder: Path, e
         assert_done(result)
     assert drafted.stdout == dense.stdout != kept.stdout
     assert "drafted tokens accepted" in drafted.stderr
+
+
+def test_generate_says_why_hugging_face_decodes(tmp_path: Path, e3: Command) -> None:
+    pytest.importorskip("e3kernels._runtime", reason="e3kernels._runtime is not built")
+    tokenizer = byte_tokenizer()
+    model = tiny_model("gpt2", vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0)
+    for folder, network in (("dense", model), ("cut", prune(model, [0, 1, 2, 5]))):
+        network.save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    arguments = ("--prompt", "def", "--max-new-tokens", 12)
+    kept = e3("generate", "--model", tmp_path / "dense", *arguments, "--keep", "0-2,5")
+    cut = e3("generate", "--model", tmp_path / "cut", *arguments)
+    for result in (kept, cut):
+        assert_done(result)
+    said = " ".join(kept.stderr.split())
+    assert "Hugging Face decodes this model, LayerSkipRuntime does not: model is a GPT2LMHeadModel" in said
+    assert "Hugging Face" not in cut.stderr
+    assert kept.stdout == cut.stdout
+    drafted = e3("generate", "--model", tmp_path / "dense", *arguments, "--keep", "0-2,5", "--speculative")
+    assert drafted.exit_code == 2
+    assert "GPT2LMHeadModel" in drafted.stderr
 
 
 @pytest.mark.parametrize(

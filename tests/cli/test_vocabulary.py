@@ -87,7 +87,7 @@ def test_an_option_has_one_default_everywhere(option: str) -> None:
 
 def test_the_table_speaks_of_every_command() -> None:
     spoken = {name for asked, _ in TABLE.values() for name in asked}
-    assert set(commands()) - spoken == {"info", "report"}  # of finished things
+    assert set(commands()) - spoken == {"info", "report", "profile trace"}  # of finished things
 
 
 @pytest.mark.parametrize("name", [name for name in SEARCHES if name != "run"])

@@ -2,7 +2,7 @@ import pytest
 from tiny_models import NUM_LAYERS, tiny_model
 
 from e3pruner import prune
-from e3pruner.evaluation import layers_to_drop, target
+from e3pruner.evaluation import Speeds, layers_to_drop, target
 from e3pruner.models import find_layers
 
 
@@ -31,12 +31,13 @@ def test_the_budget_of_parameters_is_met_whatever_goes(model_type):
 def test_the_time_of_a_token_is_measured_until_it_is_short_enough(monkeypatch):
     measured = []
 
-    def clock(model):
-        count = len(find_layers(model))
-        measured.append(count)
-        return {"decode_tokens_per_s": 1000 / (4 + 2 * count + (count == 3))}  # no straight line
+    def clock(models):
+        counts = {name: len(find_layers(model)) for name, model in models.items()}
+        measured.extend(counts.values())
+        rates = {name: 1000 / (4 + 2 * count + (count == 3)) for name, count in counts.items()}  # no straight line
+        return Speeds({name: {"decode_tokens_per_s": rate} for name, rate in rates.items()}, {})
 
-    monkeypatch.setattr(target, "latency", clock)
+    monkeypatch.setattr(target, "speeds", clock)
     assert layers_to_drop(tiny_model("llama"), milliseconds=12.5) == 2
     assert measured == [6, 3, 3, 4, 5]
     measured.clear()
@@ -59,7 +60,8 @@ def test_the_time_of_a_token_is_measured_until_it_is_short_enough(monkeypatch):
         ({"milliseconds": 1e9}, r"a token takes .* already"),
     ],
 )
-def test_targets_that_cannot_be_are_refused(given, message):
+def test_targets_that_cannot_be_are_refused(given, message, monkeypatch):
+    monkeypatch.setattr(target, "_milliseconds", lambda model, *drops: [10.0 - drop for drop in drops])
     with pytest.raises(ValueError, match=message):
         layers_to_drop(tiny_model("llama"), **given)
 

@@ -91,7 +91,8 @@ def test_a_random_model_writes_figures_with_errors():
     model = tiny_model("llama")
     options = {"prompts": ["one", "two two"], "tasks": list(TASKS.values()), "max_new_tokens": 40, "samples": 2}
     found = writing(model, Letters(), **options, progress=False)
-    assert found.keys() == {"greedy", "sampled", "tasks"}
+    assert found.keys() == {"greedy", "sampled", "tasks", "texts"}
+    assert [text["prompt"] for text in found["texts"]] == ["one", "two two"]
     assert found["tasks"].keys() == {"all", *TASKS}
     for figures in (found["greedy"], found["sampled"]):
         for value, error in figures.values():

@@ -7,6 +7,7 @@ Where the exact result is infinite or NaN, so is ours.
 """
 
 import math
+import os
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
@@ -22,6 +23,7 @@ import e3kernels as e3k
 from e3kernels import backends, textbook
 
 INF, NAN = math.inf, math.nan
+DEVICE = os.environ.get("E3_TEST_DEVICE", "cpu")  # `make gpu-offline` names another
 
 
 def _junk(tensor: Tensor) -> Tensor:
@@ -105,7 +107,9 @@ EDGES = {**dict.fromkeys(LOSSES, LOSS_EDGES), "gumbel_topk": GUMBEL_EDGES, "gate
 
 def _quick(backend: str, dtype: torch.dtype, edge: str) -> bool:
     """Under Triton's interpreter a call takes as long as a hundred of others."""
-    return backend != "triton" or (dtype == torch.float32 and edge in ("plain", "threshold", "per row"))
+    return (
+        backend != "triton" or DEVICE != "cpu" or (dtype == torch.float32 and edge in ("plain", "threshold", "per row"))
+    )
 
 
 CASES = [
@@ -115,7 +119,7 @@ CASES = [
         marks=() if _quick(backend, dtype, edge) else pytest.mark.slow,
     )
     for (backend, operation), service in sorted(backends.services.items())
-    if service.devices is None or "cpu" in service.devices
+    if service.devices is None or DEVICE in service.devices
     for dtype in service.dtypes
     for layout in LAYOUTS
     for edge in EDGES[operation]
@@ -126,7 +130,7 @@ def _cast(call: dict[str, Any], dtype: torch.dtype, layout: Callable[[Tensor], T
     def cast(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        value = value.to(dtype) if value.is_floating_point() else value
+        value = value.to(DEVICE, dtype if value.is_floating_point() else value.dtype)
         # With equal rows of a head all logits are equal, and the exact gradients 0: nothing to measure an error by.
         return value.clone() if layout is LAYOUTS["expanded"] and name.endswith("weight") else layout(value)
 
@@ -148,7 +152,7 @@ def _results(function: Callable[..., Any], operation: str, call: dict[str, Any],
     leaves = {name: call[name].detach().requires_grad_() for name in operations.differentiable(operation)}
     value, *statistics = function(**(call | leaves))
     incoming = torch.linspace(0.5, 1.5, value.numel(), dtype=dtype).view(value.shape)
-    gradients = torch.autograd.grad(value, list(leaves.values()), incoming.to(value.dtype))
+    gradients = torch.autograd.grad(value, list(leaves.values()), incoming.to(DEVICE, value.dtype))
     return [value.detach(), *gradients, *statistics]
 
 
@@ -218,6 +222,7 @@ def test_every_operation_is_in_the_matrix():
 def test_strides_change_no_bit(any_backend, operation):
     """A kernel reads the same values in the same order, wherever they lie; a matrix product need not."""
     contiguous = operations.arguments(operation) | ({"reduction": "none"} if operation in LOSSES else {})
+    contiguous = _cast(contiguous, torch.float32, torch.Tensor.contiguous)
     expected = _results(_ours(operation), operation, contiguous, torch.float32)
     for layout in ("sliced", "last-token", "transposed"):
         strided = _cast(contiguous, torch.float32, LAYOUTS[layout])

@@ -65,7 +65,7 @@ def beside(tmp_path_factory):
 
     def run(names, *arguments):
         paths = os.pathsep.join(map(str, (site(*names), ROOT, ROOT / "python")))
-        environment = os.environ | {"PYTHONPATH": paths}
+        environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0"}  # its interpreter wants numpy
         return subprocess.run([sys.executable, "-S", *arguments], env=environment, capture_output=True, text=True)
 
     return run

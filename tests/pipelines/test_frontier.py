@@ -1,13 +1,15 @@
 """Several depths in one run: a plan for each, what it costs, and the one that a ratio of perplexities picks."""
 
+import importlib
 import json
 
 import pytest
 from tiny_models import tiny_model, tiny_tokens
 
 import e3pruner
+from e3pruner.evaluation import Speeds
 from e3pruner.pipelines import frontier
-from e3pruner.pipelines.frontier import deepest, parse_drops, usual_drops
+from e3pruner.pipelines.frontier import deepest, frontier_results, parse_drops, usual_drops
 
 BATCHES = [tiny_tokens(seed=seed) for seed in range(2)]
 HELD_OUT, UNSEEN = [tiny_tokens(4, seed=5)], [tiny_tokens(4, seed=6)]
@@ -68,3 +70,21 @@ def test_depths_are_read_and_chosen():
     assert usual_drops(tiny_model("llama")) == [1, 2, 3]
     with pytest.raises(ValueError, match=r"drops=\[2, 1\] must be numbers of layers that rise"):
         frontier(tiny_model("llama"), BATCHES, [2, 1], HELD_OUT)
+
+
+def test_depths_are_timed_in_turns(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        importlib.import_module("e3pruner.pipelines.frontier"),
+        "speeds",
+        lambda models: (
+            asked.append(list(models))
+            or Speeds({name: {"decode_tokens_per_s": 9.0} for name in models}, {"doubts": ["busy"]})
+        ),
+    )
+    dense, points = frontier(tiny_model("llama"), BATCHES, [1, 2], HELD_OUT, **(QUICK | {"speed": True}))
+    assert asked == [["dense", "1", "2"]]
+    assert points[1].figures["decode_tokens_per_s"] == 9
+    results = frontier_results(dense, points)
+    assert results["timing"] == {"doubts": ["busy"]}
+    assert all("timing" not in row for row in results["models"])

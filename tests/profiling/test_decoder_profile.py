@@ -111,4 +111,4 @@ def test_the_page_shows_every_section(tmp_path):
     assert {"removal.png", "layers-prefill.png", "layers-decode.png", "roofline.png", "memory.png"} <= names
     assert {"trace.json", "ranges.jsonl", "profile.jsonl", "profile.html"} <= names
     kinds = {row["kind"] for row in page.rows}
-    assert kinds == {"part", "whole", "speedup", "removal", "memory", "ceilings"}
+    assert kinds == {"part", "parts", "whole", "speedup", "removal", "memory", "ceilings"}

@@ -1,11 +1,13 @@
 """The profile of the operations."""
 
+from dataclasses import replace
+
 import pytest
 
 from e3kernels.registration import OPERATORS
 from e3pruner.profiling import fit
 from e3pruner.profiling.operations.page import operations_page
-from e3pruner.profiling.operations.profile import CASES, profile_operations
+from e3pruner.profiling.operations.profile import CASES, OperationsProfile, profile_operations
 from e3pruner.profiling.page import write_page
 from e3pruner.report import describe_environment
 
@@ -39,6 +41,15 @@ def test_the_page(profile, tmp_path):
     text = write_page(page, tmp_path, describe_environment(), "e3 profile ops").read_text()
     assert "linear_topk_kl, bfloat16, eager" in text
     assert (profile[1] / "trace.json").exists()
+
+
+def test_a_time_that_drowned_is_no_number(profile):
+    """Neither its rate nor its share of the ceiling, which the first sentence named."""
+    row = replace(profile[0].rows[0], seconds=1.0, quartiles=(0.9, 3.9), rounds=5, share=7.0)
+    page = operations_page(OperationsProfile([row], profile[0].ceilings), "operations")
+    (cells,) = page.sections[1].tables[0].rows
+    assert cells.count("not known") == 3
+    assert page.summary == "No operation's time is known."
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """The profile of a search step and of a recovery step."""
 
 import importlib
+import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_models import EXTRA_CONFIGS, TINY_CONFIGS, tiny_model, tiny_tokens
 
-from e3kernels.profiling import RangeRecorder
+from e3kernels.profiling import RangeRecorder, named_range
 from e3pruner import distill, prune
 from e3pruner.profiling.page import write_page
 from e3pruner.profiling.step.page import step_page
-from e3pruner.profiling.step.profile import profile_steps
+from e3pruner.profiling.step.profile import STEP, _measured, _Run, _started, profile_steps
 from e3pruner.report import describe_environment
 
 SEARCH = {"teacher forward", "student forward", "loss", "optimizer"}
@@ -56,6 +60,35 @@ def test_steps_of_every_model_type_have_their_phases(model_type):
     check_profiles(profiles, recovery=model_type != "jamba")  # which of its layers attend follows from their index
     if model_type == "jamba":
         assert "Not measured: the recovery (" in step_page(profiles, "jamba").summary
+
+
+def test_fused_and_eager_steps_take_turns():
+    """In blocks, a machine that slowed down in between made one of them look slower."""
+    seen = []
+
+    def step(losses):
+        with named_range(STEP), named_range("loss"):
+            seen.append(losses)
+
+    model = SimpleNamespace(device=torch.device("cpu"))
+    run = SimpleNamespace(model=model, rounds=3, most=9, limit=0.0)
+    rounds = _measured(run, {losses: partial(step, losses) for losses in ("fused", "eager")})
+    assert all(set(seen[start : start + 2]) == {"fused", "eager"} for start in range(0, 8, 2))
+    for steps in rounds.values():
+        assert len(steps) == 3
+        assert all(set(each.phases) == {"loss"} and each.phases["loss"] <= each.seconds for each in steps)
+
+
+def test_the_search_lasts_as_long_as_it_is_profiled():
+    """It ended when its mask was found: `e3 profile step` with more rounds than that broke off after minutes."""
+    run = _Run(tiny_model("llama"), tiny_tokens(15, 12), [0, 1, 2, 3], [], 1, 3, 0.0, 0, None)
+    with _started(run, "fused", {}) as (_, search):
+        assert all("noise_scale" in next(search) for _ in range(run.most + 3))
+
+
+def test_the_page_leads_with_a_sentence_and_its_figure(profiled):
+    page = step_page(profiled[0], "tiny")
+    assert re.match(r"A search step takes [\d.]+ s with fused losses and [\d.]+ s with eager losses\.", page.summary)
 
 
 def test_eager_losses_are_the_same_losses():

@@ -54,3 +54,27 @@ def test_compare_is_relative_to_each_runs_own_floor():
     assert [round(change.factor, 6) for change in changes] == [1.1, 1.0]
     assert [change.case[0] for change in slower(changes, 0.05)] == ["other"]
     assert slower(changes, 0.2) == []
+
+
+def turned(provider, median, scatter, doubts=()):
+    """A row as the turns of a case leave it."""
+    quartiles = [median * (1 - scatter), median * (1 + scatter)]
+    return row(provider, median) | {"quartiles": quartiles, "rounds": 25, "doubts": list(doubts)}
+
+
+def test_a_change_within_the_scatter_of_both_runs_is_none():
+    """It used to fail --fail-if-slower whatever the machine did meanwhile."""
+    old = [turned("floor", 0.1, 0.0), turned("e3", 0.2, 0.01)]
+    calm, wild = ([turned("floor", 0.1, 0.0), turned("e3", 0.24, scatter)] for scatter in (0.01, 0.5))
+    assert [change.case[0] for change in slower(compare(old, calm), 0.05)] == ["entropy_kl"]
+    assert slower(compare(old, wild), 0.05) == []
+    assert compare(old, wild)[0].margin == pytest.approx(2 * 1.57 * (0.5 + 0.01) / 5)
+
+
+def test_the_table_opens_with_what_is_not_reliable():
+    doubt = "other programs kept 1.4 of 2 cores busy"
+    rows = complete([turned("floor", 0.1, 0.0, [doubt]), turned("e3", 0.2, 0.01, [doubt])], {})
+    assert table(rows).splitlines()[:3] == ["Not reliable, 1 reason:", "", f"- {doubt}"]
+    assert "198–202" in table(rows)
+    calm = complete([turned("e3", 0.2, 0.01)], {})
+    assert table(calm).startswith("Reliable: ")

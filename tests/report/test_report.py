@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3pruner.report import build_report, load_results, model_table, save_results
-from e3pruner.report.html import shown
+from e3pruner.report.html import shown, unbroken
 from e3pruner.report.plots import COLOURS, PLOTS, draw, plotted, runs, themed
+from e3pruner.report.table import figure
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_plots_are_pngs(folder: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-ONE_PLOT = ("importance", "mask_path", "curve", "recovery")
+ONE_PLOT = ("importance", "mask_path", "curve", "frontier", "recovery")
 OTHER_PARTS = {"comparison": {"quality", "price", "depth"}}
 OTHER_PARTS |= {part: set() for part in (None, "models", "generations", "methods", "config", "seconds")}
 
@@ -166,7 +167,7 @@ PARTS = [
     "importance",
     "mask_path",
 ]
-PARTS += ["methods", "comparison", "curve", "recovery", "models", "tasks", "generations"]
+PARTS += ["methods", "comparison", "curve", "recovery", "models", "tasks", "generations", "frontier"]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -306,5 +307,25 @@ def test_the_page_says_where_it_comes_from_and_links_its_data(tmp_path, results)
     page = build_report(tmp_path).read_text()
     for name in ("results.json", *(path.name for path in tmp_path.glob("*.png"))):
         assert f'<a href="{name}">{name}</a>' in page
-    assert "load_average" in page
+    assert "load average" in page
     assert results["environment"]["date"] in page
+
+
+def test_a_figure_breaks_only_before_its_spread() -> None:
+    """On a narrow screen "1.234–1.304" used to take three lines."""
+    assert unbroken("95.1 ± 2 (94.2–97)") == "95.1\u00a0±\u00a02 (94.2\u2060–\u206097)"
+
+
+def test_many_doubts_leave_room_for_the_page(results: dict[str, Any], tmp_path: Path) -> None:
+    kept = {key: results[key] for key in ("title", "environment")}
+    save_results(kept | {"timing": {"doubts": [f"reason {number}" for number in range(19)]}}, tmp_path)
+    page = build_report(tmp_path).read_text(encoding="utf-8")
+    assert "<summary>and 13 more</summary>" in page
+    assert all(f"reason {number}<" in page for number in range(19))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(118250102.6, "1.18e+08"), (37839.2, "37,839"), (48.94, "48.9"), (0.05, "0.05"), (1e6, "1e+06")]
+)
+def test_figures_have_three_significant_digits(value: float, text: str) -> None:
+    assert figure(value) == text

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def lively_model(model_type, **changes):
     """A tied head makes a tiny random model repeat one token, whatever is wrong with it."""
+    if model_type == "gemma4_text":  # whose own forward pass fails with shared keys and no embeddings of the layers
+        changes = {"num_kv_shared_layers": 0} | changes
     return tiny_model(model_type, **{"tie_word_embeddings": False} | changes)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModel,
+    EvollaForProteinText2Text,
     Gemma3nVisionConfig,
     MusicgenForCausalLM,
     MusicgenMelodyForCausalLM,
@@ -124,6 +125,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "llava_next": _TILES,
     "llava_next_video": _TILES,
     "llava_onevision": _TILES,
+    "mistral4": {"rope_parameters": _ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}},
     "mllama": {"vision_config": {"intermediate_layers_indices": [1, 2], "vision_output_dim": 96}},
     "molmo2": {
         "adapter_config": {"vision_feature_layer": [4, 2]},
@@ -191,7 +193,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
 # What the small model of a type is not, which its row of the page says.
 NOTES = {"rwkv": "of rescale_every=0; other values are refused with that advice"}
 # Classes that transformers' own table gives the configuration of a larger model, which they cannot read.
-_CLASSES = {"musicgen_decoder": MusicgenForCausalLM, "musicgen_melody_decoder": MusicgenMelodyForCausalLM}
+_CLASSES = {
+    "evolla": EvollaForProteinText2Text,
+    "musicgen_decoder": MusicgenForCausalLM,
+    "musicgen_melody_decoder": MusicgenMelodyForCausalLM,
+}
 
 
 class _Tower(PreTrainedModel):

@@ -29,9 +29,10 @@ class Cache {
   int64_t length() const { return length_; }
   int64_t capacity() const { return capacity_; }
   const std::vector<int64_t>& starts() const { return starts_; }
-  // (batch, key/value heads, capacity, head_dim) of a layer of the model; undefined for a layer that is not kept.
-  const at::Tensor& keys(int layer) const { return keys_[layer]; }
-  const at::Tensor& values(int layer) const { return values_[layer]; }
+  // (batch, key/value heads, capacity, head_dim or value_dim) of a layer, or of the one whose it reads; undefined for
+  // what it does not hold.
+  const at::Tensor& keys(int layer) const { return keys_[owner_of(layer)]; }
+  const at::Tensor& values(int layer) const { return values_[owner_of(layer)]; }
 
   // The first slot of every sequence that is not padding; only before the first token.
   void set_starts(std::vector<int64_t> starts) {
@@ -77,18 +78,26 @@ class Cache {
   }
 
  private:
+  int owner_of(int layer) const {
+    const int owner = model_->layers[layer].cache_of;
+    return owner < 0 ? layer : owner;
+  }
+
   void resize(int64_t capacity) {
     capacity_ = std::max<int64_t>(capacity, 64);
     const auto options = at::TensorOptions().dtype(model_->dtype()).device(model_->device());
     for (const KeptLayer& kept : plan_) {
       if (!kept.attention) continue;
-      for (std::vector<at::Tensor>* kind : {&keys_, &values_}) {
-        at::Tensor& tensor = (*kind)[kept.layer];
+      const Layer& layer = model_->layers[kept.layer];
+      if (layer.cache_of >= 0) continue;
+      const auto grow = [&](at::Tensor& tensor, int64_t dim) {
         // Zeros, not what the memory held: padding slots are multiplied by a weight of 0.
-        at::Tensor grown = at::zeros({batch(), model_->key_value_heads, capacity_, model_->head_dim}, options);
+        at::Tensor grown = at::zeros({batch(), layer.key_value_heads, capacity_, dim}, options);
         if (tensor.defined()) grown.narrow(2, 0, length_).copy_(tensor.narrow(2, 0, length_));
         tensor = std::move(grown);
-      }
+      };
+      grow(keys_[kept.layer], layer.head_dim);
+      if (!layer.latent && !layer.conv) grow(values_[kept.layer], layer.value_dim);
     }
   }
 

@@ -1,4 +1,5 @@
-// Runs tokens through the kept layers of a model: by the fused CPU path where it applies, else by the generic one.
+// Runs tokens through the kept layers of a model: a few at once by the fused CPU path or the CUDA graph where they
+// apply, else by the generic path.
 #pragma once
 
 #include <ATen/record_function.h>
@@ -17,11 +18,11 @@ class Decoder {
  public:
   explicit Decoder(std::shared_ptr<Model> model)
       : model_(std::move(model)), generic_(*model_), fused_(*model_, runtime_table_of(wanted_isa())) {
-#ifdef E3_WITH_CUDA
-    if (model_->device().is_cuda() && model_->head_dim <= cuda::LayerGraph::kMaxHeadDim)
-      graph_ = std::make_unique<GraphDecoder>(*model_);
-#endif
+    if (model_->device().is_cuda()) choose_graph();
   }
+
+  // What runs a step of a few tokens, and why.
+  const std::string& path() const { return path_; }
 
   const std::shared_ptr<Model>& model() const { return model_; }
 
@@ -29,6 +30,7 @@ class Decoder {
   int64_t weight_bytes(const Plan& plan) const {
     int64_t total = int64_t(model_->head->matrix().nbytes());
     for (const KeptLayer& kept : plan) {
+      total += model_->layers[kept.layer].input_bytes();
       if (kept.attention) total += model_->layers[kept.layer].attention_bytes();
       if (kept.mlp) total += model_->layers[kept.layer].mlp_bytes();
     }
@@ -60,8 +62,7 @@ class Decoder {
     if (model_->device().is_cpu() && ids.numel() <= FusedDecoder::kMaxTokens)
       return append_fused(cache, plan, ids, keep);
 #ifdef E3_WITH_CUDA
-    if (graph_ && ids.numel() == 1)
-      return graph_->run(cache, plan, {ids.item<int64_t>(), 0, cache.length(), cache.starts()[0]}).unsqueeze(0);
+    if (graph_ && ids.numel() <= GraphDecoder::kMaxTokens) return append_graph(cache, plan, ids, keep);
 #endif
     return generic_.run(cache, plan, ids.to(model_->device()), keep);
   }
@@ -78,35 +79,73 @@ class Decoder {
                       smallest < 0 ? smallest : largest, "; the vocabulary is 0 to ", model_->embedding->rows - 1);
   }
 
-  // Padding tokens take no part: their slots stay zero.
-  at::Tensor append_fused(const Cache& cache, const Plan& plan, const at::Tensor& ids, int64_t keep) {
-    const at::Tensor host = ids.contiguous();
+  // The tokens of a step as the kernels take them. Padding takes no part: its slots stay zero.
+  struct Tokens {
+    std::vector<TokenView> all;
+    std::vector<int> wanted;    // which of them get logits
+    std::vector<int64_t> rows;  // of the result (batch·keep), that those fill
+  };
+
+  static Tokens tokens_of(const Cache& cache, const at::Tensor& ids, int64_t keep) {
+    const at::Tensor host = ids.to(at::kCPU).contiguous();
     const int64_t count = ids.size(1);
-    std::vector<TokenView> tokens;
-    std::vector<int> wanted;
-    std::vector<int64_t> rows;  // of the result that the wanted tokens fill
+    Tokens out;
     for (int64_t b = 0; b < cache.batch(); ++b)
       for (int64_t s = 0; s < count; ++s) {
         const int64_t slot = cache.length() + s, start = cache.starts()[b];
         if (slot < start) continue;
         if (s >= count - keep) {
-          wanted.push_back(int(tokens.size()));
-          rows.push_back(b * keep + s - (count - keep));
+          out.wanted.push_back(int(out.all.size()));
+          out.rows.push_back(b * keep + s - (count - keep));
         }
-        tokens.push_back({host.data_ptr<int64_t>()[b * count + s], b, slot, start});
+        out.all.push_back({host.data_ptr<int64_t>()[b * count + s], b, slot, start});
       }
-    if (tokens.empty()) return at::zeros({cache.batch(), keep, model_->vocabulary()}, at::kFloat);
-    at::Tensor logits = fused_.run(cache, plan, tokens, wanted);
-    if (int64_t(rows.size()) != cache.batch() * keep) {
-      at::Tensor all = at::zeros({cache.batch() * keep, model_->vocabulary()}, at::kFloat);
-      logits = all.index_copy_(0, at::tensor(rows, at::kLong), logits);
-    }
-    return logits.view({cache.batch(), keep, model_->vocabulary()});
+    return out;
   }
+
+  // Logits of the wanted tokens → (batch, keep, vocabulary), zeros for padding.
+  at::Tensor in_place(at::Tensor logits, const Tokens& tokens, int64_t batch, int64_t keep) const {
+    if (int64_t(tokens.rows.size()) != batch * keep)
+      logits = at::zeros({batch * keep, model_->vocabulary()}, logits.options())
+                   .index_copy_(0, at::tensor(tokens.rows, at::kLong).to(logits.device()), logits);
+    return logits.view({batch, keep, model_->vocabulary()});
+  }
+
+  at::Tensor append_fused(const Cache& cache, const Plan& plan, const at::Tensor& ids, int64_t keep) {
+    const Tokens tokens = tokens_of(cache, ids, keep);
+    if (tokens.all.empty()) return at::zeros({cache.batch(), keep, model_->vocabulary()}, at::kFloat);
+    return in_place(fused_.run(cache, plan, tokens.all, tokens.wanted), tokens, cache.batch(), keep);
+  }
+
+#ifdef E3_WITH_CUDA
+  at::Tensor append_graph(const Cache& cache, const Plan& plan, const at::Tensor& ids, int64_t keep) {
+    const Tokens tokens = tokens_of(cache, ids, keep);
+    const auto options = at::TensorOptions().dtype(at::kFloat).device(model_->device());
+    if (tokens.all.empty()) return at::zeros({cache.batch(), keep, model_->vocabulary()}, options);
+    at::Tensor logits = graph_->run(cache, plan, tokens.all);
+    if (tokens.wanted.size() != tokens.all.size())
+      logits = logits.index_select(0, at::tensor(tokens.wanted, at::kLong).to(logits.device()));
+    return in_place(logits, tokens, cache.batch(), keep);
+  }
+
+  void choose_graph() {
+    const c10::cuda::CUDAGuard guard(model_->device());
+    cuda::DevicePath path = {};
+    try {
+      path = cuda::path_of_device();
+      if (!model_->plain()) path = {false, "the graph runs Llama's layers alone"};
+      if (path.graph) graph_ = std::make_unique<GraphDecoder>(*model_);
+    } catch (const std::exception& error) { path = {false, error.what()}; }
+    path_ = (path.graph ? "CUDA graph: " : "ATen: ") + path.reason;
+  }
+#else
+  void choose_graph() { path_ = "ATen: the module is built without its CUDA half"; }
+#endif
 
   std::shared_ptr<Model> model_;
   GenericDecoder generic_;
   FusedDecoder fused_;
+  std::string path_ = model_->device().is_cpu() ? "fused CPU kernels" : "ATen";
 #ifdef E3_WITH_CUDA
   std::unique_ptr<GraphDecoder> graph_;
 #endif

@@ -4,7 +4,8 @@
 #include <functional>
 
 #include "torch/runtime/decoder.h"
-#include "torch/runtime/sampling.h"
+#include "torch/runtime/device_sampler.h"
+#include "torch/runtime/host_sampler.h"
 
 namespace e3 {
 
@@ -36,31 +37,45 @@ inline std::vector<Context> contexts_of(const Cache& cache, const Sequences& pro
   return contexts;
 }
 
+inline std::unique_ptr<Sampler> sampler_for(const Model& model, const Sampling& sampling) {
+  if (model.device().is_cpu()) return std::make_unique<HostSampler>(sampling, model.vocabulary());
+  return std::make_unique<DeviceSampler>(sampling, model.vocabulary());
+}
+
 inline Sequences generate(Decoder& decoder, Cache& cache, const at::Tensor& prompt, const Request& request,
                           const OnTokens& on_tokens) {
-  const int64_t batch = prompt.size(0), vocabulary = decoder.model()->vocabulary();
+  const int64_t batch = prompt.size(0);
   Sequences sequences = rows_of(prompt);
   std::vector<Context> contexts = contexts_of(cache, sequences);
-  Sampler sampler(request.sampling, vocabulary);
+  const std::unique_ptr<Sampler> sampler = sampler_for(*decoder.model(), request.sampling);
   std::vector<Uniform> uniforms;
   for (int64_t b = 0; b < batch; ++b) uniforms.emplace_back(request.sampling.seed, b);
   std::vector<bool> finished(batch, false);
-  std::vector<int64_t> tokens(batch);
   at::Tensor ids = prompt;
   for (int64_t step = 0; step < request.max_new_tokens; ++step) {
-    const at::Tensor logits = decoder.append(cache, ids, 1).to(at::kCPU).contiguous();
+    at::Tensor logits = decoder.append(cache, ids, 1).squeeze(1);
     RECORD_USER_SCOPE("runtime sample");
+    std::vector<int64_t> running;
+    Contexts of_running;
+    std::vector<double> u;
     for (int64_t b = 0; b < batch; ++b) {
-      float* row = logits.data_ptr<float>() + b * vocabulary;
-      if (finished[b])
-        tokens[b] = request.pad;
-      else if (request.sampling.sample)
-        tokens[b] = Sampler::draw(sampler.probabilities(row, contexts[b]), uniforms[b].next());
-      else
-        tokens[b] = sampler.largest(row, contexts[b]);
+      if (finished[b]) continue;
+      running.push_back(b);
+      of_running.push_back(&contexts[b]);
+      u.push_back(request.sampling.sample ? uniforms[b].next() : 0.0);
+    }
+    if (int64_t(running.size()) < batch)
+      logits = logits.index_select(0, at::tensor(running, at::kLong).to(logits.device()));
+    const Choices choices = sampler->choose(logits, of_running, u);
+    std::vector<int64_t> tokens(batch, request.pad);
+    for (size_t i = 0; i < running.size(); ++i) {
+      const int64_t b = running[i];
+      tokens[b] = choices.token(i);
+      finished[b] = request.sampling.ends(tokens[b]);
+    }
+    for (int64_t b = 0; b < batch; ++b) {
       sequences[b].push_back(tokens[b]);
       contexts[b].tokens.push_back(tokens[b]);
-      finished[b] = finished[b] || request.sampling.ends(tokens[b]);
     }
     const std::vector<bool> ended = on_tokens(tokens);
     for (size_t b = 0; b < ended.size(); ++b) finished[b] = finished[b] || ended[b];

@@ -1,4 +1,4 @@
-// Decodes one sequence on a CUDA device, a token at a time, through the captured graph of csrc/cuda.
+// Decodes up to eight tokens at once on a CUDA device, through the captured graphs of csrc/cuda.
 #pragma once
 
 #include <c10/cuda/CUDAGuard.h>
@@ -12,12 +12,13 @@ namespace e3 {
 class GraphDecoder {
  public:
   explicit GraphDecoder(const Model& model)
-      : model_(model), layers_(layer_views(model)), graph_(captured(model, layers_)) {}
+      : model_(model), layers_(layer_views(model)), graph_(graph_of(model, layers_)) {}
 
-  // Logits (1, vocabulary), fp32, of a token whose slot the cache has room for.
-  at::Tensor run(const Cache& cache, const Plan& plan, const TokenView& token) {
+  static constexpr int64_t kMaxTokens = cuda::LayerGraph::kMaxTokens;
+
+  // Logits (tokens, vocabulary), fp32, of up to kMaxTokens tokens whose slots the cache has room for.
+  at::Tensor run(const Cache& cache, const Plan& plan, const std::vector<TokenView>& tokens) {
     const c10::cuda::CUDAGuard guard(model_.device());
-    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
     std::vector<LayerView> layers = layers_;
     std::vector<float> gates(2 * layers.size(), 0.0f);
     for (const KeptLayer& kept : plan) {
@@ -25,15 +26,15 @@ class GraphDecoder {
       gates[2 * kept.layer] = kept.attention;
       gates[2 * kept.layer + 1] = kept.mlp;
     }
-    graph_->set_layers(layers, gates, cache.capacity(), stream);
     const auto options = at::TensorOptions().dtype(at::kFloat).device(model_.device());
-    at::Tensor logits = at::empty({1, model_.vocabulary()}, options);
-    graph_->step(token, logits.data_ptr<float>(), stream);
+    at::Tensor logits = at::empty({int64_t(tokens.size()), model_.vocabulary()}, options);
+    graph_->run({layers, gates, tokens, cache.capacity(), logits.data_ptr<float>()},
+                c10::cuda::getCurrentCUDAStream().stream());
     return logits;
   }
 
  private:
-  static std::unique_ptr<cuda::LayerGraph> captured(const Model& model, const std::vector<LayerView>& layers) {
+  static std::unique_ptr<cuda::LayerGraph> graph_of(const Model& model, const std::vector<LayerView>& layers) {
     const c10::cuda::CUDAGuard guard(model.device());
     return std::make_unique<cuda::LayerGraph>(decoder_view(model), layers, storage_of(model.dtype()));
   }

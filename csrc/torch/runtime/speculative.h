@@ -55,8 +55,7 @@ class Speculation {
         cache_(cache),
         draft_(draft),
         request_(request),
-        vocabulary_(decoder.model()->vocabulary()),
-        sampler_(request.sampling, vocabulary_),
+        sampler_(sampler_for(*decoder.model(), request.sampling)),
         uniform_(request.sampling.seed, 0),
         length_(cost_of_draft(), kLongestDraft) {
     TORCH_CHECK_VALUE(cache.batch() == 1, "speculative decoding takes one sequence, not ", cache.batch());
@@ -70,7 +69,7 @@ class Speculation {
     std::vector<int64_t>& sequence = sequences[0];
     const size_t wanted = sequence.size() + size_t(request_.max_new_tokens);
     std::vector<int64_t> tokens;
-    if (request_.max_new_tokens) tokens = {choose(decoder_.append(cache_, prompt, 1).data_ptr<float>(), context_)};
+    if (request_.max_new_tokens) tokens = {choose(decoder_.append(cache_, prompt, 1).squeeze(0), context_)};
     while (true) {
       for (const int64_t token : tokens) {
         if (sequence.size() == wanted) return sequences;
@@ -90,10 +89,10 @@ class Speculation {
     const int64_t verified = cache_.length(), limit = decoder_.model()->max_positions - verified - 1;
     const int64_t count = std::max<int64_t>(0, std::min({length_.next(), room - 1, limit}));
     std::vector<int64_t> ids{context_.tokens.back()};
-    const std::vector<std::vector<float>> proposals = draft(count, ids);
+    const std::vector<at::Tensor> proposals = draft(count, ids);
     cache_.truncate(verified);
-    const at::Tensor logits = decoder_.append(cache_, row(ids), int64_t(ids.size()));
-    const std::vector<int64_t> tokens = verify(logits.data_ptr<float>(), ids, proposals);
+    const at::Tensor logits = decoder_.append(cache_, row(ids), int64_t(ids.size())).squeeze(0);
+    const std::vector<int64_t> tokens = verify(logits, ids, proposals);
     const int64_t accepted = int64_t(tokens.size()) - 1;
     cache_.truncate(verified + 1 + accepted);
     if (count) length_.observe(count, accepted);
@@ -103,55 +102,85 @@ class Speculation {
     return tokens;
   }
 
-  // Appends `count` tokens of the draft to ids; returns the distribution that each was drawn from (sampling only).
-  std::vector<std::vector<float>> draft(int64_t count, std::vector<int64_t>& ids) {
-    std::vector<std::vector<float>> proposals;
+  // Appends `count` tokens of the draft to ids; returns the distribution (1, vocabulary) that each was drawn from
+  // (sampling only).
+  std::vector<at::Tensor> draft(int64_t count, std::vector<int64_t>& ids) {
+    std::vector<at::Tensor> proposals;
     Context context = context_;
     for (int64_t i = 0; i < count; ++i) {
-      const at::Tensor logits = decoder_.append(cache_, draft_, row({ids.back()}), 1);
+      const at::Tensor logits = decoder_.append(cache_, draft_, row({ids.back()}), 1).squeeze(0);
       if (request_.sampling.sample) {
-        proposals.push_back(sampler_.probabilities(logits.data_ptr<float>(), context));
-        ids.push_back(Sampler::draw(proposals.back(), uniform_.next()));
+        const auto [weights, largest] = sampler_->probabilities(logits, {&context});
+        proposals.push_back(weights);
+        ids.push_back(Sampler::to_host(sampler_->draw(weights, {uniform_.next()}), largest).token(0));
       } else {
-        ids.push_back(sampler_.largest(logits.data_ptr<float>(), context));
+        ids.push_back(choose(logits, context));
       }
       context.tokens.push_back(ids.back());
     }
     return proposals;
   }
 
-  // The accepted drafted tokens and the one that follows them. `logits` are those after each of `ids`.
-  std::vector<int64_t> verify(float* logits, const std::vector<int64_t>& ids,
-                              const std::vector<std::vector<float>>& proposals) {
+  // The accepted drafted tokens and the one that follows them. `logits` (ids, vocabulary) are those after each of
+  // `ids`.
+  std::vector<int64_t> verify(const at::Tensor& logits, const std::vector<int64_t>& ids,
+                              const std::vector<at::Tensor>& proposals) {
+    std::vector<Context> after{context_};  // were all drafted tokens accepted
+    for (size_t i = 1; i < ids.size(); ++i) {
+      after.push_back(after.back());
+      after.back().tokens.push_back(ids[i]);
+    }
+    Contexts contexts;
+    for (const Context& context : after) contexts.push_back(&context);
+    return request_.sampling.sample ? verify_samples(logits, contexts, ids, proposals)
+                                    : verify_largest(logits, contexts, ids);
+  }
+
+  std::vector<int64_t> verify_largest(const at::Tensor& logits, const Contexts& contexts,
+                                      const std::vector<int64_t>& ids) {
+    const Choices choices = sampler_->largest(logits, contexts);
+    std::vector<int64_t> tokens{choices.token(0)};
+    while (tokens.size() < ids.size() && tokens.back() == ids[tokens.size()])
+      tokens.push_back(choices.token(tokens.size()));
+    return tokens;
+  }
+
+  // A drafted token is accepted with probability min(1, p/q); else the next is drawn from max(p − q, 0), which never
+  // gives it.
+  std::vector<int64_t> verify_samples(const at::Tensor& logits, const Contexts& contexts,
+                                      const std::vector<int64_t>& ids, const std::vector<at::Tensor>& proposals) {
+    const auto [p, largest] = sampler_->probabilities(logits, contexts);
+    const int64_t count = int64_t(proposals.size());
+    std::vector<at::Tensor> crossing{largest.to(at::kDouble)};
+    if (count) {
+      const std::vector<int64_t> drafted(ids.begin() + 1, ids.end());
+      const at::Tensor index = at::tensor(drafted, at::kLong).unsqueeze(1).to(p.device());
+      for (const at::Tensor& weights : {p.narrow(0, 0, count), at::cat(proposals)})
+        crossing.push_back(weights.gather(1, index).squeeze(1).to(at::kDouble));
+    }
+    const at::Tensor host = at::cat(crossing).to(at::kCPU);
+    const double* of_row = host.data_ptr<double>();
+    const double *p_drafted = of_row + count + 1, *q_drafted = p_drafted + count;
+    const Choices sound{ids, {of_row, of_row + count + 1}};
     std::vector<int64_t> tokens;
-    Context context = context_;
-    for (size_t i = 0;; ++i) {
-      float* after = logits + int64_t(i) * vocabulary_;
-      const bool last = i + 1 == ids.size();
-      const int64_t token = last || !request_.sampling.sample
-                                ? choose(after, context)
-                                : accept_or_replace(after, context, ids[i + 1], proposals[i]);
-      tokens.push_back(token);
-      if (last || token != ids[i + 1]) return tokens;
-      context.tokens.push_back(token);
+    for (int64_t i = 0;; ++i) {
+      sound.token(size_t(i));
+      if (i < count && uniform_.next() * q_drafted[i] < p_drafted[i]) {
+        tokens.push_back(ids[i + 1]);
+        continue;
+      }
+      at::Tensor weights = p.narrow(0, i, 1);
+      if (i < count) {
+        const at::Tensor rest = (weights - proposals[i]).clamp_min(0);
+        weights = at::where(rest.any(), rest, weights);  // p = q but for rounding: nothing is left to draw from
+      }
+      tokens.push_back(sampler_->draw(weights, {uniform_.next()}).item<int64_t>());
+      return tokens;
     }
   }
 
-  // `drafted` with probability min(1, p/q), else a draw from max(p − q, 0), which never gives `drafted`.
-  int64_t accept_or_replace(float* logits, const Context& context, int64_t drafted,
-                            const std::vector<float>& proposal) {
-    const std::vector<float>& p = sampler_.probabilities(logits, context);
-    if (uniform_.next() * proposal[drafted] < p[drafted]) return drafted;
-    std::vector<float> rest(vocabulary_);
-    for (int64_t i = 0; i < vocabulary_; ++i) rest[i] = std::max(p[i] - proposal[i], 0.0f);
-    // p = q but for rounding: nothing is left to draw from.
-    const bool equal = std::all_of(rest.begin(), rest.end(), [](float weight) { return weight == 0; });
-    return Sampler::draw(equal ? p : rest, uniform_.next());
-  }
-
-  int64_t choose(float* logits, const Context& context) {
-    if (!request_.sampling.sample) return sampler_.largest(logits, context);
-    return Sampler::draw(sampler_.probabilities(logits, context), uniform_.next());
+  int64_t choose(const at::Tensor& logits, const Context& context) {
+    return sampler_->choose(logits, {&context}, {request_.sampling.sample ? uniform_.next() : 0.0}).token(0);
   }
 
   // A verification of eight tokens still takes the time of reading the weights; of sixteen, of the arithmetic.
@@ -169,8 +198,7 @@ class Speculation {
   Cache& cache_;
   const Plan draft_;
   const Request request_;
-  const int64_t vocabulary_;
-  Sampler sampler_;
+  const std::unique_ptr<Sampler> sampler_;
   Uniform uniform_;
   DraftLength length_;
   Context context_;

@@ -63,6 +63,9 @@ Vocabulary = Annotated[
 Drop = Annotated[int | None, typer.Option(help="Number of layers to remove; 8 where no other target is given.")]
 Fraction = Annotated[float | None, typer.Option(help="Share of the layers to remove, instead of --drop.")]
 Protect = Annotated[list[int] | None, typer.Option(help="A layer that must stay; may be repeated.")]
+Writing = Annotated[
+    int, typer.Option(min=0, help="Prompts that each model writes from, to count loops and right answers; 0: none.")
+]
 Speed = Annotated[bool, typer.Option(help="Measure decode and prefill tokens/s.")]
 
 

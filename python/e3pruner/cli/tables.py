@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from e3pruner.report import model_table
+from e3pruner.report import model_table, writing_table
 
 # A pipe has no width: wide enough there that no figure is folded.
 PIPE_WIDTH = 180
@@ -18,6 +17,8 @@ def print_table(results: dict[str, Any]) -> None:
     """Prints the results' models, one per row, to stdout."""
     headings, rows = model_table(results)
     console().print(rich_table(results["title"], headings, rows))
+    for doubt in results.get("timing", {}).get("doubts", []):
+        console().print(f"tokens/s are not reliable: {doubt}", highlight=False, markup=False)
 
 
 def print_tasks(scores: dict[str, dict[str, dict[str, float]]]) -> None:
@@ -31,24 +32,10 @@ def print_tasks(scores: dict[str, dict[str, dict[str, float]]]) -> None:
     console().print(rich_table("Tasks", ["task", *scores], rows))
 
 
-def print_writing(found: dict[str, dict[str, Any]]) -> None:
-    """Prints {model: what `evaluation.writing` returns}, one figure per row with its standard error, to stdout."""
-    first = next(iter(found.values()))
-    places = [(part, name) for part in ("greedy", "sampled") for name in first[part]]
-    rows = [
-        [f"{part} {name.replace('_', ' ')}", *(_with_error(figures[part][name]) for figures in found.values())]
-        for part, name in places
-    ] + [
-        [f"{kind} {name}", *(_with_error(figures["tasks"][kind][name]) for figures in found.values())]
-        for kind, scores in first["tasks"].items()
-        for name in scores
-    ]
-    console().print(rich_table("Writing", ["figure", *found], rows))
-
-
-def _with_error(figure: tuple[float, float]) -> str:
-    value, error = figure
-    return f"{value:.3g}" if math.isnan(error) else f"{value:.3g} ± {error:.2g}"
+def print_writing(results: dict[str, Any]) -> None:
+    """Prints how the results' models write, one figure per row with its standard error, to stdout."""
+    headings, rows = writing_table(results)
+    console().print(rich_table("Writing", headings, rows))
 
 
 def rich_table(title: str, headings: list[str], rows: list[list[str]]) -> Table:

@@ -8,7 +8,7 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from e3pruner.evaluation.latency import latency
+from e3pruner.evaluation.latency import speeds
 from e3pruner.models import find_layers
 from e3pruner.models.stack import check_indices
 from e3pruner.surgery import prune
@@ -78,7 +78,7 @@ def layers_to_drop(
 
     fraction: of the layers, rounded to the nearest number, at least one. parameters: that the pruned model has at most,
     tied ones counted once, whichever unprotected layers go. milliseconds: that a decoded token takes at most, measured
-    now on this machine by `latency`: a straight line through the dense model and one of half its layers gives a first
+    now on this machine by `speeds`: a straight line through the dense model and one of half its layers gives a first
     number, from which the least one that is measured to be fast enough is searched. sublayers: count attentions and
     MLPs one by one; of them only a fraction is known beforehand.
 
@@ -129,22 +129,26 @@ def _for_parameters(model: PreTrainedModel, most: float, protected: Sequence[int
 def _for_milliseconds(model: PreTrainedModel, most: float, limit: int) -> int:
     count = len(find_layers(model))
     half = count // 2
-    dense, halved = _milliseconds(model, 0), _milliseconds(model, count - half)
+    dense, halved = _milliseconds(model, 0, count - half)
     if dense <= most:
         raise ValueError(f"milliseconds={most:g}: a token takes {dense:.3g} already; nothing needs to go")
     per_layer = (dense - halved) / (count - half)
     drop = min(limit, max(1, math.ceil((dense - most) / per_layer))) if per_layer > 0 else limit
-    if _milliseconds(model, drop) <= most:
-        while drop > 1 and _milliseconds(model, drop - 1) <= most:
+    if _milliseconds(model, drop)[0] <= most:
+        while drop > 1 and _milliseconds(model, drop - 1)[0] <= most:
             drop -= 1
         return drop
-    while drop < limit and _milliseconds(model, drop + 1) > most:
+    while drop < limit and _milliseconds(model, drop + 1)[0] > most:
         drop += 1
     return drop + 1
 
 
-def _milliseconds(model: PreTrainedModel, drop: int) -> float:
-    """Of a decoded token without `drop` layers: the last ones, any others would take as long."""
-    kept = list(range(len(find_layers(model)) - drop))
-    pruned = prune(model, kept, copy_weights=False) if drop else model
-    return 1000 / latency(pruned)["decode_tokens_per_s"]
+def _milliseconds(model: PreTrainedModel, *drops: int) -> list[float]:
+    """Of a decoded token without each of so many layers: the last ones, any others would take as long."""
+    layers = len(find_layers(model))
+    cut = {drop: prune(model, list(range(layers - drop)), copy_weights=False) if drop else model for drop in drops}
+    found = speeds({str(drop): pruned for drop, pruned in cut.items()})
+    rates = [found.of[str(drop)]["decode_tokens_per_s"] for drop in drops]
+    if None in rates:
+        raise RuntimeError(f"the time of a token cannot be told: {'; '.join(found.timing['doubts'])}")
+    return [1000 / rate for rate in rates]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,10 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3pruner.evaluation.generation import chat_text
 from e3pruner.evaluation.prompts import Task, rule_tasks, writing_prompts
+from e3pruner.models.positions import position_limit
 from e3pruner.models.stack import evaluating, returning_dicts
 from e3pruner.runtime import LayerSkipRuntime
 
 _BATCH = 32
+_SHOWN = 3  # prompts whose answers are kept
+_LONGEST = 192
 _LEAST_REPEATS, _LEAST_REPEATED, _LONGEST_PERIOD = 3, 24, 64
 
 
@@ -38,7 +42,7 @@ def writing(
     *,
     prompts: Sequence[str] | None = None,
     tasks: Sequence[Task] | None = None,
-    max_new_tokens: int = 192,
+    max_new_tokens: int = _LONGEST,
     samples: int = 4,
     temperature: float = 0.8,
     seed: int = 0,
@@ -54,7 +58,7 @@ def writing(
     `repeated_suffix`), "distinct_bigrams", the mean over answers of distinct bigrams over bigrams, "tokens", the mean
     length, and "ends", the share that came to the end token; "tasks" gives for each kind and for all of them "pass@1",
     greedy, and "pass@<samples>", the share of tasks of which a sample is right. Each figure is a pair: the value and
-    its standard error over prompts.
+    its standard error over prompts. "texts" are the first prompts with their greedy answers.
 
     Raises ValueError naming an argument that is out of its range, or a prompt without text.
     """
@@ -87,7 +91,42 @@ def writing(
         for kind, each in kinds.items()
         if each
     }
+    figures["texts"] = [
+        {"prompt": prompt, "answer": alone.text(tokenizer).strip()}
+        for prompt, (alone,) in zip(prompts[:_SHOWN], texts[0], strict=False)
+    ]
     return figures
+
+
+def brief_writing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: int, seed: int = 0
+) -> dict[str, Any] | None:
+    """Options of `writing` for what a run shows beside its other figures: so many of the prompts, drawn evenly, a
+    quarter as many tasks of each kind, two samples, and texts as long as `model` has positions for.
+
+    None, which standard error explains, where it has too few for any text worth a figure.
+    """
+    every = writing_prompts()
+    chosen = [every[index * len(every) // prompts] for index in range(min(prompts, len(every)))]
+    tasks = rule_tasks(per_kind=max(1, prompts // 4), seed=seed)
+    longest = max(len(_ids(tokenizer, prompt)) for prompt in (*chosen, *(task.prompt for task in tasks)))
+    room = (position_limit(model) or 1 << 20) - longest - 1
+    if room < _LEAST_REPEATED:
+        print(
+            f"nothing is written: the model has {position_limit(model)} positions, prompts take {longest}",
+            file=sys.stderr,
+        )
+        return None
+    return {"prompts": chosen, "tasks": tasks, "samples": 2, "seed": seed, "max_new_tokens": min(_LONGEST, room)}
+
+
+def fastest_writer(model: PreTrainedModel) -> PreTrainedModel | LayerSkipRuntime:
+    """What writes fastest for `writing`: the runtime where it serves the model; where not, standard error says why."""
+    try:
+        return LayerSkipRuntime(model)
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:
+        print(f"text is written by transformers, as the runtime does not serve it: {error}", file=sys.stderr)
+        return model
 
 
 def repeated_suffix(ids: Sequence[int]) -> int:

@@ -104,7 +104,7 @@ def units_of(
         groups = _by_quota(free, kinds, drop, quota)
     units = Units(size * len(layers), size, free, groups, demands)
     if demands and units.cheapest([0.0] * units.count) is None:
-        reasons = "; ".join(demand.reason for demand in demands)
+        reasons = "; ".join(dict.fromkeys(demand.reason for demand in demands))
         raise ValueError(f"drop={drop} has no plan that this model ({model.config.model_type}) allows: {reasons}")
     return units
 

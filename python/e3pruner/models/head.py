@@ -95,7 +95,10 @@ def last_hidden(
         except IndexError:  # of a model that writes into columns of the logits (Chameleon)
             if not received:
                 raise
-    return only_hidden(model, received)
+    hidden = only_hidden(model, received)
+    if inputs:
+        check_per_token(model, hidden, input_ids)
+    return hidden
 
 
 @contextmanager
@@ -109,6 +112,15 @@ def without_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
     with calling(model.get_output_embeddings(), note):
         yield received
+
+
+def check_per_token(model: PreTrainedModel, hidden: Tensor, input_ids: Tensor | None) -> None:
+    """Raises ValueError for a model that reads an image beside `input_ids` (B, T) and predicts other than per token."""
+    if input_ids is not None and hidden.shape[1] != input_ids.shape[1]:
+        raise ValueError(
+            f"model ({model.config.model_type}) predicts at {hidden.shape[1]} places for {input_ids.shape[1]} tokens "
+            "and what stands beside them: which are those of the tokens is not known; give it text alone"
+        )
 
 
 def only_hidden(model: PreTrainedModel, received: list[Tensor]) -> Tensor:

@@ -157,9 +157,15 @@ def returning_dicts(model: PreTrainedModel) -> Iterator[None]:
             config.return_dict = value
 
 
+def _holds_adapters(model: nn.Module) -> bool:
+    """Whether PEFT's modules are in `model`; its mark alone does not tell, which PEFT 0.18 leaves on a merged model."""
+    marked = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+    return marked and any(kind.__module__.startswith("peft.") for m in model.modules() for kind in type(m).__mro__)
+
+
 def _refuse_unfit(model: PreTrainedModel) -> None:
     kind = type(model).__name__
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+    if _holds_adapters(model):
         raise TypeError(f"model ({kind}) is PEFT-wrapped; pass merge_and_unload() of it, a plain model")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model ({kind}) is not a transformers PreTrainedModel; pass the model itself, unwrapped")

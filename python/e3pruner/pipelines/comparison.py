@@ -27,6 +27,7 @@ from e3pruner.models.device import AUTO
 from e3pruner.models.identity import model_identity
 from e3pruner.models.loading import Dtype, load_model, load_tokenizer
 from e3pruner.models.stack import check_unquantised
+from e3pruner.pipelines.damage import Damage
 from e3pruner.pipelines.matrix import Cell, Matrix
 from e3pruner.pipelines.results import run_results
 from e3pruner.precision import autocast_dtype
@@ -43,6 +44,7 @@ _COMPENSATION = 32  # training sequences of each kind: the closed forms are fitt
 _BATCH = 4
 _ROW = {"key": str, "drop": natural, "removed": [natural], "cost": float, "seconds": float}
 _ROW |= {"held_out": {str: {"kl": float, "perplexity": float, "sequences?": {"kl": [float]}}}}
+_ROW |= {"writing?": {str: object}}
 
 Row = dict[str, Any]
 
@@ -67,6 +69,7 @@ class Comparison:
     model: PreTrainedModel
     texts: dict[str, KindsOfText]
     folder: Path
+    tokenizer: PreTrainedTokenizerBase | None = None  # without it nothing is written
 
     @classmethod
     def from_yaml(
@@ -95,7 +98,7 @@ class Comparison:
         # In fp32 whatever the checkpoint: `precision` says what is computed in, and recovery needs the master weights.
         dense = load_model(matrix.model, device, Dtype.FLOAT32, trust_remote_code=trust_remote_code)
         check_unquantised("model", dense, "to cut and heal it in memory, name it dequantised")
-        return cls(matrix, dense, texts or texts_of(matrix, tokenizer, dense), folder)
+        return cls(matrix, dense, texts or texts_of(matrix, tokenizer, dense), folder, tokenizer)
 
     def __post_init__(self) -> None:
         if self.matrix.fraction:
@@ -106,6 +109,10 @@ class Comparison:
         self.dtype = autocast_dtype(self.matrix.precision, self.model.device)
         self.identity = {"dtype": str(self.dtype), "model": model_identity(self.model)}
         self._known: dict[str, KnownText] = {}
+        path = self.folder / MEASURED_FOLDER / "dense.json"
+        self.damage: Damage | None = None
+        if self.tokenizer is not None and self.matrix.writing:
+            self.damage = Damage(self.model, self.tokenizer, self.matrix.writing, path)
 
     def key(self, cell: Cell) -> str:
         """A hash of everything that decides the figures of a cell."""
@@ -114,7 +121,8 @@ class Comparison:
         settings["contestant"].pop("name")
         settings["recovery"].pop("name")
         training = fingerprint(self.texts[cell.left_out].training) if recovery.heals else None
-        return fingerprint(settings, tokens, self.matrix.protect, training)[:16]
+        written = [self.matrix.writing] if self._writes(cell) else []
+        return fingerprint(settings, tokens, self.matrix.protect, training, *written)[:16]
 
     def run(self, advance: Callable[[Row], None] = lambda row: None) -> list[Row]:
         """The rows of all cells, in the matrix's order; those that the folder has are not measured again.
@@ -140,7 +148,8 @@ class Comparison:
         title = matrix.title or f"{matrix.model}: {len(matrix.methods)} methods, {len(matrix.seeds)} seeds"
         settings = matrix.settings()
         lines = summary(rows, matrix.methods[0].name)
-        results = run_results(title, settings) | {"matrix": settings, "comparison": lines} | dict(about or {})
+        results = run_results(title, settings) | {"matrix": settings, "comparison": lines}
+        results |= (self.damage.about(lines, rows) if self.damage else {}) | dict(about or {})
         save_results(results, self.folder)
         with replacing_file(self.folder / TABLE_FILE) as temporary:
             temporary.write_text(markdown(results), encoding="utf-8")
@@ -156,12 +165,14 @@ class Comparison:
         return {kind: self.known(tokens) for kind, tokens in self.texts[cell.left_out].held_out.items()}
 
     def measure(self, cell: Cell) -> Row:
-        """Search, recover, and judge on held-out text."""
+        """Search, recover, judge on held-out text, and let the first seed's models write."""
         row = self._search(cell)
-        if not cell.recovery.heals:
-            held_out = {kind: self._judge(row["removed"], each) for kind, each in self.held_out(cell).items()}
-            return row | {"held_out": held_out}
-        return row | self._recover(cell, row["removed"])
+        if cell.recovery.heals:
+            return row | self._recover(cell, row["removed"])
+        held_out = {kind: self._judge(row["removed"], each) for kind, each in self.held_out(cell).items()}
+        kept = PruningPlan.of_removed(row["removed"], len(find_layers(self.model))).kept
+        writes = self._writes(cell)
+        return row | {"held_out": held_out} | (writes.of_cut(kept) if writes else {})
 
     def known(self, tokens: Tensor) -> KnownText:
         """What the folder knows of these tokens."""
@@ -183,6 +194,11 @@ class Comparison:
             dtype=self.dtype,
             measurements=text.store,
         )
+
+    def _writes(self, cell: Cell) -> Damage | None:
+        """What lets the models of the first seed write."""
+        first = cell.seed == self.matrix.seeds[0] and cell.left_out in ("", self.matrix.text[0])
+        return self.damage if first and self.damage and self.damage.options else None
 
     def _search(self, cell: Cell) -> Row:
         text = self.calibration(cell)
@@ -240,7 +256,8 @@ class Comparison:
             figures = e3pruner.evaluate(student, sequences.split(_BATCH), self.model, **options)
             held_out[kind] = {key: figures[key] for key in ("kl", "perplexity", "top1_agreement")}
             held_out[kind]["sequences"] = {"kl": figures["sequences"]["kl"]}
-        return {"held_out": held_out, "recovery_seconds": took}
+        writes = self._writes(cell)
+        return {"held_out": held_out, "recovery_seconds": took} | (writes.of(student) if writes else {})
 
     def _compensation(self, text: KindsOfText) -> tuple[Tensor, Tensor]:
         """What a compensation is fitted to, and what judges it: text of another kind, the last of the matrix."""

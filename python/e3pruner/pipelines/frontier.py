@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import e3pruner
-from e3pruner.evaluation import latency
+from e3pruner.evaluation import speeds
 from e3pruner.evaluation.target import check_target
 from e3pruner.mask_search import METHODS
 from e3pruner.models import find_layers
@@ -71,7 +71,8 @@ def frontier(
     checkpoint: str | Path | None = None,
     **options: Any,
 ) -> tuple[dict[str, Any], list[Point]]:
-    """The figures of the dense model, and a `Point` for each of `drops`, which rise.
+    """The figures of the dense model, with "timing", how far the speeds can be trusted (see
+    `e3pruner.evaluation.Speeds`), and a `Point` for each of `drops`, which rise.
 
     `options` are those of `e3pruner.search`; what one depth has measured, the next need not measure again, and a method
     that can be started somewhere starts from the plan of the depth before. Speeds are measured here and now, unless
@@ -83,15 +84,21 @@ def frontier(
         raise ValueError(f"drops={list(drops)} must be numbers of layers that rise")
     for drop in drops:
         check_integer("drops", drop, 1)
-    dense = _figures(model, model, held_out, unseen, speed)
+    dense = _figures(model, model, held_out, unseen)
     found: list[Point] = []
+    cut: dict[str, PreTrainedModel] = {}
     for drop in drops:
         near: dict[str, Any] = {"warm": [found[-1].plan.removed]} if found and "warm" in METHODS[method].options else {}
         plan = e3pruner.search(model, token_batches, drop, method, checkpoint=checkpoint, **near, **options)
-        pruned = e3pruner.prune(model, plan, copy_weights=False)
-        figures = _figures(pruned, model, held_out, unseen, speed)
+        cut[str(drop)] = e3pruner.prune(model, plan, copy_weights=False)
+        figures = _figures(cut[str(drop)], model, held_out, unseen)
         name = "perplexity" if unseen is None else "unseen_perplexity"
         found.append(Point(plan, figures, figures[name] / dense[name]))
+    if speed:  # of all depths in turns
+        measured = speeds({"dense": model, **cut})
+        dense |= measured.of["dense"] | {"timing": measured.timing}
+        for point in found:
+            point.figures.update(measured.of[str(point.drop)])
     return dense, found
 
 
@@ -122,9 +129,11 @@ def save_frontier(folder: Path, points: Sequence[Point], most: float | None) -> 
 
 def frontier_results(dense: Mapping[str, Any], points: Sequence[Point]) -> dict[str, Any]:
     """The parts of the results: a row of the table per depth, the curve, and what the plot shows."""
+    timing = {"timing": dense["timing"]} if "timing" in dense else {}
+    dense = {name: value for name, value in dense.items() if name != "timing"}
     rows = [{"name": "dense", **dense}] + [{"name": f"{point.drop} removed", **point.figures} for point in points]
     shown = ("layers", "parameters", "decode_tokens_per_s")
-    return {
+    return timing | {
         "models": rows,
         "frontier": [{"drop": 0, "ratio": 1.0, **{key: dense[key] for key in shown if key in dense}}]
         + [
@@ -135,11 +144,9 @@ def frontier_results(dense: Mapping[str, Any], points: Sequence[Point]) -> dict[
     }
 
 
-def _figures(
-    model: PreTrainedModel, dense: PreTrainedModel, held_out: Given, unseen: Given | None, speed: bool
-) -> dict[str, Any]:
+def _figures(model: PreTrainedModel, dense: PreTrainedModel, held_out: Given, unseen: Given | None) -> dict[str, Any]:
     figures = e3pruner.evaluate(model, held_out, dense, precision="auto")
     if unseen is not None:
         elsewhere = e3pruner.evaluate(model, unseen, dense, precision="auto")
         figures |= {f"unseen_{name}": elsewhere[name] for name in ("kl", "perplexity")}
-    return figures | (latency(model) if speed else {})
+    return figures

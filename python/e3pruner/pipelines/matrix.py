@@ -86,6 +86,7 @@ class Matrix:
     what `Recovery.of` takes. text: kinds (see `e3pruner.text.sources`), or files. unseen: further ones that every cell
     is judged on and none sees; leave_one_out: each kind of `text` is left out once, and is what is judged then, so that
     all figures are of kinds that no step saw. sequences: of a search, over all kinds of text; held_out: of each kind.
+    writing: prompts that the first seed's models write from, to count loops and right answers; 0: none.
 
     Raises ValueError or TypeError naming what is wrong.
     """
@@ -102,6 +103,7 @@ class Matrix:
     sequences: int = 16
     held_out: int = 32
     length: int = 256
+    writing: int = 8
     protect: list[int] = field(default_factory=list)
     precision: str = "auto"
     title: str = ""
@@ -118,6 +120,7 @@ class Matrix:
         for name in ("sequences", "held_out"):
             check_integer(name, getattr(self, name), 1)
         check_integer("length", self.length, 2)
+        check_integer("writing", self.writing, 0)
         for seed in self.seeds:
             check_integer("seeds", seed, 0)
         for target in ("drop", "fraction"):

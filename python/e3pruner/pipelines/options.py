@@ -28,7 +28,8 @@ class PipelineOptions:
     `--text`; None: built in. unseen: text of a kind that no step sees, on which every model is judged too: "manual",
     "code", "library" or a file. written: add training text that the model writes itself. length: tokens per sequence.
     sequences, held_out: numbers of calibration and of held-out sequences. batch: sequences at a time. speed: measure
-    tokens/s. prompts, new_tokens: what the models answer at the end, and in how many tokens. seed: of all randomness.
+    tokens/s. writing: prompts that every model writes from, to count loops, lengths and right answers; 0: none.
+    prompts, new_tokens: what the models answer at the end, and in how many tokens. seed: of all randomness.
     device: "auto", "cpu", "cuda:1", ... dtype: of the weights that come out; "auto": as they came in.
     trust_remote_code: run the code that a checkpoint brings.
 
@@ -60,6 +61,7 @@ class PipelineOptions:
     held_out: int = 16
     batch: int = 4
     speed: bool = False
+    writing: int = 8
     prompts: list[str] = field(default_factory=list)
     new_tokens: int = 48
     seed: int = 0
@@ -74,6 +76,7 @@ class PipelineOptions:
         check_integer("length", self.length, 2)
         check_integer("seed", self.seed, 0)
         check_integer("curve", self.curve, 0)
+        check_integer("writing", self.writing, 0)
         check_target(drop=self.drop, fraction=self.fraction)
         check_search(self.method, self.search)
         for rival in self.rivals:

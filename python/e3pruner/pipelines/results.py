@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from e3pruner.evaluation import Speeds, fastest_writer, writing
 from e3pruner.recovery import DistillResult
 from e3pruner.report import describe_environment
 from e3pruner.surgery import PruningPlan
+
+DENSE = "dense"
 
 
 def run_results(title: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,3 +48,19 @@ def recovery_results(result: DistillResult) -> dict[str, Any]:
             "perplexity": [[record["step"], record["perplexity"]] for record in result.held_out],
         }
     }
+
+
+def speed_results(models: Sequence[Mapping[str, Any]], found: Speeds) -> dict[str, Any]:
+    """The figures of `models` with the speeds of those that were timed, and how far these can be trusted."""
+    return {"models": [{**row, **found.of.get(row["name"], {})} for row in models], "timing": found.timing}
+
+
+def writing_results(
+    models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> dict[str, Any]:
+    """How each of `models` writes, by `e3pruner.evaluation.writing` with `options`, and their answers side by side."""
+    found = {name: writing(fastest_writer(model), tokenizer, **options) for name, model in models.items()}
+    texts = {name: {text["prompt"]: text["answer"] for text in each.pop("texts")} for name, each in found.items()}
+    prompts = next(iter(texts.values()))
+    side_by_side = [{"prompt": p, "answers": {name: answers[p] for name, answers in texts.items()}} for p in prompts]
+    return {"writing": found, "generations": side_by_side}

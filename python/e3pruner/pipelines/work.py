@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import e3pruner
 from e3pruner.card import recovery_sentence, write_card
-from e3pruner.evaluation import latency
+from e3pruner.evaluation import Speeds, speeds
 from e3pruner.evaluation.generation import continue_prompt
 from e3pruner.evaluation.target import check_drop, number_to_drop
+from e3pruner.evaluation.writing import brief_writing
 from e3pruner.mask_search.calibration import Calibration
 from e3pruner.mask_search.held_out import held_out_figures
 from e3pruner.mask_search.problem import SearchProblem
@@ -26,7 +27,7 @@ from e3pruner.models import find_layers
 from e3pruner.models.loading import BUILT_IN, Dtype, load_model, load_tokenizer, weights_dtype
 from e3pruner.models.stack import check_indices, check_unquantised
 from e3pruner.pipelines.options import PipelineOptions
-from e3pruner.pipelines.results import recovery_results, search_results
+from e3pruner.pipelines.results import DENSE, recovery_results, search_results, speed_results, writing_results
 from e3pruner.pipelines.stages import Stages
 from e3pruner.precision import autocast_dtype
 from e3pruner.recovery.compensation import Compensation
@@ -39,7 +40,7 @@ from e3pruner.text.sequences import Rows
 from e3pruner.text.splits import Splits, batches, take, token_splits
 
 CACHE, MEASURED, TRAINING = "cache", "measured", "training"
-PRUNED, RECOVERED, DENSE = "pruned", "recovered", "dense"
+PRUNED, RECOVERED = "pruned", "recovered"
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,11 @@ class Work(Stages):
             "device": str(self.dense.device),
             "rounds": curves,
             "recovery": curves[-1],
-            "models": [{"name": name, **values, **self.speed(name)} for name, values in models.items()],
+            "models": [{"name": name, **values} for name, values in models.items()],
         }
+        if options.speed:
+            found_speeds = self.stage("9-speeds", lambda: speeds(self.last())._asdict())
+            results |= speed_results(results["models"], Speeds(**found_speeds))
         self.describe(final, results["models"], sum(len(curve["train"]) for curve in curves))
         if options.rivals or options.curve:
             found, figures = {options.method: first, **rivals}, {options.method: models[PRUNED], **masks}
@@ -153,6 +157,8 @@ class Work(Stages):
             ]
         if options.curve:
             results["curve"] = self.stage("9-curve", partial(self.curve, found, figures))
+        if options.writing:
+            results |= self.stage("9-writing", self.write)
         if options.prompts:
             results["generations"] = self.stage("9-generate", self.generate)
         return results | {"seconds": {"0-load": self.loading, **self.seconds()}}
@@ -299,12 +305,9 @@ class Work(Stages):
             **{self.label(number, kind): self.load_checkpoint(number, kind) for kind in (PRUNED, RECOVERED)},
         }
 
-    def speed(self, name: str) -> dict[str, Any]:
-        """Tokens/s of a model of the last round or the dense one."""
-        if not self.options.speed:
-            return {}
-        speeds = self.stage("9-time", lambda: {name: latency(model) for name, model in self.last().items()})
-        return speeds.get(name, {})
+    def write(self) -> dict[str, Any]:
+        wanted = brief_writing(self.dense, self.tokenizer, self.options.writing, self.options.seed)
+        return {} if wanted is None else writing_results(self.last(), self.tokenizer, **wanted)
 
     def generate(self) -> list[dict[str, Any]]:
         models = self.last()

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from e3pruner.timing import TOLERANCE, Estimate
 
 PARTS, PHASES, PREDICTED = 0.10, 0.05, 0.10  # how far sums may be from their whole, and predictions from measurements
-
-
-def unsettled(times: Mapping[str, Estimate]) -> list[str]:
-    """The times that are known worse than to 2 %, when the rounds were over."""
-    return [_unsettled(name, estimate) for name, estimate in times.items() if not estimate.settled]
-
-
-def _unsettled(name: str, estimate: Estimate) -> str:
-    if estimate.rounds <= 2:
-        times = "once" if estimate.rounds == 1 else "twice"
-        return f"{name} was measured {times}, which tells nothing of its spread: raise --rounds"
-    margin = 100 * estimate.margin / estimate.value
-    return f"{name} is known to ±{margin:.0f} % only, after {estimate.rounds} rounds: raise --limit"
 
 
 def apart(name: str, parts: float, whole: float, within: float) -> list[str]:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from e3pruner.report.html import write_html
 from e3pruner.report.plots import render
+from e3pruner.report.table import figure, plural
 from e3pruner.storage import write_json_lines
 from e3pruner.timing import Conditions, Estimate
 
@@ -85,23 +86,18 @@ def verdict(doubts: Sequence[str]) -> str:
     return "Reliable." if not doubts else f"Not reliable: {plural(len(doubts), 'reason')}."
 
 
-def figures(values: Iterable[float | None], digits: int = 3) -> list[str]:
+def figures(values: Iterable[float | None]) -> list[str]:
     """Numbers as a table shows them; "–" for None."""
-    return [
-        "–" if value is None else f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}" for value in values
-    ]
+    return ["–" if value is None else figure(value) for value in values]
 
 
 def spread(estimate: Estimate, unit: float = 1e3) -> str:
-    """A time with its quartiles, in ms unless told: "95.1 (94.2–97)"."""
+    """A time with its quartiles, in ms unless told: "95.1 (94.2–97)"; `NOT_KNOWN` where its interval holds nonsense."""
+    if not estimate.known:
+        return NOT_KNOWN
     value, low, high = figures([unit * estimate.value, unit * estimate.low, unit * estimate.high])
     return f"{value} ({low}–{high})"
 
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
-
-
-def plural(count: int, thing: str) -> str:
-    """ "1 step", "2 steps"."""
-    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -77,8 +77,11 @@ def roofline(points: list[Point], ceilings: Ceilings, dtype: str) -> Figure:
         mine = [p for p in drawn if p.series == series]
         xs, ys = [p.flops / p.bytes for p in mine], [p.flops / p.seconds / 1e9 for p in mine]
         axes.plot(xs, ys, MARKERS[number % 4], color=FILLS[number], ms=6, ls="none", label=series)
-        for p, at_x, at_y in zip(mine, xs, ys, strict=True):
-            axes.annotate(p.label, (at_x, at_y), (5, -9), textcoords="offset points", fontsize=8, color=COLOURS.muted)
+    # Neighbours have their names on different sides of their marks.
+    for place, p in enumerate(sorted(drawn, key=lambda p: p.flops / p.seconds)):
+        at, (side, offset) = (p.flops / p.bytes, p.flops / p.seconds / 1e9), (("left", 6), ("right", -6))[place % 2]
+        look: Any = {"textcoords": "offset points", "fontsize": 8, "color": COLOURS.muted, "ha": side, "va": "center"}
+        axes.annotate(p.label, at, (offset, 0), **look)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
     axes.legend(loc="lower right", fontsize=9)
     return figure
@@ -124,7 +127,8 @@ def removal_curve(
             axes.plot(removed, times, MARKERS[number % 4], color=colour, ms=6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layers removed", ylabel="times as fast", xlim=(0, None))
-    axes.legend(loc="upper left")
+    if predicted or measured:
+        axes.legend(loc="upper left")
     return figure
 
 
@@ -146,7 +150,7 @@ def phase_bars(phases: dict[str, dict[str, float]], spreads: Mapping[str, Estima
     axes.set(xlabel="ms")
     axes.grid(axis="y", visible=False)
     handles = [axes.barh(0, 0, color=FILLS[i % len(FILLS)], label=as_text(name)) for i, name in enumerate(names)]
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1), ncols=7, fontsize=9, handlelength=1)
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=7, fontsize=9, handlelength=1)
     return figure
 
 
@@ -163,5 +167,5 @@ def share_bars(shares: dict[tuple[str, str], tuple[float, tuple[float, float]]])
     axes.set(xlabel="% of the ceiling")
     axes.grid(axis="y", visible=False)
     handles = [Patch(color=FILLS[number], label=name) for number, name in enumerate(providers)]
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1), ncols=4, fontsize=9, handlelength=1)
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=9, handlelength=1)
     return figure

@@ -19,11 +19,13 @@ from e3kernels.profiling import MemoryTimeline, Profile, Range, Timeline, named_
 from e3kernels.profiling.trace import top_level
 from e3pruner.profiling import plots
 from e3pruner.profiling.model.page import memory_row, memory_section
-from e3pruner.profiling.page import Page, Section, Table, figures, percent, plural, write_page
+from e3pruner.profiling.page import Page, Section, Table, figures, percent, write_page
 from e3pruner.profiling.ranged import ranged_method
 from e3pruner.profiling.step.profile import STEP
 from e3pruner.report import describe_environment
+from e3pruner.report.table import plural
 from e3pruner.storage import new_folder
+from e3pruner.timing import Conditions, Estimate, unsettled, watched
 
 _MOST_OPERATORS = 20
 FORWARD = "forward"
@@ -88,7 +90,9 @@ class StepRecording:
         recording = ExitStack()
         found = Path(recording.enter_context(tempfile.TemporaryDirectory()))
         profile = Profile()
-        recording.callback(lambda: self._publish(profile, found))
+        conditions = Conditions()
+        recording.callback(lambda: self._publish(profile, found, conditions))
+        conditions = recording.enter_context(watched())
         profile = recording.enter_context(e3kernels.profile(found))
         ranged_method(recording, model, forward, FORWARD)
         return recording
@@ -98,7 +102,7 @@ class StepRecording:
             recording, self._recording = self._recording, None
             recording.close()
 
-    def _publish(self, profile: Profile, found: Path) -> None:
+    def _publish(self, profile: Profile, found: Path, conditions: Conditions) -> None:
         if not self._recorded:
             return
         steps = f"Step {self._recorded[0]}" if len(self._recorded) == 1 else (
@@ -107,13 +111,14 @@ class StepRecording:
         page = recorded_page(profile, self._before, steps, len(self._recorded))
         with new_folder(self.folder) as folder:
             shutil.copytree(found, folder, dirs_exist_ok=True)
-            write_page(page, folder, describe_environment(), "e3pruner.profiling, in a training loop")
+            write_page(page, folder, describe_environment(), "e3pruner.profiling, in a training loop", conditions)
 
 
 def recorded_page(profile: Profile, before: dict[str, int], title: str, count: int) -> Page:
     """Phases, operators and memory of the first `count` ranges "step"; `before`: bytes held when the profile began."""
     phases = profile.trace.phases()
     steps = sorted((r for r in phases if r.name == STEP), key=lambda r: r.start)[:count]
+    times = Estimate.of_times([r.end - r.start for r in steps])
     whole = sum(r.end - r.start for r in steps) / len(steps)
     seconds: dict[str, float] = {}
     for path, value in Timeline(_inside(phases, steps)).seconds().items():
@@ -137,7 +142,30 @@ def recorded_page(profile: Profile, before: dict[str, int], title: str, count: i
     found = [{"kind": "phase", "phase": name, "seconds": value} for name, value in seconds.items()]
     return Page(title, "Where the steps of this training run spend time and memory.", sections, [
         *found, {"kind": "step", "seconds": whole}, memory_row(memory, None)
-    ])  # fmt: skip
+    ], unsettled({"a step": times}, "record more steps"))  # fmt: skip
+
+
+def trace_page(profile: Profile, title: str) -> Page:
+    """Ranges, operators and memory of any block that `e3kernels.profile` recorded."""
+    seconds = profile.seconds()
+    whole = sum(seconds.values())
+    longest = sorted(seconds.items(), key=lambda item: -item[1])
+    rows = [[" › ".join(path), *figures([1e3 * value]), percent(value / whole)] for path, value in longest]
+    memory = MemoryTimeline.of(profile.trace)
+    sections = [
+        Section("Ranges", "Each without the ranges inside it.", [Table("", ["range", "ms", "of all"], rows)], {}),
+        Section("Operators", "The longest, those that they called included.", [_operator_rows(profile, 1)], {}),
+        memory_section(memory, None),
+    ]
+    if longest:
+        path, most = longest[0]
+        summary = (
+            f"Of {figures([1e3 * whole])[0]} ms in named ranges {percent(most / whole)} pass in {' › '.join(path)}."
+        )
+    else:
+        summary = "The block has no named range; its operators and its memory follow."
+    found = [{"kind": "range", "path": path, "seconds": value} for path, value in seconds.items()]
+    return Page(title, summary, sections, [*found, memory_row(memory, None)])
 
 
 def _phase(path: tuple[str, ...]) -> str:
@@ -160,7 +188,7 @@ def _operator_rows(profile: Profile, steps: int) -> Table:
         [name.removeprefix("autograd::engine::evaluate_function: "), *figures([calls / steps, 1e3 * seconds / steps])]
         for name, (calls, seconds) in longest
     ]
-    return Table("Operators of a step", ["operator", "calls", "ms"], rows)
+    return Table("Operators", ["operator", "calls", "ms"], rows)
 
 
 def _held(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, int]:

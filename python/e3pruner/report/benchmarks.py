@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from e3pruner.report.table import plural
 from e3pruner.storage import read_json_lines, replacing_file, write_json_lines
+from e3pruner.timing import Estimate
 
 Row = dict[str, Any]
 
@@ -16,11 +18,14 @@ FLOOR = "floor"
 
 
 class Change(NamedTuple):
-    """A row that both runs have: time relative to the floor of its own run, before and after."""
+    """A row that both runs have: time relative to the floor of its own run, before and after; margin: of their ratio,
+    from the scatter of both.
+    """
 
     case: tuple[Any, ...]
     before: float
     after: float
+    margin: float = 0.0
 
     @property
     def factor(self) -> float:
@@ -72,23 +77,67 @@ def compare(old: list[Row], new: list[Row], provider: str = "e3") -> list[Change
     for slower code.
     """
     before, after = (_relative_times(rows, provider) for rows in (old, new))
-    changes = [Change(case, before[case], after[case]) for case in before.keys() & after.keys()]
+    changes = [
+        Change(case, before[case][0], after[case][0], before[case][1] + after[case][1])
+        for case in before.keys() & after.keys()
+    ]
     return sorted(changes, key=lambda change: -change.factor)
 
 
 def slower(changes: Iterable[Change], limit: float) -> list[Change]:
-    """The changes that lost more than `limit` (0.05: 5 %)."""
-    return [change for change in changes if change.factor > 1 + limit]
+    """The changes that lost more than `limit` (0.05: 5 %), and more than their margin."""
+    return [change for change in changes if change.factor > 1 + max(limit, change.margin)]
 
 
-def _relative_times(rows: list[Row], provider: str) -> dict[tuple[Any, ...], float]:
-    floors = {case_of(row): row["median"] for row in rows if row["provider"] == FLOOR}
-    return {case_of(row): row["median"] / floors.get(case_of(row), 1.0) for row in rows if row["provider"] == provider}
+def _relative_times(rows: list[Row], provider: str) -> dict[tuple[Any, ...], tuple[float, float]]:
+    """Of each case: time relative to its floor, and the margin of that relative to it."""
+    floors = {case_of(row): row for row in rows if row["provider"] == FLOOR}
+    found = {}
+    for row in rows:
+        if row["provider"] == provider:
+            floor = floors.get(case_of(row))
+            time = row["median"] / (floor["median"] if floor else 1.0)
+            found[case_of(row)] = time, sum(_margin(each) for each in (row, floor) if each is not None)
+    return found
+
+
+def _margin(row: Row) -> float:
+    """Of a time, relative to it; nothing where the row does not tell its quartiles."""
+    if "quartiles" not in row:
+        return 0.0
+    low, high = row["quartiles"]
+    return Estimate(row["median"], low, high, row["rounds"]).margin / float(row["median"])
+
+
+def doubts_of(rows: Iterable[Row]) -> list[str]:
+    """What of the rows is not reliable, each reason once."""
+    return list(dict.fromkeys(doubt for row in rows for doubt in row.get("doubts", ())))
+
+
+def _opening(rows: list[Row]) -> list[str]:
+    """Whether the rows are reliable, as far as they tell."""
+    if doubts := doubts_of(rows):
+        return [f"Not reliable, {plural(len(doubts), 'reason')}:", "", *(f"- {doubt}" for doubt in doubts), ""]
+    if not all("doubts" in row for row in rows):  # of an earlier version
+        return []
+    return ["Reliable: every time is known to 2 %, none is below its floor, nothing else was at work.", ""]
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: one line per row, cases together, times in ms and relative to the floor and to our own."""
-    heading = ("case", "provider", "median ms", "p20–p80", "× floor", "× e3", "rate", "MiB", "loss error", "grad error")
+    """Markdown: what is not reliable; a line per row, cases together, times in ms and relative to floor and ours."""
+    spread = "quartiles" if any("quartiles" in row for row in rows) else "p20–p80"
+    heading = (
+        "case",
+        "provider",
+        "median ms",
+        spread,
+        "× floor",
+        "× e3",
+        "rate",
+        "MiB",
+        "loss error",
+        "grad error",
+    )
     lines: list[Iterable[str]] = [heading, ("---",) * len(heading)]
     medians = {(case_of(row), row["provider"]): row["median"] for row in rows}
     for row in sorted(rows, key=lambda row: (str(case_of(row)), row["provider"] != FLOOR, row["median"])):
@@ -96,12 +145,12 @@ def table(rows: list[Row]) -> str:
         floor, ours = medians.get((case, FLOOR)), medians.get((case, "e3"))
         sizes = ", ".join(f"{key}={row[key]}" for key in CASE[3:] if row.get(key) is not None)
         cells = [f"{row['op']} {row['phase']} {row['dtype']} {sizes}", row["provider"], f"{row['median'] * 1e3:.4g}"]
-        cells += [f"{row['p20'] * 1e3:.4g}–{row['p80'] * 1e3:.4g}"]
+        cells += ["–".join(f"{1e3 * edge:.4g}" for edge in row.get("quartiles") or (row["p20"], row["p80"]))]
         cells += [_times(row["median"], floor), _times(row["median"], ours), f"{row['rate']:.4g} G{row['unit']}/s"]
         cells += ["–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"]
         cells += ["–" if row[key] is None else f"{row[key]:.1e}" for key in ("loss_error", "grad_error")]
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([*_opening(rows), *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _times(value: float, reference: float | None) -> str:

@@ -9,8 +9,11 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from e3pruner.evaluation.paired import Paired, paired
-from e3pruner.report.table import markdown_table
+from e3pruner.report.table import figure, markdown_table, plural
+from e3pruner.report.writing import REQUEST_SPEED, with_error
 
+# What a table says of the text that the first seed's models write.
+WRITING = {"loops": "end in a loop", "tokens": "tokens", "right": "tasks right", "request_speed": REQUEST_SPEED}
 Line = dict[str, Any]
 
 
@@ -106,14 +109,14 @@ def markdown(results: dict[str, Any]) -> str:
         f"{command}at commit {(environment['commit'] or 'unknown')[:12]}, {machine['processor']}, "
         f"{machine['cores']} cores, torch {environment['versions']['torch']}, transformers "
         f"{environment['versions']['transformers']}, {environment['date'][:10]}.",
-        f"Mean (least–largest) over {len(matrix['seeds'])} seeds. Calibration: {matrix['sequences']} sequences of "
-        f"{matrix['length']} tokens, the same for every method; held out: {matrix['held_out']} of each kind of text. "
-        "KL in nats per token; difference: that of the same sequences from the first method's, ± its standard error; "
-        "same layers: what two searches of a method agree on; cost in tokens times dense forward passes; seconds as "
-        "its measurements took." + _unseen(matrix),
+        f"Mean (least–largest) over {plural(len(matrix['seeds']), 'seed')}. Calibration: {matrix['sequences']} "
+        f"sequences of {matrix['length']} tokens, the same for every method; held out: {matrix['held_out']} of each "
+        "kind of text. KL in nats per token; difference: that of the same sequences from the first method's, ± its "
+        "standard error; same layers: what two searches of a method agree on; cost in tokens times dense forward "
+        "passes; seconds as its measurements took." + _unseen(matrix),
     ]
     for caption, lines in panels(results):
-        parts += [f"## {caption}", markdown_table(headings(lines), map(cells_of, lines))]
+        parts += [f"## {caption}", markdown_table(headings(lines), _rows(lines, results))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -128,29 +131,49 @@ def panels(results: dict[str, Any]) -> list[tuple[str, list[Line]]]:
     """The lines of `results` for each number of removed layers and recovery, under a caption."""
     groups: dict[str, list[Line]] = {}
     for line in results.get("comparison", []):
-        caption = f"{line['drop']} layers removed" + ("" if line["recovery"] == "none" else f", {line['recovery']}")
+        caption = f"{plural(line['drop'], 'layer')} removed" + (
+            "" if line["recovery"] == "none" else f", {line['recovery']}"
+        )
         groups.setdefault(caption, []).append(line)
     return list(groups.items())
+
+
+def _rows(lines: list[Line], results: dict[str, Any]) -> list[list[str]]:
+    """The lines as text, and below them what the dense model writes."""
+    rows, columns = [cells_of(line, _write(lines)) for line in lines], headings(lines)
+    if _write(lines) and (of_dense := results.get("dense_writing")):
+        dense = {heading: with_error(of_dense[key]) for key, heading in WRITING.items()}
+        rows.append(["dense model", *(dense.get(column, "–") for column in columns[1:])])
+    return rows
 
 
 def headings(lines: list[Line]) -> list[str]:
     """Of the cells that `cells_of` gives for the same lines."""
     by_kind = [f"{kind} {name}" for kind in lines[0]["kinds"] for name in ("KL", "perplexity")]
-    return ["method", "held-out KL", "difference", *by_kind, "cost", "seconds", "same layers", "removed (of searches)"]
+    written = WRITING.values() if _write(lines) else ()
+    figures = ["method", "held-out KL", "difference", *by_kind, *written, "cost", "seconds", "same layers"]
+    return [*figures, "removed (of searches)"]
 
 
-def cells_of(line: Line) -> list[str]:
-    """A line as text."""
+def _write(lines: list[Line]) -> bool:
+    """Whether there is text of any of them."""
+    return any("writing" in line for line in lines)
+
+
+def cells_of(line: Line, writing: bool = False) -> list[str]:
+    """A line as text, `writing` saying whether with the columns of what its model writes."""
     by_kind = [
         text
         for figures in line["kinds"].values()
-        for text in (f"{figures['kl'][0]:.3f}", f"{figures['perplexity'][0]:.1f}")
+        for text in (f"{figures['kl'][0]:.3f}", figure(figures["perplexity"][0]))
     ]
     overall = str(Spread(*line["kl"]))
+    written = [with_error(line.get("writing", {}).get(key)) for key in WRITING] if writing else []
     difference = "–" if line.get("paired") is None else str(Paired(*line["paired"]))
     same = "–" if line.get("agreement") is None else f"{line['agreement']:.0%}"
-    price = f"{line['cost']:,.0f}", f"{line['seconds']:.1f}"
-    return [line["method"], overall, difference, *by_kind, *price, same, _chosen(line.get("removed", []))]
+    price = f"{line['cost']:,.0f}", figure(round(line["seconds"], 1))
+    figures = [line["method"], overall, difference, *by_kind, *written, *price, same]
+    return [*figures, _chosen(line.get("removed", []))]
 
 
 def _chosen(removed: Sequence[Sequence[int]]) -> str:
@@ -164,6 +187,6 @@ def _chosen(removed: Sequence[Sequence[int]]) -> str:
 def tables(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The same tables for the page: caption, headings, rows."""
     return [
-        {"caption": caption, "headings": headings(lines), "rows": [cells_of(line) for line in lines]}
+        {"caption": caption, "headings": headings(lines), "rows": _rows(lines, results)}
         for caption, lines in panels(results)
     ]

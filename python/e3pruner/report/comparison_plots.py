@@ -26,7 +26,8 @@ def quality(results: dict[str, Any]) -> Figure:
             axes.plot([spread.low, spread.high], [place, place], color=colour)
             axes.plot(spread.mean, place, "o", color=colour, markersize=5)
         axes.set_yticks(range(len(lines)), [as_text(line["method"]) for line in lines])
-        axes.set(ylim=(len(lines) - 0.4, -0.6), title=as_text(caption))
+        axes.set(ylim=(len(lines) - 0.4, -0.6))
+        axes.set_title(as_text(caption), loc="left")
         axes.grid(axis="y", visible=False)
         _logarithmic(axes, "x", [line["kl"][0] for line in lines])
     axes.set_xlabel("held-out KL (nats per token)")
@@ -48,7 +49,8 @@ def price(results: dict[str, Any]) -> Figure:
             bar = [[max(0.0, spread.mean - spread.low)], [max(0.0, spread.high - spread.mean)]]
             look = {"color": colour, "marker": marker, "ls": "", "label": as_text(line["method"])}
             axes.errorbar(line["cost"] or free, spread.mean, yerr=bar, **look)
-        axes.set(xscale="log", title=as_text(caption), ylabel="held-out KL (nats per token)")
+        axes.set(xscale="log", ylabel="held-out KL (nats per token)")
+        axes.set_title(as_text(caption), loc="left")
         _logarithmic(axes, "y", [line["kl"][0] for line in lines])
     axes.set_xlabel("tokens × dense forward passes")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)

@@ -12,6 +12,7 @@ from e3pruner.report.comparison import tables
 from e3pruner.report.plots import draw_plots
 from e3pruner.report.results import RESULTS_FILE, load_results
 from e3pruner.report.table import model_table, tiles
+from e3pruner.report.writing import writing_table
 from e3pruner.storage import replacing_file
 
 REPORT_FILE = "report.html"
@@ -38,6 +39,7 @@ def build_report(folder: Path) -> Path:
         rows=rows,
         tiles=tiles(results),
         tables=tables(results),
+        writing=writing_table(results),
     )
 
 
@@ -47,14 +49,25 @@ def write_html(path: Path, template: str, plots: dict[str, str], **content: Any)
     Every page has a `title`, a `summary` and a `command` (or None), the `environment` that it was made in, and the name
     of its `data`, the file beside it.
     """
-    loader = PackageLoader("e3pruner.report", ".")
+    loader = PackageLoader("e3pruner.report", "templates")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters["shown"] = shown
+    jinja.filters |= {"shown": shown, "unbroken": unbroken}
     drawn = {name: Markup(svg) for name, svg in plots.items()}
     page = jinja.get_template(template).render(plots=drawn, **content)
     with replacing_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def unbroken(figure: str) -> str:
+    """A figure of a table, which may break into lines nowhere but before its spread in brackets; a list as it is."""
+    if figure.count(" ") > 3:
+        return figure
+    return (
+        figure.replace(" ", "\N{NO-BREAK SPACE}")
+        .replace("\N{NO-BREAK SPACE}(", " (")
+        .replace("–", "\N{WORD JOINER}–\N{WORD JOINER}")
+    )
 
 
 def shown(value: Any) -> str:

@@ -66,7 +66,7 @@ def importance(results: Results) -> Figure:
     axes.set_xticks(range(0, len(values), max(1, len(values) // 15)))
     axes.grid(axis="x", visible=False)
     handles = [mpl.patches.Patch(color=c) for c in (COLOURS.series1, COLOURS.removed)]
-    axes.legend(handles, ["kept", "removed by the search"], ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    axes.legend(handles, ["kept", "removed by the search"], ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 

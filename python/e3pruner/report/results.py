@@ -9,13 +9,16 @@ Keys (all but `title` and `environment` may be missing; the report then leaves t
 - `mask_path`: `{"steps": [...], "removed": [[share of the step's masks without layer 0, 1, ...], ...]}`.
 - `methods`: `[{"method", "removed", "cost", "seconds", ...the figures of a model}]`, the mask of each method on the
   held-out text, the one that was pruned first; `cost` in tokens times dense forward passes.
-- `comparison`: the lines of `e3pruner.report.comparison.summary`; `matrix`: the comparison's settings.
+- `comparison`: the lines of `e3pruner.report.comparison.summary`, each with its "writing": `{"loops", "tokens",
+  "right", "request_speed"}`, figures with standard errors, as `dense_writing` has them; `matrix`: the settings.
 - `curve`: `{method: [[layers removed, held-out KL], ...]}`.
 - `frontier`: `[{"drop", "ratio", "layers", "parameters", "decode_tokens_per_s"}]`, the dense model first; `ratio`: of
   perplexities to its own.
 - `recovery`: `{"train": [[step, loss], ...], "held_out": [[step, KL], ...],
   "perplexity": [[step, perplexity], ...]}`.
 - `models`: `[{"name", "layers", "parameters", "kl", "perplexity", "top1_agreement", "decode_tokens_per_s", ...}]`.
+- `timing`: how far speeds can be trusted: `{"doubts": [why they cannot], ...the machine's state meanwhile}`.
+- `writing`: `{model name: what e3pruner.evaluation.writing found, but its texts}`, the dense model first.
 - `tasks`: `{model name: {task: {metric: value}}}`, by the evaluation harness.
 - `generations`: `[{"prompt": str, "answers": {model name: str}}]`.
 """
@@ -69,14 +72,32 @@ def three_numbers(value: Any) -> bool:
     return _table([value], 3)
 
 
+def two_numbers(value: Any) -> bool:
+    """Whether it is a figure and its standard error, or two quartiles."""
+    return _table([value], 2)
+
+
 def a_difference(value: Any) -> bool:
     """Whether it is a number and its standard error, which may be null."""
     return isinstance(value, list) and len(value) == 2 and _table([[each or 0.0 for each in value]], 2)
 
 
-_FIGURES = {f"{key}?": (float, None) for key in COLUMNS}
+_FIGURES: dict[str, Any] = {f"{key}?": (float, None) for key in COLUMNS}
+_FIGURES |= {f"{phase}_quartiles?": two_numbers for phase in ("decode", "prefill")}
+_WRITTEN = dict.fromkeys(("loops", "distinct_bigrams", "tokens", "ends"), two_numbers)
+_WRITING = {"greedy": _WRITTEN, "sampled": _WRITTEN, "tasks": {str: {str: two_numbers}}}
 _METHOD = {"method": str, "removed": [natural], "cost": float, "seconds": float, "kl": float, "perplexity": float}
-_LINE = {"drop": natural, "recovery": str, "method": str, "kl": three_numbers, "cost": float, "seconds": float}
+_BRIEF: dict[str, Any] = dict.fromkeys(("loops", "tokens", "right"), two_numbers)
+_BRIEF |= {"request_speed": (two_numbers, None)}
+_LINE = {
+    "writing?": _BRIEF,
+    "drop": natural,
+    "recovery": str,
+    "method": str,
+    "kl": three_numbers,
+    "cost": float,
+    "seconds": float,
+}
 _ENVIRONMENT = {"machine": {str: object}, "versions": {str: object}, "backends": {str: object}}
 FORM = {
     "title": str,
@@ -95,10 +116,13 @@ FORM = {
         | {"paired?": (a_difference, None), "agreement?": (float, None)}
         | {"kinds": {str: {"kl": three_numbers, "perplexity": three_numbers}}}
     ],
+    "dense_writing?": _BRIEF,
     "frontier?": [{"drop": natural, "ratio": float, "parameters": float, "decode_tokens_per_s?": (float, None)}],
     "curve?": {str: one_or_more_pairs_of_numbers},
     "recovery?": {"train": pairs_of_numbers, "held_out": pairs_of_numbers, "perplexity?": pairs_of_numbers},
     "models?": [_FIGURES | {"name": str}],
+    "timing?": {"doubts": [str]},
+    "writing?": {str: _WRITING},
     "tasks?": {str: {str: {str: object}}},
     "generations?": [{"prompt": str, "answers": {str: str}}],
 }

@@ -14,6 +14,16 @@ def count(value: float) -> str:
     return str(value)
 
 
+def figure(value: float) -> str:
+    """Three significant digits; whole numbers up to a million as they are."""
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def plural(count: int, thing: str) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
 # key of a model's figures -> (heading, how it is written)
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "layers": ("layers", str),
@@ -39,6 +49,15 @@ def cell(key: str, value: float | None) -> str:
     return "–" if value is None else COLUMNS[key][1](value)
 
 
+def _cell_of(key: str, row: dict[str, Any]) -> str:
+    """A model's figure, with the quartiles of a speed."""
+    quartiles = row.get(f"{key.removesuffix('_tokens_per_s')}_quartiles")
+    spread = ""
+    if quartiles and row.get(key) is not None:
+        spread = f" ({cell(key, quartiles[0])}–{cell(key, quartiles[1])})"
+    return cell(key, row.get(key)) + spread
+
+
 def model_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: each of `models`, and behind the pruned one the rivals' masks of the same run.
 
@@ -50,7 +69,7 @@ def model_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
     columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     headings = ["model", *(COLUMNS[key][0] for key in columns)]
-    return headings, [[row["name"], *(cell(key, row.get(key)) for key in columns)] for row in rows]
+    return headings, [[row["name"], *(_cell_of(key, row) for key in columns)] for row in rows]
 
 
 def tiles(results: dict[str, Any]) -> list[tuple[str, str, str]]:

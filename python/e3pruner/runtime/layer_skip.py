@@ -31,7 +31,8 @@ class LayerSkipRuntime:
 
     The runtime shares the model's parameters: a change of their values is seen, any other change of the model makes the
     next request raise RuntimeError. On a CPU, steps of up to 16 tokens (decoding, small batches, verification of
-    drafts) run in fused kernels with fp32 accumulation; longer prompts and other devices through ATen.
+    drafts) run in fused kernels with fp32 accumulation; on CUDA, steps of up to 8 in a captured graph; longer prompts
+    and other devices through ATen (`path` says which, and why).
 
     `keep` lists the layers to run, by index, in any order; None keeps all. A mapping {"attention": [...], "mlp": [...]}
     keeps the two blocks of a layer separately. It can be set between requests at no cost: only kept layers read weights
@@ -53,6 +54,7 @@ class LayerSkipRuntime:
         self.speculation: _runtime.SpeculationCounts | None = None  # experimental: of the last request that had a draft
         self._description = describe(model)
         self._decoder = self._native.Decoder(self._description)
+        self._cache_of = [layer.cache_of for layer in self._description.layers]
         whole_or_part = ((True, True), (True, False), (False, True))  # attention and MLP
         self._choices = [
             {blocks: self._native.KeptLayer(index, *blocks) for blocks in whole_or_part}
@@ -88,12 +90,21 @@ class LayerSkipRuntime:
             attention = mlp = set(range(count) if keep is None else check_indices("keep", keep, count))
         if not attention | mlp:
             raise ValueError(f"keep is empty; the model has layers 0 to {count - 1} and at least one must stay")
+        for layer in sorted(attention):
+            if self._cache_of[layer] not in {-1, *attention}:
+                producer = self._cache_of[layer]
+                raise ValueError(f"keep has layer {layer}, which reads the keys of layer {producer}, and not that one")
         return [self._choices[layer][layer in attention, layer in mlp] for layer in sorted(attention | mlp)]
 
     @property
     def device(self) -> torch.device:
         """Where the model's weights are; input ids may be on the CPU whatever it is."""
         return self.model.device
+
+    @property
+    def path(self) -> str:
+        """What runs a step of a few tokens, and why: "fused CPU kernels", "CUDA graph: …" or "ATen: …"."""
+        return str(self._decoder.path)
 
     @property
     def weight_bytes(self) -> int:

@@ -18,12 +18,25 @@ _SETTINGS = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "hidden_activation"),
     *("layer_types", "sliding_window", "use_bidirectional_attention", "max_position_embeddings", "rope_parameters"),
     *("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "embedding_multiplier"),
-    *("residual_multiplier", "original_max_position_embeddings"),
+    *("residual_multiplier", "original_max_position_embeddings", "rope_interleave", "hidden_size_per_layer_input"),
+    *("num_kv_shared_layers", "enable_moe_block"),
 )
 _NUMBERS = (
     *("eps", "variance_epsilon", "scaling", "head_dim", "num_key_value_groups", "attn_logit_softcapping", "use_rope"),
     *("residual_multiplier", "embedding_multiplier", "attention_scaling", "is_causal"),
     *("full_attention_attention_scaling", "sliding_attention_attention_scaling"),
+    *("logit_scale", "rotary_ndims", "qk_layernorm", "use_parallel_residual", "sliding_window", "conv_kernel_size"),
+    *("top_k", "norm_topk_prob", "routed_scaling_factor", "num_group", "topk_group", "alpha", "limit", "is_transposed"),
+    *(
+        "is_concatenated",
+        "is_kv_shared_layer",
+        "per_layer_input_scale",
+        "kv_lora_rank",
+        "q_lora_rank",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+        "v_head_dim",
+    ),
 )
 _REBUILD = "build a new LayerSkipRuntime"
 
@@ -122,7 +135,8 @@ def _path(module: str, key: str) -> str:
 def _settings(model: PreTrainedModel) -> dict[str, Any]:
     """By name; the body of the model holds a reference of its own to what is usually one configuration."""
     bodies = {"model.config": model.config, "model.model.config": model.base_model.config}
-    return {f"{name}.{key}": getattr(config, key, None) for name, config in bodies.items() for key in _SETTINGS}
+    # Not by getattr: a configuration raises where its layers have several values, which are numbers of their modules.
+    return {f"{name}.{key}": vars(config).get(key) for name, config in bodies.items() for key in _SETTINGS}
 
 
 def _fixed_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -34,6 +34,8 @@ _COUNTING = {
 _SINGLE = {
     "gpt_neox_japanese": (-1, "the last, alone has a bias behind its attention"),
     "modernbert-decoder": (0, "the first, alone has no norm before its attention and must stay"),
+    "inkling2_loop_text": (0, "the first, alone reads no earlier ones beside the one before and must stay"),
+    "inkling2_text": (0, "the first, alone reads no earlier ones beside the one before and must stay"),
     "rwkv": (0, "the first, alone has a norm of the embeddings and must stay"),
 }
 # Their configurations make the last layer one of full attention, whatever they are told.

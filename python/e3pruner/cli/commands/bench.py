@@ -33,7 +33,9 @@ def bench(
 ) -> None:
     """Measure every kernel, its peers and the physical floor: minutes on a quiet machine, from a source tree.
 
-    Times are compared relative to the floor that each run measured, so that a slower machine is not slower code.
+    The providers of a case take turns, in rounds, until each time is known to 2 % or its share of time is used up; what
+    is not reliable is said first. Times are compared relative to the floor that each run measured, so that a slower
+    machine is not slower code, and a change within the scatter of both runs is none.
 
     Examples:
 
@@ -91,7 +93,7 @@ def check_needs(only: str | None) -> None:
 
     A selection may do without peers; what runs every case may not.
     """
-    needed = {"pytest_benchmark"} if only else {"pytest_benchmark", "trl", "ninja"}
+    needed = {"pytest"} if only else {"pytest", "trl", "ninja"}
     if missing := sorted(name for name in needed if importlib.util.find_spec(name) is None):
         raise ModuleNotFoundError(f"not installed: {', '.join(missing)}; pip install 'e3kernels[bench]'")
 
@@ -103,7 +105,7 @@ def measure(out: Path, only: str | None) -> None:
     selection = [] if only is None else ["-k", only]
     root = folder.parents[1]
     command = [sys.executable, "-m", "pytest", "-c", str(root / "pyproject.toml"), "--rootdir", str(root), str(folder)]
-    options = ["--benchmark-only", "--benchmark-quiet", "-p", "no:cacheprovider", "--jsonl", str(out.resolve())]
+    options = ["-p", "no:cacheprovider", "--jsonl", str(out.resolve())]
     with locked(out):
         code = run_child([*command, *options, *selection])
     if code:
@@ -115,9 +117,9 @@ def print_changes(changes: list[Change]) -> None:
     rows = [
         [
             " ".join(str(part) for part in change.case if part is not None),
-            f"{change.before:.2f}",
-            f"{change.after:.2f}",
-            f"{change.factor - 1:+.1%}",
+            f"{change.before:.3g}",
+            f"{change.after:.3g}",
+            f"{change.factor - 1:+.1%} ± {change.margin:.1%}",
         ]
         for change in changes
     ]

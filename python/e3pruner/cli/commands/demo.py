@@ -24,7 +24,14 @@ PROMPTS = [
     "Write the first sentence of a story about a lighthouse.",
 ]
 FULL: dict[str, Any] = {"search": {"steps": 16}, "curve": 4, "sequences": 16, "held_out": 16}
-QUICK: dict[str, Any] = {"search": {"steps": 4}, "steps": 6, "sequences": 4, "held_out": 4, "new_tokens": 16}
+QUICK: dict[str, Any] = {
+    "search": {"steps": 4},
+    "steps": 6,
+    "sequences": 4,
+    "held_out": 4,
+    "new_tokens": 16,
+    "writing": 2,
+}
 
 
 def demo(

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from transformers import PreTrainedModel
 
 import e3pruner
 from e3pruner.cli import options
 from e3pruner.cli.command import command_line
 from e3pruner.cli.config import resolved, result_folder
 from e3pruner.cli.tables import print_table, print_tasks, print_writing
-from e3pruner.evaluation import evaluate_tasks, latency, writing
+from e3pruner.evaluation import evaluate_tasks, speeds
 from e3pruner.models import output_head
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.models.vocabulary import common_vocabulary, tokenizer_size
-from e3pruner.pipelines.results import run_results
+from e3pruner.pipelines.results import run_results, speed_results, writing_results
 from e3pruner.report import save_results
 from e3pruner.text.files import naming, read_text
 from e3pruner.text.splits import batches, take, token_splits
@@ -91,39 +89,28 @@ def evaluate(
         }
         dense = networks[teacher] if teacher is not None else None
         rows = [
-            {"name": name}
-            | e3pruner.evaluate(network, sequences, dense, vocabulary=columns)
-            | (latency(network) if speed else {})
+            {"name": name} | e3pruner.evaluate(network, sequences, dense, vocabulary=columns)
             for name, network in networks.items()
         ]
         about = run_results(f"{model} on held-out text", resolved(ctx)) | {"command": command_line()}
         results = about | {"models": rows}
         if task:
             results["tasks"] = scores
+        if speed:
+            results |= speed_results(rows, speeds(networks))
         if generate:
-            results["writing"] = {
-                name: writing(_writer(network), tokenizer, prompts=asked, max_new_tokens=max_new_tokens, seed=seed)
-                for name, network in networks.items()
-            }
+            options: dict[str, Any] = {"prompts": asked, "max_new_tokens": max_new_tokens, "seed": seed}
+            results |= writing_results(networks, tokenizer, **options)
         if folder is not None:
             save_results(results, folder)
     print_table(results)
     if task:
         print_tasks(scores)
     if generate:
-        print_writing(results["writing"])
+        print_writing(results)
 
 
 def _lines(path: Path) -> list[str]:
     """The lines that hold text. Raises ValueError or OSError naming the option and the file where there are none."""
     with naming("--prompts", path):
         return [line for line in read_text(path).splitlines() if line.strip()]
-
-
-def _writer(network: PreTrainedModel) -> PreTrainedModel | e3pruner.LayerSkipRuntime:
-    """What writes fastest: the runtime where it serves the model, which it says where not."""
-    try:
-        return e3pruner.LayerSkipRuntime(network)
-    except (ImportError, TypeError, ValueError, RuntimeError) as error:
-        print(f"--generate: written by transformers, as the runtime does not serve it: {error}", file=sys.stderr)
-        return network

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import torch
 import typer
+from transformers import PreTrainedModel
 
-from e3pruner import LayerSkipRuntime, PruningPlan
+from e3pruner import LayerSkipRuntime, PruningPlan, prune
 from e3pruner.cli import options
 from e3pruner.cli.command import stderr
 from e3pruner.evaluation.generation import continue_prompt
@@ -21,7 +22,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")] = 0.0,
-    keep: Annotated[str | None, typer.Option(help="Run only these layers, as in 0-11,19-29 (C++ runtime).")] = None,
+    keep: Annotated[str | None, typer.Option(help="Run only these layers, as in 0-11,19-29.")] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Run the layers that a pruning.json keeps only.", exists=True, dir_okay=False)
     ] = None,
@@ -40,6 +41,8 @@ def generate(
 ) -> None:
     """Stream a continuation of a prompt to stdout and its tokens/s to stderr.
 
+    With --keep or --plan the C++ runtime decodes; what it does not serve Hugging Face does, and a line says why.
+
     Example: `e3 generate --model recovered --prompt "What is a hash table?"`
     """
     layers = _kept_layers(keep, plan)
@@ -47,18 +50,32 @@ def generate(
         raise ValueError("--speculative needs the layers that draft: give --keep or --plan")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
-    runtime = None if layers is None else LayerSkipRuntime(network, None if speculative else layers)
+    writer = network if layers is None else _of_layers(network, layers, speculative)
+    runtime = writer if isinstance(writer, LayerSkipRuntime) else None
     extra = {} if runtime is None else {"seed": seed, "draft_keep": layers if speculative else None}
     torch.manual_seed(seed)
     began = time.perf_counter()
-    new_tokens = continue_prompt(
-        runtime or network, tokenizer, prompt, max_new_tokens, chat, temperature, stream=True, **extra
-    )
+    new_tokens = continue_prompt(writer, tokenizer, prompt, max_new_tokens, chat, temperature, stream=True, **extra)
     seconds = time.perf_counter() - began
     if runtime is not None and runtime.speculation is not None:
         counts = runtime.speculation
         stderr.print(f"{counts.accepted} of {counts.drafted} drafted tokens accepted", style="dim")
     stderr.print(f"{len(new_tokens)} tokens in {seconds:.2f} s: {len(new_tokens) / seconds:.1f} tokens/s", style="dim")
+
+
+def _of_layers(network: PreTrainedModel, layers: list[int], speculative: bool) -> LayerSkipRuntime | PreTrainedModel:
+    """The runtime with `layers`, or with all that verify their drafts; where it does not serve the model, and a line
+    says why, the model of these layers."""
+    try:
+        runtime = LayerSkipRuntime(network)
+    except (ImportError, TypeError, ValueError) as error:
+        if speculative:
+            raise
+        stderr.print(f"Hugging Face decodes this model, LayerSkipRuntime does not: {error}", style="dim")
+        return prune(network, layers, copy_weights=False)
+    if not speculative:
+        runtime.keep = layers
+    return runtime
 
 
 def _kept_layers(keep: str | None, plan: Path | None) -> list[int] | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from e3kernels.profiling import TRACE_FILE, Profile, Trace
 from e3pruner.cli import options
 from e3pruner.cli.command import Command, command_line
 from e3pruner.cli.config import result_folder
@@ -15,12 +16,14 @@ from e3pruner.evaluation.target import check_target
 from e3pruner.models.device import usable_device
 from e3pruner.models.loading import load_model, load_tokenizer
 from e3pruner.profiling.ceilings import probes
+from e3pruner.profiling.changes import compared, read_profile
 from e3pruner.profiling.fit import check_loading_fits
 from e3pruner.profiling.model.page import decoder_page
 from e3pruner.profiling.model.profile import profile_decoder
 from e3pruner.profiling.operations.page import operations_page
 from e3pruner.profiling.operations.profile import CASES, DTYPES, PROVIDERS, check_choices, profile_operations
-from e3pruner.profiling.page import Page, doubts_of, verdict, write_page
+from e3pruner.profiling.page import PAGE_FILE, Page, doubts_of, verdict, write_page
+from e3pruner.profiling.recording import trace_page
 from e3pruner.profiling.step.page import step_page
 from e3pruner.profiling.step.profile import profile_steps
 from e3pruner.report import describe_environment
@@ -38,18 +41,29 @@ Limit = Annotated[
     float,
     typer.Option(min=0, help="Seconds after which no further round begins, whether every time is known to 2 % or not."),
 ]
+Earlier = Annotated[
+    Path | None,
+    typer.Option("--compare", help="An earlier profile, its folder or its profile.jsonl: say what changed since."),
+]
+
+
+def finished(page: Page, earlier: list[dict[str, Any]] | None, folder: Path, conditions: Conditions) -> Page:
+    """The page as it is written into `folder`, against an `earlier` profile where there is one."""
+    page = page if earlier is None else compared(page, earlier)
+    write_page(page, folder, describe_environment(), command_line(), conditions)
+    return page
 
 
 def show(page: Page, conditions: Conditions, out: Path) -> None:
     """Prints the page's tables. Only once the result is where it belongs: a pipe may close before they end."""
     terminal = console()
     doubts = doubts_of(page, conditions)
-    for line in (page.summary, verdict(doubts), *(f"- {doubt}" for doubt in doubts)):
+    for line in (verdict(doubts), *(f"- {doubt}" for doubt in doubts), str(conditions), page.summary):
         terminal.print(line, highlight=False, markup=False)
     for section in page.sections:
         for table in section.tables:
             terminal.print(rich_table(table.title, table.headings, table.rows))
-    terminal.print(f"{out / 'profile.html'}", highlight=False, soft_wrap=True)
+    terminal.print(f"{out / PAGE_FILE}", highlight=False, soft_wrap=True)
 
 
 @app.command("model", cls=Command)
@@ -70,6 +84,7 @@ def model(
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
     trust_remote_code: options.TrustRemoteCode = False,
+    compare: Earlier = None,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -79,6 +94,7 @@ def model(
     """
     if speedup <= 1:
         raise ValueError(f"--speedup {speedup} must be above 1")
+    earlier = None if compare is None else read_profile(compare, "whole")
     with result_folder(ctx, out, force) as folder:
         check_loading_fits(model, device, dtype, trust_remote_code=trust_remote_code)
         network = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
@@ -97,8 +113,7 @@ def model(
             )
         name = str(network.dtype).removeprefix("torch.")
         title = f"{model}: {profile.layers} layers, {name}, {batch} × {prompt} tokens"
-        page = decoder_page(profile, title, name, speedup)
-        write_page(page, folder, describe_environment(), command_line(), conditions)
+        page = finished(decoder_page(profile, title, name, speedup), earlier, folder, conditions)
     show(page, conditions, out)
 
 
@@ -119,6 +134,7 @@ def step(
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.AUTO,
     trust_remote_code: options.TrustRemoteCode = False,
+    compare: Earlier = None,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -127,6 +143,7 @@ def step(
     Example: `e3 profile step smollm2 --drop 8 --out profiled`
     """
     check_target(drop=drop, fraction=fraction)
+    earlier = None if compare is None else read_profile(compare, "step")
     with result_folder(ctx, out, force) as folder:
         splits = token_splits(
             load_tokenizer(model, trust_remote_code=trust_remote_code), text, length=length, seed=seed
@@ -150,9 +167,27 @@ def step(
                 folder=folder,
             )
         title = f"{model}: one search step and one recovery step, {batch} × {length} tokens"
-        page = step_page(profile, title)
-        write_page(page, folder, describe_environment(), command_line(), conditions)
+        page = finished(step_page(profile, title), earlier, folder, conditions)
     show(page, conditions, out)
+
+
+@app.command("trace", cls=Command)
+def trace(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="What `with e3kernels.profile(FOLDER):` left.")],
+    out: options.Out,
+    force: options.Force = False,
+) -> None:
+    """Make a page of a block that your own program profiled: its ranges, operators and memory.
+
+    Example: `e3 profile trace profiled --out page`
+    """
+    recorded = Profile(Trace.read(folder / TRACE_FILE))
+    with result_folder(ctx, out, force) as target:
+        page = trace_page(recorded, f"The block profiled in {folder.name}")
+        write_page(page, target, describe_environment(), command_line())
+    for line in (page.summary, f"{out / PAGE_FILE}"):
+        console().print(line, highlight=False, soft_wrap=True)
 
 
 @app.command("ops", cls=Command)
@@ -175,6 +210,7 @@ def ops(
     limit: Limit = 120,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    compare: Earlier = None,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -184,6 +220,7 @@ def ops(
     """
     dtypes = dtype or list(DTYPES)[:2]
     check_choices({"--op": (op, CASES), "--provider": (provider, PROVIDERS), "--dtype": (dtypes, DTYPES)})
+    earlier = None if compare is None else read_profile(compare, "operation")
     with result_folder(ctx, out, force) as folder:
         with watched() as conditions:
             found = profile_operations(
@@ -199,6 +236,10 @@ def ops(
                 limit=limit,
                 folder=folder,
             )
-        page = operations_page(found, f"Operations on {rows} tokens, {hidden} wide, {vocabulary:,} entries")
-        write_page(page, folder, describe_environment(), command_line(), conditions)
+        page = finished(
+            operations_page(found, f"Operations on {rows} tokens, {hidden} wide, {vocabulary:,} entries"),
+            earlier,
+            folder,
+            conditions,
+        )
     show(page, conditions, out)

@@ -59,6 +59,7 @@ def run(
     held_out: options.HeldOut = 16,
     batch: options.Batch = 4,
     speed: options.Speed = False,
+    writing: options.Writing = 8,
     prompts: Annotated[
         list[str] | None, typer.Option(help="What the models answer at the end; may be repeated.")
     ] = None,

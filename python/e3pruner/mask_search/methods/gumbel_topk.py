@@ -18,7 +18,6 @@ from e3pruner.mask_search.method import Search, search_method
 from e3pruner.mask_search.methods.bi import cosine_distance
 from e3pruner.mask_search.problem import SearchProblem
 from e3pruner.mask_search.protocol import (
-    fitting,
     leave_one_out_scores,
     lowest,
     removal_mask,
@@ -143,9 +142,11 @@ def _nearest(problem: SearchProblem, units: list[int], values: list[float]) -> l
 
 def _runs(problem: SearchProblem, costs: Tensor) -> Tensor:
     """Masks (N, F): of every run of 2 to n neighbouring units, all of it and the units of lowest `costs` (F,) beside
-    it.
+    it. None where a configuration makes demands, few of which a run would meet.
     """
     width, found = len(costs), []
+    if problem.units.demands:
+        return costs.new_empty(0, width)
     least = costs.min() - 1.0
     for length in range(2, problem.drop + 1):
         for begin in range(width - length + 1):
@@ -154,7 +155,7 @@ def _runs(problem: SearchProblem, costs: Tensor) -> Tensor:
             found.append(values)
     if not found:
         return costs.new_empty(0, width)
-    return fitting(problem, sampled(problem, torch.stack(found), 0.0, 0), costs)
+    return sampled(problem, torch.stack(found), 0.0, 0)
 
 
 def _starts(problem: SearchProblem, start: str, batches: range) -> list[list[float]]:

@@ -10,10 +10,12 @@ from e3kernels.profiling import MemoryTimeline
 from e3pruner.profiling import plots
 from e3pruner.profiling.ceilings import Ceilings
 from e3pruner.profiling.doubts import PARTS as PARTS_APART
-from e3pruner.profiling.doubts import above_ceiling, apart, mispredicted, unsettled
+from e3pruner.profiling.doubts import above_ceiling, apart, mispredicted
 from e3pruner.profiling.model.parts import PARTS
 from e3pruner.profiling.model.profile import PHASES, DecoderProfile, middle
-from e3pruner.profiling.page import NOT_KNOWN, Page, Section, Table, figures, percent, plural, spread
+from e3pruner.profiling.page import NOT_KNOWN, Page, Section, Table, figures, percent, spread
+from e3pruner.report.table import plural
+from e3pruner.timing import unsettled
 
 NOT_ALL = "not even all"
 Sums = dict[str, dict[str, float]]  # by part
@@ -41,8 +43,13 @@ def _headline(profile: DecoderProfile, speedup: float) -> str:
             NOT_ALL: f"no number of layers makes it {speedup:g} times as fast",
         }
         gain = buy.get(needed, f"{needed} of the {profile.layers} layers less make it {speedup:g} times as fast")
-        read, write = figures([1e3 * speed.prefill, 1e3 * speed.decode])
-        sentences.append(f"{engine.capitalize()}: the prompt takes {read} ms, a token {write} ms; {gain}.")
+        read, write = (
+            f"takes {figures([1e3 * getattr(speed, phase)])[0]} ms"
+            if profile.knows_whole(engine, phase)
+            else "is not known"
+            for phase in PHASES
+        )
+        sentences.append(f"{engine.capitalize()}: the prompt {read}, a token {write}; {gain}.")
     return " ".join(sentences)
 
 
@@ -108,14 +115,16 @@ def _answer(profile: DecoderProfile, speedup: float) -> Section:
             for removed, measured in profile.removed.items():
                 seconds = getattr(measured[engine], phase)
                 predicted = profile.predicted(engine, phase, middle(profile.layers, removed)) if known else None
-                marks[name][removed] = (whole / seconds, _speedups(profile, engine, phase, removed, whole))
+                is_known = profile.knows_whole((removed, engine), phase)
+                if is_known and profile.knows_whole(engine, phase):
+                    marks[name][removed] = (whole / seconds, _speedups(profile, engine, phase, removed, whole))
                 rows.append(
                     [
                         name,
                         str(removed),
                         NOT_KNOWN if predicted is None else figures([1e3 * predicted])[0],
                         _time(profile, (removed, engine), phase) or figures([1e3 * seconds])[0],
-                        "–" if predicted is None else _sign(predicted / seconds),
+                        "–" if predicted is None or not is_known else _sign(predicted / seconds),
                     ]
                 )
     tables = [
@@ -167,7 +176,7 @@ def _phase(profile: DecoderProfile, phase: str, ceilings: Ceilings | None) -> Se
     rows.append(_part_row("sum of the parts", total, profile, phase))
     tables = [
         Table(
-            f"Eager: {1e3 * getattr(whole, phase):.2f} ms {unit}",
+            f"Eager: {figures([1e3 * getattr(whole, phase)])[0]} ms {unit}",
             [
                 "part",
                 "ms (quartiles)",
@@ -185,7 +194,7 @@ def _phase(profile: DecoderProfile, phase: str, ceilings: Ceilings | None) -> Se
     if profile.runtime:
         whole_runtime = getattr(profile.whole["runtime"], phase)
         lines = [_ablated_row(profile, phase, part, whole_runtime) for part in ("attention", "ffn", "rest")]
-        heading = f"Runtime: {1e3 * whole_runtime:.2f} ms {unit}, parts by leaving them out"
+        heading = f"Runtime: {figures([1e3 * whole_runtime])[0]} ms {unit}, parts by leaving them out"
         tables.append(Table(heading, ["part", "ms (quartiles)", "of the whole"], lines))
     note = "Each layer's parts by the clock around their calls. Outside operators: Python, module calls and views."
     if ceilings is not None:
@@ -209,7 +218,7 @@ def _part_row(part: str, row: dict[str, float], profile: DecoderProfile, phase: 
     estimate = profile.estimates.get(("eager", phase, part))
     return [
         part,
-        figures([1e3 * seconds])[0] if estimate is None else spread(estimate),
+        figures([1e3 * seconds])[0] if estimate is None else spread(estimate._replace(value=seconds)),
         percent(seconds / whole),
         *figures([1e3 * row["python"], row["flops"] / 1e9, row["bytes"] / 1e6, *rates, weights / 2**20]),
     ]
@@ -269,11 +278,14 @@ def _rows(profile: DecoderProfile, speedup: float) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for (phase, layer, part), row in profile.parts.items():
         rows.append({"kind": "part", "engine": "eager", "phase": phase, "layer": layer, "part": part, **row})
+    for phase in PHASES:
+        for part, row in part_sums(profile, phase).items():
+            common = {"engine": "eager", "phase": phase, "part": part}
+            rows.append({"kind": "parts", **common, **row, **_quartiles(profile, "eager", phase, part)})
     for (phase, part), seconds in profile.runtime.items():
-        known = seconds if profile.knows_part(phase, part) else None
-        rows.append(
-            {"kind": "part", "engine": "runtime", "phase": phase, "layer": None, "part": part, "seconds": known}
-        )
+        common, known = {"engine": "runtime", "phase": phase, "part": part}, profile.knows_part(phase, part)
+        known_seconds = {"seconds": seconds if known else None}
+        rows.append({"kind": "parts", **common, **known_seconds, **_quartiles(profile, "runtime", phase, part)})
     for engine in profile.whole:
         for phase in PHASES:
             whole = getattr(profile.whole[engine], phase)
@@ -296,8 +308,8 @@ def _rows(profile: DecoderProfile, speedup: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _quartiles(profile: DecoderProfile, engine: Any, phase: str) -> dict[str, Any]:
-    estimate = profile.estimates.get((engine, phase))
+def _quartiles(profile: DecoderProfile, *key: Any) -> dict[str, Any]:
+    estimate = profile.estimates.get(key)
     return {} if estimate is None else {"quartiles": [estimate.low, estimate.high], "rounds": estimate.rounds}
 
 

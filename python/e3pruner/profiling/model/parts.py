@@ -14,7 +14,7 @@ from e3pruner.profiling.ranged import ranged_method
 
 # In the order in which tables and plots show them.
 PARTS = ("attention", "ffn", "norm", "cache", "head", "embedding", "rest")
-_TOKEN_MIXERS = ("attention", "attn", "mixer")
+_TOKEN_MIXERS = ("attention", "attn", "mixer", "deltanet")
 
 
 def parts_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

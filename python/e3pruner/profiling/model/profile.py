@@ -73,13 +73,20 @@ class DecoderProfile:
     ceilings: Ceilings | None = None
 
     def knows_layers(self, engine: str, phase: str) -> bool:
-        """Whether what the layers take is known well enough to predict from: by the clock, if the parts add up to the
-        whole; by leaving out, if the interval of their time holds neither nothing nor everything.
+        """Whether what the layers take is known well enough to predict from: if the whole is known, and by the clock
+        the parts add up to it; by leaving out, the interval of their time holds neither nothing nor everything.
         """
         whole = getattr(self.whole[engine], phase)
+        if not self.knows_whole(engine, phase):
+            return False
         if engine == "eager":
             return bool(abs(self.sum_of_parts(engine, phase) / whole - 1) <= PARTS)
         return self.knows_part(phase, "layers")
+
+    def knows_whole(self, engine: Any, phase: str) -> bool:
+        """Whether the interval of the time holds none but times; `engine` as in `estimates`."""
+        estimate = self.estimates.get((engine, phase))
+        return estimate is None or estimate.known
 
     def knows_part(self, phase: str, part: str) -> bool:
         """Whether the interval of the runtime's `part` holds no nonsense: less than nothing, or more than the whole."""

@@ -8,7 +8,6 @@ from functools import partial
 from e3pruner.profiling import plots
 from e3pruner.profiling.operations.profile import OperationRow, OperationsProfile
 from e3pruner.profiling.page import NOT_KNOWN, Page, Section, Table, figures, percent, spread
-from e3pruner.timing import Estimate
 
 
 def operations_page(profile: OperationsProfile, title: str) -> Page:
@@ -23,11 +22,12 @@ def operations_page(profile: OperationsProfile, title: str) -> Page:
     rows = [
         [
             f"{row.operation}, {row.dtype}, {row.provider}",
-            spread(Estimate(row.seconds, *row.quartiles, 0)),
+            spread(row.estimate),
             NOT_KNOWN if row.host is None else figures([1e6 * row.host])[0],
-            *figures([row.rate / 1e9, row.limit / 1e9]),
+            figures([row.rate / 1e9])[0] if row.estimate.known else NOT_KNOWN,
+            *figures([row.limit / 1e9]),
             f"G{row.unit}/s",
-            percent(row.share),
+            percent(row.share) if row.estimate.known else NOT_KNOWN,
             *("–" if row.errors is None else f"{error:.0e}" for error in row.errors or (None, None)),
         ]
         for row in profile.rows
@@ -47,6 +47,7 @@ def operations_page(profile: OperationsProfile, title: str) -> Page:
             (r.share * r.seconds / r.quartiles[1], r.share * r.seconds / r.quartiles[0]),
         )
         for r in profile.rows
+        if r.estimate.known
     }
     sections = [
         Section(
@@ -64,10 +65,12 @@ def operations_page(profile: OperationsProfile, title: str) -> Page:
 def _headline(profile: OperationsProfile) -> str:
     """How near the fastest provider of each operation comes to what bounds it."""
     best: dict[str, OperationRow] = {}
-    for row in profile.rows:
+    for row in (row for row in profile.rows if row.estimate.known):
         name = f"{row.operation} ({row.dtype})"
         if name not in best or row.share > best[name].share:
             best[name] = row
+    if not best:
+        return "No operation's time is known."
     return "Of its ceiling each operation reaches: " + ", ".join(
         f"{name} {100 * row.share:.3g} % by {row.provider}" for name, row in best.items()
     ) + "."  # fmt: skip

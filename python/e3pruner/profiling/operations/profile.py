@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -27,10 +26,10 @@ from e3pruner.profiling.ceilings import (
     probes,
     synchronizer,
 )
-from e3pruner.profiling.doubts import above_ceiling, unsettled
+from e3pruner.profiling.doubts import above_ceiling
 from e3pruner.profiling.fit import check_fits
 from e3pruner.profiling.operations.gradients import errors_of, gradient_of
-from e3pruner.timing import Estimate, Timed, in_turns
+from e3pruner.timing import Estimate, Timed, all_settled, in_turns, unsettled
 
 EAGER = "eager"
 PROVIDERS = (*BACKENDS, EAGER)
@@ -38,7 +37,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _TOP_K = 10
 _LAYERS = 30
 _CHECKED_ROWS = 16  # an error in fp64 costs time
-_FEW = 3  # rounds that say nothing of each other
 Name = TypeVar("Name")
 
 
@@ -57,7 +55,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class OperationRow:
-    """seconds: value and gradient; quartiles: of the rounds. host: of the same call on the smallest tensors, where
+    """seconds: value and gradient; quartiles: of the `rounds`. host: of the same call on the smallest tensors, where
     that is known. rate: work a second. limit: what the machine does at most with as much work, measured in the same
     rounds; share: of it. errors: of value and gradient against fp64, relative to the largest entry; None where the
     provider draws other random numbers.
@@ -68,12 +66,17 @@ class OperationRow:
     dtype: str
     seconds: float
     quartiles: tuple[float, float]
+    rounds: int
     host: float | None
     rate: float
     unit: str
     limit: float
     share: float
     errors: tuple[float, float] | None
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.seconds, *self.quartiles, self.rounds)
 
 
 @dataclass(frozen=True)
@@ -193,10 +196,6 @@ class Turns(NamedTuple):
         return in_turns(actions, self.rounds, limit=self.limit, settled=all_settled)
 
 
-def all_settled(seconds: Mapping[Any, Sequence[float]]) -> bool:
-    return all(Estimate.of_times(values).settled for values in seconds.values())
-
-
 def _measure(
     operation: str,
     providers: Sequence[str],
@@ -227,13 +226,14 @@ def _measure(
             draws_otherwise = (operation, provider) == ("gumbel_topk", EAGER)
             errors = None if draws_otherwise else _errors(tensors, provider)
         rate, label = case.work / call.value, f"{operation}, {name}, {provider}"
-        known = host.value if host.between(0, math.inf) or host.rounds < _FEW else None
+        known = host.value if host.known else None
         row = OperationRow(
             operation,
             provider,
             name,
             call.value,
             (call.low, call.high),
+            call.rounds,
             known,
             rate,
             case.unit,

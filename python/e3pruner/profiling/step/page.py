@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 from e3pruner.profiling import plots
-from e3pruner.profiling.doubts import PHASES, apart, unsettled
+from e3pruner.profiling.doubts import PHASES, apart
 from e3pruner.profiling.model.page import memory_row, memory_section
 from e3pruner.profiling.page import Page, Section, Table, figures, percent, spread
 from e3pruner.profiling.step.profile import StepProfile, StepProfiles
+from e3pruner.timing import unsettled
 
 
 def step_page(profiles: StepProfiles, title: str) -> Page:

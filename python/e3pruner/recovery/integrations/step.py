@@ -13,7 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from e3kernels.profiling import named_range
 from e3pruner.models import output_head
-from e3pruner.models.head import check_packing, in_dtype_of, only_hidden, position_arguments, without_head
+from e3pruner.models.head import (
+    check_packing,
+    check_per_token,
+    in_dtype_of,
+    only_hidden,
+    position_arguments,
+    without_head,
+)
 from e3pruner.models.inputs import extras_for
 from e3pruner.models.stack import returning_dicts
 from e3pruner.models.vocabulary import tokenizer_size
@@ -144,7 +151,10 @@ class DistillStep:
 
             stack.callback(student.register_forward_hook(show, prepend=True).remove)  # before FSDP's own
             wrapper(input_ids=ids, attention_mask=mask, use_cache=False, **where, **beside)
-        return only_hidden(student, received)
+        hidden = only_hidden(student, received)
+        if beside:
+            check_per_token(student, hidden, ids)
+        return hidden
 
     @torch.no_grad()
     def mean(self) -> Tensor:
