@@ -441,14 +441,15 @@ def partial_statistics(s: SparseCall) -> Tensor:
     """(N, splits, 4): the statistics of the ids not stored in each part of each row."""
     (N, V), device = s.student.shape, s.student.device
     sweep = sweep_of("topk_kl_statistics", device, s.student.element_size(), V)
-    if s.padded >= 32:  # the ids share the registers with the columns of a step
+    misaligned = odd(s.student)
+    if misaligned and s.padded >= 32:  # the ids and a row's ends share the registers with the columns of a step
         sweep = sweep._replace(unroll=1)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)
     launch(wrap_triton(topk_kl_statistics), (N, splits),
         s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial,
         s.student.stride(0), V, size, s.ignore_index, s.teacher_ids.shape[1],
-        K=s.padded, ODD=odd(s.student), **s.flags(), **sweep.options(),
+        K=s.padded, ODD=misaligned, **s.flags(), **sweep.options(),
     )  # fmt: skip
     return partial
 
