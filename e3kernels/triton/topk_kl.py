@@ -441,12 +441,15 @@ def partial_statistics(s: SparseCall) -> Tensor:
     """(N, splits, 4): the statistics of the ids not stored in each part of each row."""
     (N, V), device = s.student.shape, s.student.device
     sweep = sweep_of("topk_kl_statistics", device, s.student.element_size(), V)
+    misaligned = odd(s.student)
+    if misaligned and s.padded >= 32:  # the ids and a row's ends share the registers with the columns of a step
+        sweep = sweep._replace(unroll=1)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)
     launch(wrap_triton(topk_kl_statistics), (N, splits),
         s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, partial,
         s.student.stride(0), V, size, s.ignore_index, s.teacher_ids.shape[1],
-        K=s.padded, ODD=odd(s.student), **s.flags(), **sweep.options(),
+        K=s.padded, ODD=misaligned, **s.flags(), **sweep.options(),
     )  # fmt: skip
     return partial
 
@@ -484,11 +487,14 @@ def logits_gradient(s: SparseCall, tokens: SparseTokens, incoming: Tensor) -> Te
     (N, V), k, device = s.student.shape, s.teacher_ids.shape[1], s.student.device
     sweep = sweep_of("topk_kl_gradient", device, s.student.element_size(), V)
     grad = torch.empty(N, V, dtype=s.student.dtype, device=device)
+    misaligned = odd(s.student, grad)
+    if misaligned and sweep.vec == 4:  # of fp32: wider, it spills
+        sweep = sweep._replace(vec=2)
     stride = int(incoming.dim() > 0)
     launch(wrap_triton(topk_kl_gradient), (N, triton.cdiv(V, sweep.step)),
         s.student, s.labels, s.mask, s.scalars, tokens.terms, incoming, grad,
         s.student.stride(0), stride, V, sweep.step, s.ignore_index,
-        TAIL=s.tail, ODD=odd(s.student, grad), **s.flags(), **sweep.options(),
+        TAIL=s.tail, ODD=misaligned, **s.flags(), **sweep.options(),
     )  # fmt: skip
     launch(wrap_triton(topk_kl_stored), (triton.cdiv(N, ROWS),),
         s.student, s.teacher_logprobs, s.teacher_ids, s.labels, s.mask, s.scalars, tokens.terms, tokens.stored,
