@@ -93,8 +93,9 @@ def main(arguments: list[str]) -> None:
     if not rows:
         parser.error(f"{given.compared} has no cell of {given.method} with {given.drop} layers removed")
     comparison = Comparison.from_yaml(given.matrix, given.compared)
-    held_out = Texts(comparison, given.drop, list(comparison.held_out.values()))
-    calibration = Texts(comparison, given.drop, [comparison.known(comparison.text.calibration)])
+    texts = comparison.texts[""]  # of a comparison that leaves no kind out in turn
+    held_out = Texts(comparison, given.drop, [comparison.known(tokens) for tokens in texts.held_out.values()])
+    calibration = Texts(comparison, given.drop, [comparison.known(texts.calibration)])
     layers = len(find_layers(comparison.model))
     masks = sorted({tuple(sorted(row["removed"])) for row in rows})
     tried = track(masks, "exchanges", console=Console(stderr=True))

@@ -442,7 +442,9 @@ def partial_statistics(s: SparseCall) -> Tensor:
     (N, V), device = s.student.shape, s.student.device
     sweep = sweep_of("topk_kl_statistics", device, s.student.element_size(), V)
     misaligned = odd(s.student)
-    if misaligned and s.padded >= 32:  # the ids and a row's ends share the registers with the columns of a step
+    if (
+        misaligned and s.padded == 32
+    ):  # ids, a row's ends and a step's columns: in registers, which fewer and more spare
         sweep = sweep._replace(unroll=1)
     splits, size = split_of(sweep, device, N, V)
     partial = torch.empty(N, splits, STUDENT_FIELDS.value, dtype=torch.float32, device=device)

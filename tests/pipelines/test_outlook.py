@@ -27,7 +27,7 @@ def described(model: PreTrainedModel, folder: Path) -> str:
     ("model_type", "changes", "may", "why", "runtime"),
     [
         ("llama", {}, True, "6 layers may go", True),
-        ("qwen3_moe", {}, True, "6 layers may go", False),
+        ("qwen3_moe", {}, True, "6 layers may go", True),
         ("qwen3_next", {}, True, "one of the layers that attend (1, 3, 5) must stay", False),
         ("gemma2", {"layer_types": ["sliding_attention", "full_attention"] * 3}, True, "6 layers may go", True),
     ],

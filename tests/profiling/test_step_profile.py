@@ -29,7 +29,8 @@ def check_profiles(profiles, recovery=True):
         assert 0 < sum(profile.phases.values()) <= 1.0001 * profile.seconds
         peak = profile.memory.peak()
         assert peak["weights"] > 0
-        assert ("gradients" in peak) == (profile.kind == "recovery")
+        # A search learns the spreads of its model of masks: a dozen numbers.
+        assert (peak.get("gradients", 0) > 1_000) == (profile.kind == "recovery")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokens
 
 pytest.importorskip("e3kernels._runtime", reason="e3kernels._runtime is not built: python -m e3kernels.info says why")
 
-from e3pruner.runtime import decoder_description
+from e3pruner.runtime import layer_description
 from e3pruner.runtime.layer_skip import LayerSkipRuntime
 
 NEW = 12
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def device(monkeypatch):
     """A fake device, whose weights the runtime takes although they are meta tensors."""
-    monkeypatch.setattr(decoder_description, "_weight", lambda name, parameter: parameter)
+    monkeypatch.setattr(layer_description, "plain_weight", lambda name, parameter: parameter)
     with FakeDevice() as fake:
         yield fake
 

@@ -50,9 +50,10 @@ def stack_name(model: PreTrainedModel) -> str:
     if len(names) != 1:
         found = ", ".join(names) or "none"
         if not count:
-            raise ValueError(
-                f"model ({type(model).__name__}) has several stacks, and its configuration counts none alone"
-            )
+            kind = type(model).__name__
+            if hasattr(config, setting):
+                raise ValueError(f"model ({kind}): its configuration counts no layer, {setting}={count}")
+            raise ValueError(f"model ({kind}) has several stacks, and its configuration counts none alone")
         raise ValueError(
             f"model ({type(model).__name__}) has no decoder stack that can be told apart: expected one ModuleList of "
             f"{count} decoder layers ({setting}), found {found}"
