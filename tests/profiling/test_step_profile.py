@@ -30,7 +30,7 @@ def check_profiles(profiles, recovery=True):
         peak = profile.memory.peak()
         assert peak["weights"] > 0
         # A search learns the spreads of its model of masks: a dozen numbers.
-        assert (peak.get("gradients", 0) > 1_000) == (profile.kind == "recovery")
+        assert "gradients" in peak if profile.kind == "recovery" else peak.get("gradients", 0) < 1_000
 
 
 @pytest.fixture(scope="module")
