@@ -198,7 +198,7 @@ struct Layer {
   std::optional<Experts> experts;
   std::optional<LayerInput> input;
   std::optional<Weight> sinks;
-  int cache_of = -1; // the layer whose keys and values this one reads; −1: its own
+  int cache_of = -1;  // the layer whose keys and values this one reads; −1: its own
   int64_t heads = 0, key_value_heads = 0, head_dim = 0, value_dim = 0;
   int rotary = -1;  // index into Model::rotaries; −1: none
   bool parallel = false;
