@@ -74,6 +74,14 @@ def test_the_question_which_dtype_it_runs_in_copies_two_layers_at_most(folder):
     assert max(most) <= 2
 
 
+@torch.no_grad()
+def test_a_layer_that_is_skipped_does_not_stay(folder):
+    model = streamed(folder, Dtype.BFLOAT16)
+    alternate = tuple(layer % 2 == 0 for layer in range(6))
+    of_one(SkippingForward(model), {"input_ids": tiny_tokens()}, [alternate])
+    assert len(stream_of(model)._coming) <= 1
+
+
 def test_the_dtype_of_a_block_ends_with_it(folder):
     model, ids = streamed(folder), tiny_tokens()
     before = model(ids).logits

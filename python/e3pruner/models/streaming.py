@@ -100,8 +100,12 @@ class Stream:
 
     def _run(self, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._bring(index)
-        if index + 1 < len(self.layers) and index + 1 not in self._here and index + 1 not in self._coming:
-            self._coming[index + 1] = self._reader.submit(self._copy, index + 1)
+        following = index + 1
+        for skipped in self._coming.keys() - {following}:
+            del self._coming[skipped]
+        # The names of a model's tensors are asked for as it is read, at which bitsandbytes unpacks those that run.
+        if self._quantizer is None and following < len(self.layers) and following not in (*self._here, *self._coming):
+            self._coming[following] = self._reader.submit(self._copy, following)
         return own(*args, **kwargs)
 
     def _bring(self, index: int) -> None:
