@@ -165,8 +165,8 @@ def test_what_runs_here_is_proven_by_its_logits(form: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_a_streamed_model_computes_the_same_however_often(form: str, tmp_path: Path) -> None:
-    """bitsandbytes unpacks what runs when it is asked for names: nothing is read ahead meanwhile. Its weights are streamed
-    dequantised, without the rounding of what they are multiplied by."""
+    """bitsandbytes unpacks what runs when it is asked for names: nothing is read ahead meanwhile. Its weights come
+    dequantised, and what they are multiplied by is not rounded."""
     folder, ids = quantised(form, tmp_path / "dense"), tiny_tokens()
     expected = load_model(str(folder), "cpu")(ids, use_cache=False).logits
     model = load_model(str(folder), "cpu", placement="stream")
