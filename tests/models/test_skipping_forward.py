@@ -162,6 +162,16 @@ def test_state_that_passes_behind_the_calls_is_found_out():
 
 
 @torch.no_grad()
+def test_weights_that_change_between_two_walks_are_those_that_it_is_held_to():
+    model, inputs, whole = tiny_model("llama"), {"input_ids": tiny_tokens()}, (True,) * 6
+    list(SkippingForward(model).last_hiddens([inputs], [whole]))
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    ((_, (found, _)),) = SkippingForward(model).last_hiddens([inputs, inputs], [whole])
+    assert torch.equal(found, last_hidden(model, **inputs))
+
+
+@torch.no_grad()
 def test_layers_may_write_into_what_they_are_given():
     model, inputs = tiny_model("llama"), {"input_ids": tiny_tokens()}
     for layer in find_layers(model):
