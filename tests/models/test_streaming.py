@@ -53,7 +53,7 @@ def test_two_layers_have_a_copy_at_most(folder):
     layers = find_layers(model)
     for layer in layers:
         next(layer.children()).register_forward_hook(
-            lambda *_: most.append([next(each.parameters()).dtype for each in layers].count(torch.bfloat16))
+            lambda *_: most.append(sum(not next(each.parameters()).is_meta for each in layers))
         )
     last_hidden(model, tiny_tokens())
     assert set(most) == {1}  # and the next one, which nobody sees yet
@@ -89,6 +89,14 @@ def test_the_dtype_of_a_block_ends_with_it(folder):
         assert model(ids).logits.dtype == torch.bfloat16
         assert torch.equal(model(ids).logits, load_model(folder, "cpu", Dtype.BFLOAT16)(ids).logits)
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "ernie4_5_moe", "glm_moe_dsa", "gptj"])
+@torch.no_grad()
+def test_what_stays_in_fp32_beside_narrow_weights_does_so_when_streamed(model_type, tmp_path):
+    tiny_model(model_type).save_pretrained(tmp_path)
+    whole, ids = load_model(str(tmp_path), "cpu", Dtype.BFLOAT16), tiny_tokens()
+    assert torch.equal(streamed(str(tmp_path), Dtype.BFLOAT16)(ids).logits, whole(ids).logits)
 
 
 def test_a_checkpoint_in_another_dtype_is_read_in_the_models(tmp_path):

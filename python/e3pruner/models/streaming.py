@@ -36,10 +36,10 @@ _STREAMS: WeakKeyDictionary[nn.Module, Stream] = WeakKeyDictionary()
 
 
 class Stream:
-    """Brings the layers of `model`, whose parameters are on the meta device, to `device` in `dtype` as they are called.
+    """Brings the layers of `model`, whose parameters are on the meta device, to `device` as they are called.
 
-    parts: of each layer, the tensors of the checkpoint that make it, by their names there. dtype: None keeps the
-    model's. quantizer: what reads them, if they are quantised. `reads` counts how often each layer was brought.
+    parts: of each layer, the tensors of the checkpoint that make it, by their names there. quantizer: what reads them,
+    if they are quantised. `reads` counts how often each layer was brought.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class Stream:
         model: PreTrainedModel,
         parts: Mapping[int, Mapping[str, Any]],
         device: torch.device,
-        dtype: torch.dtype | None,
         quantizer: Any = None,
     ) -> None:
-        self.model, self.device, self.dtype = model, device, dtype
+        self.model, self.device = model, device
+        self.dtype: torch.dtype | None = None  # the model's
         self.layers = find_layers(model)
         self.reads = [0] * len(self.layers)
         self._parts, self._quantizer = parts, quantizer
@@ -157,6 +157,8 @@ def streamed_model(
     device = device or torch.device("cpu")
     config, shards = read_config(folder, trust_remote_code), read_shards(folder)
     quantizer = quantizer_of(config)
+    if dtype is not None and quantizer is None:
+        config.dtype = dtype  # but for what transformers keeps in fp32 beside it
     model = empty_model(config, trust_remote_code)
     check_complete(folder, model, shards)
     if quantizer is not None:
@@ -175,11 +177,10 @@ def streamed_model(
     _check_filled(model, {place: leaf for place, leaf in _leaves(model).items() if place[0] not in inside})
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    Stream(model, {layer: part for layer, part in parts.items() if layer is not None}, device, dtype, quantizer)
+    Stream(model, {layer: part for layer, part in parts.items() if layer is not None}, device, quantizer)
     for (module, _), tensor in _leaves(model).items():
         if module not in inside:
-            rounded = isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and quantizer is None
-            tensor.data = tensor.data.to(device, dtype if rounded else None)
+            tensor.data = tensor.data.to(device)
     return model
 
 

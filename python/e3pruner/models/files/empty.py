@@ -38,10 +38,20 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
                 model: PreTrainedModel = own[0]._from_config(config, **options)
             else:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
-            model.eval()
-            return model
+        _renew_buffers(model)
+        model.eval()
+        return model
     except Exception as error:
         raise ValueError(f"model {config.name_or_path} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+@torch.no_grad()
+def _renew_buffers(model: PreTrainedModel) -> None:
+    """What no checkpoint holds (sines and cosines) is computed again as transformers does behind loading: in fp32,
+    whatever the dtype that the model was made in."""
+    for module in model.modules():
+        if module._non_persistent_buffers_set and not module._parameters:
+            model._init_weights(module)
 
 
 def check_complete(folder: Path, model: PreTrainedModel, shards: Sequence[Shard]) -> None:
